@@ -1,0 +1,129 @@
+"""The operators of :mod:`precisebn.ops` in plain PyTorch: the specification, and what runs where no kernel does.
+
+Statistics are taken in float64, chunk by chunk, each chunk in several passes (mean first, then squared deviations from
+it), and the chunks are merged exactly: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+Sample Variances", 1979. A chunk is a few MB of float64, so memory does not grow with the input. ``E[x^2] - E[x]^2``
+appears nowhere: it cancels catastrophically once the mean is large against the standard deviation.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+Moments = tuple[Tensor, Tensor, Tensor]  # count [G], mean [G, C], m2 [G, C], all float64
+
+_CHUNK_VALUES = 2**19
+
+
+def moments(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> Moments:
+    """Count, mean and sum of squared deviations from the mean, per (group, channel), in float64."""
+    zeros = x.new_zeros(num_groups, x.shape[1], dtype=torch.float64)
+    total = (zeros[:, 0].clone() if x.shape[1] else zeros.new_zeros(num_groups), zeros, zeros)
+    for (values,), index in _chunks((x,), group):
+        total = merge(total, _moments_of_chunk(values, index, num_groups))
+    return total[0].clone(), total[1].clone(), total[2].clone()
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of the union of two disjoint samples: equation 2.1 of Chan et al."""
+    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
+    count = count_a + count_b
+    share = (count_b / count.clamp(min=1)).unsqueeze(-1)
+    delta = mean_b - mean_a
+    # A factor of count_a or count_b that is 0 must meet delta before delta is squared: delta**2 may overflow.
+    m2 = m2_a + m2_b + delta * (share * count_a.unsqueeze(-1)) * delta
+    return count, mean_a + delta * share, m2
+
+
+def accumulate(
+    x: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    batch_mean: Tensor | None = None,
+    batch_var: Tensor | None = None,
+) -> None:
+    """Merge the moments of ``x`` into ``count [1]``, ``mean [C]``, ``m2 [C]``; write its own mean and biased variance."""
+    batch_count, (x_mean,), (x_m2,) = moments(x)
+    if x.numel() == 0:
+        return
+    if batch_mean is not None:
+        batch_mean.copy_(x_mean)
+    if batch_var is not None:
+        batch_var.copy_(x_m2 / batch_count)
+    merged = merge((count, mean.unsqueeze(0), m2.unsqueeze(0)), (batch_count, x_mean.unsqueeze(0), x_m2.unsqueeze(0)))
+    count.copy_(merged[0])
+    mean.copy_(merged[1][0])
+    m2.copy_(merged[2][0])
+
+
+def normalize(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = None) -> Tensor:
+    """``scale * x + shift`` per (group, channel), computed in the dtype of ``scale``, returned in that of ``x``."""
+    y = torch.empty_like(x)
+    return torch.addcmul(_per_sample(shift, x, group), _per_sample(scale, x, group), x, out=y)
+
+
+def backward_reduce(
+    dy: Tensor, x: Tensor, mean: Tensor, group: Tensor | None = None, num_groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``sum dy`` and ``sum dy * (x - mean)`` per (group, channel), in float64."""
+    sum_dy = x.new_zeros(num_groups, x.shape[1], dtype=torch.float64)
+    sum_dy_xmu = torch.zeros_like(sum_dy)
+    for (dy_values, x_values), index in _chunks((dy, x), group):
+        centered = x_values - mean[index].unsqueeze(-1)
+        sum_dy += _sum_by_group(dy_values.sum(2), index, num_groups)
+        sum_dy_xmu += _sum_by_group((dy_values * centered).sum(2), index, num_groups)
+    return sum_dy, sum_dy_xmu
+
+
+def backward_apply(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group: Tensor | None = None) -> Tensor:
+    """``a * dy + b * x + c`` per (group, channel), computed in the dtype of ``a``, returned in that of ``x``."""
+    dx = torch.empty_like(x)
+    bx_plus_c = torch.addcmul(_per_sample(c, x, group), _per_sample(b, x, group), x)
+    return torch.addcmul(bx_plus_c, _per_sample(a, x, group), dy, out=dx)
+
+
+def _moments_of_chunk(values: Tensor, index: Tensor, num_groups: int) -> Moments:
+    """The moments of float64 ``values (n, C, L)`` whose sample ``i`` is of group ``index[i]``."""
+    length = values.new_full((len(values),), values.shape[2])
+    count = _sum_by_group(length, index, num_groups)
+    divisor = count.clamp(min=1).unsqueeze(-1)
+    mean = _sum_by_group(values.sum(2), index, num_groups) / divisor
+    # The sum above rounds. What it missed is itself a mean, so a second step makes the mean exact to the last bits (and
+    # the m2 of a constant channel exactly 0); the term in residual**2 corrects m2 for what is still left.
+    mean = mean + _sum_by_group((values - mean[index].unsqueeze(-1)).sum(2), index, num_groups) / divisor
+    deviation = values - mean[index].unsqueeze(-1)
+    residual = _sum_by_group(deviation.sum(2), index, num_groups)
+    m2 = _sum_by_group((deviation * deviation).sum(2), index, num_groups) - residual * (residual / divisor)
+    return count, mean, m2.clamp(min=0)
+
+
+def _sum_by_group(per_sample: Tensor, index: Tensor, num_groups: int) -> Tensor:
+    """Add the rows of ``per_sample`` that share a group. ``index_put_`` adds in a fixed order; ``index_add_`` uses
+    atomics on CUDA, which do not."""
+    total = per_sample.new_zeros(num_groups, *per_sample.shape[1:])
+    return total.index_put_((index,), per_sample, accumulate=True)
+
+
+def _per_sample(per_group: Tensor, x: Tensor, group: Tensor | None) -> Tensor:
+    """``per_group [G, C]`` as it applies to ``x (N, C, *)``, broadcastable against it."""
+    rows = per_group if group is None else per_group[group]
+    return rows.reshape(rows.shape + (1,) * (x.dim() - 2))
+
+
+def _chunks(tensors: tuple[Tensor, ...], group: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Cut tensors ``(N, C, *)`` into float64 pieces ``(n, C, L)``, each with the groups of its ``n`` samples."""
+    x = tensors[0]
+    if x.numel() == 0:
+        return
+    if group is None:
+        group = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    flat = [t.flatten(2) if t.dim() > 2 else t.unsqueeze(2) for t in tensors]
+    channels, length = flat[0].shape[1:]
+    columns = min(length, max(1, _CHUNK_VALUES // channels))
+    rows = max(1, _CHUNK_VALUES // (channels * columns))
+    for sample in range(0, len(x), rows):
+        for start in range(0, length, columns):
+            pieces = [t[sample : sample + rows, :, start : start + columns].double() for t in flat]
+            yield pieces, group[sample : sample + rows]

@@ -1,0 +1,39 @@
+"""The exceptions of precisebn. Every one derives from :class:`PreciseBNError` and, where code that is being
+replaced catches a built-in exception at the same place, from that built-in too.
+"""
+
+__all__ = [
+    "PreciseBNError",
+    "InputError",
+    "InsufficientDataError",
+    "NonFiniteStatisticsError",
+    "RankFailedError",
+    "BatchFormatError",
+]
+
+
+class PreciseBNError(Exception):
+    """Base of all exceptions that precisebn raises on purpose."""
+
+
+class InputError(PreciseBNError, ValueError):
+    """An argument has a wrong shape, dtype, device or value."""
+
+
+class BatchFormatError(PreciseBNError, TypeError):
+    """The model could not be called on what the data loader yields; pass ``forward=``."""
+
+
+class InsufficientDataError(PreciseBNError, AssertionError):
+    """The data loader ended before ``num_iters`` batches, or gave none at all.
+
+    Also an ``AssertionError``, because that is what ``fvcore.nn.update_bn_stats`` raises here.
+    """
+
+
+class NonFiniteStatisticsError(PreciseBNError, ArithmeticError):
+    """The input of a layer held NaN or Inf, or its statistics overflow the layer's dtype."""
+
+
+class RankFailedError(PreciseBNError, RuntimeError):
+    """Another rank failed, so no rank changed its model."""

@@ -1,0 +1,476 @@
+"""The operators that carry all of precisebn's arithmetic: schemas, backends, typed wrappers, shapes and derivatives.
+
+========================  =============================================  ===========================================
+operator                  gives                                          reads
+========================  =============================================  ===========================================
+:func:`moments`           count, mean, m2 per (group, channel)           x once
+:func:`accumulate`        the same, merged into running accumulators     x once
+:func:`normalize`         scale * x + shift per (group, channel)         x once
+:func:`backward_reduce`   sum dy, sum dy * (x - mean)                    dy, x once
+:func:`backward_apply`    a * dy + b * x + c                             dy, x once
+========================  =============================================  ===========================================
+
+Each has a CPU kernel (``csrc/cpu``), a CUDA kernel (``csrc/cuda``) and a reference in plain PyTorch
+(``precisebn/_fallback.py``), which runs wherever a kernel is missing. Callers never ask which one runs;
+:func:`backend` tells. The environment variable ``PRECISEBN_BACKEND`` chooses: ``auto`` (default), ``native`` (an error
+where the kernels cannot be loaded) or ``fallback``.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from precisebn import _fallback
+from precisebn.errors import InputError
+
+__all__ = ["Backend", "accumulate", "backend", "backward_apply", "backward_reduce", "moments", "normalize"]
+
+# The schemas stand here alone. The shared libraries register implementations only, with STABLE_TORCH_LIBRARY_IMPL: the
+# operators then exist with and without them, and no second copy of the text can drift from this one.
+_SCHEMAS = {
+    "moments": "(Tensor x, Tensor? group=None, int num_groups=1) -> (Tensor count, Tensor mean, Tensor m2)",
+    "accumulate": "(Tensor x, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor(d!)? batch_mean=None, "
+    "Tensor(e!)? batch_var=None) -> ()",
+    "normalize": "(Tensor x, Tensor scale, Tensor shift, Tensor? group=None) -> Tensor",
+    "backward_reduce": "(Tensor dy, Tensor x, Tensor mean, Tensor? group=None, int num_groups=1) "
+    "-> (Tensor sum_dy, Tensor sum_dy_xmu)",
+    "backward_apply": "(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor c, Tensor? group=None) -> Tensor",
+}
+
+_library = torch.library.Library("precisebn", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # A kernel of a backend (CPU, CUDA) takes precedence over this one, which serves all backends that have none.
+    _library.impl(_name, getattr(_fallback, _name), "CompositeExplicitAutograd")
+_library.define("_cpu_capability() -> str")
+
+_moments = torch.ops.precisebn.moments.default
+_accumulate = torch.ops.precisebn.accumulate.default
+_normalize = torch.ops.precisebn.normalize.default
+_backward_reduce = torch.ops.precisebn.backward_reduce.default
+_backward_apply = torch.ops.precisebn.backward_apply.default
+
+
+class Backend(NamedTuple):
+    """What runs the operators on each device; ``str()`` is one plain line."""
+
+    cpu: str
+    """``"native"`` or ``"fallback"``."""
+    cpu_detail: str
+    """The instruction set in use (``"avx512"``, ``"avx2"``, ``"baseline"``), or why the fallback is used."""
+    cuda: str
+    """``"native"``, ``"fallback"`` or ``"unavailable"``."""
+    cuda_detail: str
+    """Empty, or why CUDA does not run natively."""
+
+    def __str__(self) -> str:
+        cpu = f"cpu: {self.cpu} ({self.cpu_detail})"
+        cuda = f"cuda: {self.cuda}" + (f" ({self.cuda_detail})" if self.cuda_detail else "")
+        return f"{cpu}; {cuda}"
+
+
+def backend() -> Backend:
+    """Which implementation of the operators is in use, and why.
+
+    >>> backend().cpu in ("native", "fallback")
+    True
+    """
+    return _backend
+
+
+def moments(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations of every (group, channel) of ``x``.
+
+    At least as accurate as a float64 Welford recurrence to 1e-6 relative in the variance, for float32 input with
+    ``|mean| / std`` up to 1e4; never negative; exactly 0 for a constant channel. Differentiable twice in ``x``.
+
+    Args:
+        x: ``(N, C, *)``, float32, float64, float16 or bfloat16, any strides. Empty is allowed.
+        group: int64 ``(N,)`` on the device of ``x``, the group of each sample, ``0 <= group < num_groups``. The range
+            is checked on CPU only (on CUDA the check would wait for the device). None puts every sample in group 0.
+        num_groups: the number of groups, ``G``.
+
+    Returns:
+        ``count (G,)``, the number of values per channel; ``mean (G, C)``; ``m2 (G, C)``, the sum of squared deviations
+        from the mean. All float64. A group without samples has zeros.
+
+    Raises:
+        InputError: on a wrong shape, dtype, device or group number.
+
+    >>> x = torch.tensor([[1.0, 10.0], [3.0, 10.0]])
+    >>> count, mean, m2 = moments(x)
+    >>> count.tolist(), mean.tolist(), m2.tolist()
+    ([2.0], [[2.0, 10.0]], [[2.0, 0.0]])
+    """
+    _check_x("moments", x)
+    _check_group("moments", x, group, num_groups)
+    result: tuple[Tensor, Tensor, Tensor] = _moments(x, group, num_groups)
+    return result
+
+
+def accumulate(
+    x: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    batch_mean: Tensor | None = None,
+    batch_var: Tensor | None = None,
+) -> None:
+    """Merge the moments of ``x`` into running accumulators, in place; optionally write the statistics of ``x`` alone.
+
+    The fused form of :func:`moments` and Chan's merge for a hook that runs once per layer and iteration; it therefore
+    checks next to nothing. Not differentiable. An empty ``x`` changes nothing.
+
+    Args:
+        x: ``(N, C, *)``, as in :func:`moments`.
+        count: float64 ``(1,)``, contiguous, on the device of ``x``, as are the next two.
+        mean: float64 ``(C,)``.
+        m2: float64 ``(C,)``.
+        batch_mean: ``(C,)`` of any floating dtype: receives the mean of ``x`` per channel.
+        batch_var: ``(C,)`` of any floating dtype: receives the biased variance (divided by n) of ``x`` per channel.
+
+    >>> count, mean, m2 = torch.zeros(7, dtype=torch.float64).split([1, 3, 3])
+    >>> accumulate(torch.ones(2, 3), count, mean, m2)
+    >>> accumulate(torch.zeros(2, 3), count, mean, m2)
+    >>> count.item(), mean.tolist(), m2.tolist()
+    (4.0, [0.5, 0.5, 0.5], [1.0, 1.0, 1.0])
+    """
+    _accumulate(x, count, mean, m2, batch_mean, batch_var)
+
+
+def normalize(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = None) -> Tensor:
+    """``scale * x + shift`` per (group, channel): batch normalization once its statistics are known.
+
+    Computed in float64 for float64 ``x`` and in float32 otherwise. Differentiable twice in ``x``, ``scale``, ``shift``.
+
+    Args:
+        x: ``(N, C, *)``, float32, float64, float16 or bfloat16, any strides.
+        scale: ``(G, C)`` of any floating dtype, converted to the dtype of the computation.
+        shift: ``(G, C)``, likewise.
+        group: int64 ``(N,)``, as in :func:`moments`; ``G`` must be 1 without it.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: on a wrong shape, dtype, device or group number.
+
+    >>> normalize(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 3.0]]), torch.tensor([[0.5, 0.0]]))
+    tensor([[2.5000, 6.0000]])
+    """
+    _check_x("normalize", x)
+    _check_coefficients("normalize", x, group, scale=scale, shift=shift)
+    _check_group("normalize", x, group, scale.shape[0])
+    dtype = _compute_dtype(x)
+    result: Tensor = _normalize(x, scale.to(dtype), shift.to(dtype), group)
+    return result
+
+
+def backward_reduce(
+    dy: Tensor, x: Tensor, mean: Tensor, group: Tensor | None = None, num_groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``sum dy`` and ``sum dy * (x - mean)`` of every (group, channel): the sums of batch normalization's backward.
+
+    Args:
+        dy: the shape, dtype and device of ``x``, any strides.
+        x: ``(N, C, *)``, as in :func:`moments`.
+        mean: ``(G, C)``, what to subtract from ``x``; converted to float64.
+        group: int64 ``(N,)``, as in :func:`moments`.
+        num_groups: the number of groups, ``G``.
+
+    Returns:
+        Two float64 tensors ``(G, C)``.
+
+    Raises:
+        InputError: on a wrong shape, dtype, device or group number.
+
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> backward_reduce(torch.ones(2, 1), x, torch.tensor([[1.0]]))
+    (tensor([[2.]], dtype=torch.float64), tensor([[2.]], dtype=torch.float64))
+    """
+    _check_x("backward_reduce", x)
+    _check_dy("backward_reduce", dy, x)
+    _check_coefficients("backward_reduce", x, group, num_groups, mean=mean)
+    _check_group("backward_reduce", x, group, num_groups)
+    result: tuple[Tensor, Tensor] = _backward_reduce(dy, x, mean.double(), group, num_groups)
+    return result
+
+
+def backward_apply(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group: Tensor | None = None) -> Tensor:
+    """``a * dy + b * x + c`` per (group, channel): the gradient of batch normalization in its input.
+
+    Args:
+        dy: the shape, dtype and device of ``x``, any strides.
+        x: ``(N, C, *)``, as in :func:`normalize`.
+        a: ``(G, C)`` of any floating dtype, converted to the dtype of the computation, as are the next two.
+        b: ``(G, C)``.
+        c: ``(G, C)``.
+        group: int64 ``(N,)``, as in :func:`moments`; ``G`` must be 1 without it.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``x``.
+
+    Raises:
+        InputError: on a wrong shape, dtype, device or group number.
+
+    >>> one = torch.ones(1, 1)
+    >>> backward_apply(torch.tensor([[1.0]]), torch.tensor([[3.0]]), 2 * one, one, one)
+    tensor([[6.]])
+    """
+    _check_x("backward_apply", x)
+    _check_dy("backward_apply", dy, x)
+    _check_coefficients("backward_apply", x, group, a=a, b=b, c=c)
+    _check_group("backward_apply", x, group, a.shape[0])
+    dtype = _compute_dtype(x)
+    result: Tensor = _backward_apply(dy, x, a.to(dtype), b.to(dtype), c.to(dtype), group)
+    return result
+
+
+# ---- Checks of what the user passes -------------------------------------------------------------------------------
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _shape(t: Tensor) -> str:
+    return f"({', '.join(map(str, t.shape))})"
+
+
+def _check_x(operator: str, x: Tensor) -> None:
+    if x.dim() < 2:
+        raise InputError(f"{operator}: x must be (N, C, *), at least 2 dimensions, but has shape {_shape(x)}")
+    if x.dtype not in _DTYPES:
+        raise InputError(
+            f"{operator}: x {_shape(x)} must be float32, float64, float16 or bfloat16, but is {x.dtype}; convert it first"
+        )
+
+
+def _check_dy(operator: str, dy: Tensor, x: Tensor) -> None:
+    if dy.shape != x.shape or dy.dtype != x.dtype or dy.device != x.device:
+        raise InputError(
+            f"{operator}: dy {_shape(dy)} {dy.dtype} on {dy.device} must have the shape, dtype and device of "
+            f"x {_shape(x)} {x.dtype} on {x.device}"
+        )
+
+
+def _check_group(operator: str, x: Tensor, group: Tensor | None, num_groups: int) -> None:
+    if num_groups < 1:
+        raise InputError(f"{operator}: num_groups must be at least 1, but is {num_groups}")
+    if group is None:
+        return
+    if group.dtype != torch.int64 or group.dim() != 1 or group.shape[0] != x.shape[0]:
+        raise InputError(
+            f"{operator}: group must be int64 of shape ({x.shape[0]},), one number per sample of x {_shape(x)}, "
+            f"but is {group.dtype} of shape {_shape(group)}"
+        )
+    if group.device != x.device:
+        raise InputError(f"{operator}: group is on {group.device}, but x is on {x.device}")
+    if group.device.type == "cpu" and group.numel() and not torch.compiler.is_compiling():
+        lowest, highest = (int(bound) for bound in group.aminmax())
+        if lowest < 0 or highest >= num_groups:
+            raise InputError(
+                f"{operator}: group must hold numbers from 0 to {num_groups - 1}, but holds {lowest} to {highest}"
+            )
+
+
+def _check_coefficients(
+    operator: str, x: Tensor, group: Tensor | None, num_groups: int | None = None, **coefficients: Tensor
+) -> None:
+    groups = num_groups if num_groups is not None else next(iter(coefficients.values())).shape[:1]
+    expected = (*groups, x.shape[1]) if isinstance(groups, torch.Size) else (groups, x.shape[1])
+    for name, value in coefficients.items():
+        if value.dim() != 2 or tuple(value.shape) != expected:
+            raise InputError(
+                f"{operator}: {name} must have shape (G, C), here ({', '.join(map(str, expected))}), one row per group "
+                f"and one column per channel of x {_shape(x)}, but has shape {_shape(value)}"
+            )
+        if value.device != x.device:
+            raise InputError(f"{operator}: {name} is on {value.device}, but x is on {x.device}")
+        if not value.is_floating_point():
+            raise InputError(f"{operator}: {name} must be floating point, but is {value.dtype}")
+    if group is None and num_groups is None and expected[0] != 1:
+        name, value = next(iter(coefficients.items()))
+        raise InputError(f"{operator}: {name} {_shape(value)} has {expected[0]} groups, but group is not given")
+
+
+# ---- Shapes for tracing -------------------------------------------------------------------------------------------
+
+
+def _moments_fake(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    count = x.new_empty(num_groups, dtype=torch.float64)
+    mean = x.new_empty(num_groups, x.shape[1], dtype=torch.float64)
+    return count, mean, torch.empty_like(mean)
+
+
+def _accumulate_fake(
+    x: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    batch_mean: Tensor | None = None,
+    batch_var: Tensor | None = None,
+) -> None:
+    return None
+
+
+def _normalize_fake(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = None) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _backward_reduce_fake(
+    dy: Tensor, x: Tensor, mean: Tensor, group: Tensor | None = None, num_groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _backward_apply_fake(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group: Tensor | None = None
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+for _name, _fake in (
+    ("moments", _moments_fake),
+    ("accumulate", _accumulate_fake),
+    ("normalize", _normalize_fake),
+    ("backward_reduce", _backward_reduce_fake),
+    ("backward_apply", _backward_apply_fake),
+):
+    torch.library.register_fake(f"precisebn::{_name}", _fake)
+
+
+# ---- Derivatives --------------------------------------------------------------------------------------------------
+# Every derivative is again one or two calls of the same operators plus arithmetic on (G, C) tensors, so derivatives of
+# any order exist. `count` has none.
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor | None, group: Tensor | None) -> Tensor:
+    dtype = _compute_dtype(x)
+    scale = scale.to(dtype)
+    result: Tensor = _normalize(x, scale, torch.zeros_like(scale) if shift is None else shift.to(dtype), group)
+    return result
+
+
+def _products(a: Tensor, b: Tensor, like: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``sum a`` and ``sum a * b`` per (group, channel), in the dtype of ``like (G, C)``."""
+    origin = torch.zeros_like(like, dtype=torch.float64)
+    sum_a, sum_ab = _backward_reduce(a, b, origin, group, like.shape[0])
+    return sum_a.to(like.dtype), sum_ab.to(like.dtype)
+
+
+def _moments_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, ctx.group, _ = inputs
+    count, mean, _ = output
+    ctx.mark_non_differentiable(count)
+    ctx.save_for_backward(x, count, mean)
+
+
+def _moments_backward(ctx: Any, _: Tensor, grad_mean: Tensor, grad_m2: Tensor) -> tuple[Tensor, None, None]:
+    x, count, mean = ctx.saved_tensors
+    slope = 2 * grad_m2
+    shift = grad_mean / count.clamp(min=1).unsqueeze(-1) - slope * mean
+    return _affine(x, slope, shift, ctx.group), None, None
+
+
+def _normalize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, _, ctx.group = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale)
+
+
+def _normalize_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    x, scale = ctx.saved_tensors
+    need_x, need_scale, need_shift, _ = ctx.needs_input_grad
+    dx = _affine(dy, scale, None, ctx.group) if need_x else None
+    dscale = dshift = None
+    if need_scale or need_shift:
+        dshift, dscale = _products(dy, dy if x is None else x, scale, ctx.group)
+    return dx, dscale if need_scale else None, dshift if need_shift else None, None
+
+
+def _backward_reduce_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    dy, x, mean, ctx.group, _ = inputs
+    ctx.save_for_backward(dy, x, mean, output[0])
+
+
+def _backward_reduce_backward(
+    ctx: Any, grad_sum: Tensor, grad_product: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    dy, x, mean, sum_dy = ctx.saved_tensors
+    need_dy, need_x, need_mean, *_ = ctx.needs_input_grad
+    grad_dy = _affine(x, grad_product, grad_sum - grad_product * mean, ctx.group) if need_dy else None
+    grad_x = _affine(dy, grad_product, None, ctx.group) if need_x else None
+    return grad_dy, grad_x, -grad_product * sum_dy if need_mean else None, None, None
+
+
+def _backward_apply_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, a, b, _, ctx.group = inputs
+    ctx.save_for_backward(dy, x, a, b)
+
+
+def _backward_apply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x, a, b = ctx.saved_tensors
+    need_dy, need_x, need_a, need_b, need_c, _ = ctx.needs_input_grad
+    grad_dy = _affine(grad, a, None, ctx.group) if need_dy else None
+    grad_x = _affine(grad, b, None, ctx.group) if need_x else None
+    grad_c, grad_a = _products(grad, dy, a, ctx.group) if need_a or need_c else (None, None)
+    grad_b = _products(grad, x, b, ctx.group)[1] if need_b else None
+    return grad_dy, grad_x, grad_a, grad_b, grad_c, None
+
+
+torch.library.register_autograd("precisebn::moments", _moments_backward, setup_context=_moments_context)
+torch.library.register_autograd("precisebn::normalize", _normalize_backward, setup_context=_normalize_context)
+torch.library.register_autograd(
+    "precisebn::backward_reduce", _backward_reduce_backward, setup_context=_backward_reduce_context
+)
+torch.library.register_autograd(
+    "precisebn::backward_apply", _backward_apply_backward, setup_context=_backward_apply_context
+)
+
+
+# ---- The shared libraries -----------------------------------------------------------------------------------------
+
+
+def _load(name: str) -> str:
+    """Load a shared library that lies beside this file. Returns why that failed, or an empty string."""
+    path = Path(__file__).with_name(name)
+    if not path.exists():
+        return f"{name} was not built"
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{name} could not be loaded: {error}"
+    return ""
+
+
+def _choose_backend() -> Backend:
+    choice = os.environ.get("PRECISEBN_BACKEND", "auto")
+    if choice not in ("auto", "native", "fallback"):
+        raise InputError(f"PRECISEBN_BACKEND must be auto, native or fallback, but is {choice!r}")
+    has_cuda = torch.version.cuda is not None and torch.cuda.is_available()
+    no_cuda = "" if has_cuda else "torch has no CUDA device"
+    if choice == "fallback":
+        reason = "PRECISEBN_BACKEND=fallback"
+        return Backend("fallback", reason, "fallback" if has_cuda else "unavailable", no_cuda or reason)
+
+    cpu_failure = _load("_C_cpu.so")
+    cuda_failure = no_cuda or _load("_C_cuda.so")
+    if choice == "native" and (cpu_failure or (has_cuda and cuda_failure)):
+        raise ImportError(
+            f"PRECISEBN_BACKEND=native, but {cpu_failure or cuda_failure}. Reinstall precisebn where a C++ compiler is "
+            "available, or unset PRECISEBN_BACKEND"
+        )
+    return Backend(
+        "fallback" if cpu_failure else "native",
+        cpu_failure or torch.ops.precisebn._cpu_capability(),
+        "unavailable" if not has_cuda else "fallback" if cuda_failure else "native",
+        cuda_failure,
+    )
+
+
+_backend = _choose_backend()

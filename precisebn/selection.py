@@ -1,0 +1,85 @@
+"""Which layers: find BatchNorm layers in a model, and choose among them by mode, name, pattern or instance."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from precisebn.errors import InputError
+
+__all__ = ["ModuleSelection", "find_bn", "get_bn_modules", "select_bn"]
+
+ModuleSelection = str | nn.Module | Iterable[str | nn.Module]
+"""``"training"``, ``"all"``, or modules, qualified names and glob patterns, one or several."""
+
+# Path components that wrappers put between a layer's name and what the user calls it.
+_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def get_bn_modules(model: nn.Module) -> list[nn.Module]:
+    """All BatchNorm layers of a model that are in training mode.
+
+    Follows ``fvcore.nn.precise_bn.get_bn_modules``, and also finds subclasses such as timm's ``BatchNormAct2d`` and
+    ``LazyBatchNorm``. A layer used in several places is listed once.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8).eval())
+        >>> get_bn_modules(model) == [model[1]]
+        True
+    """
+    return [layer for layer in find_bn(model).values() if layer.training]
+
+
+def find_bn(model: nn.Module) -> dict[str, _BatchNorm]:
+    """All BatchNorm layers by qualified name, in the order of ``named_modules``, without the names of wrappers."""
+    return {_plain(name): layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+
+
+def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers that ``modules`` asks for, by qualified name and in the model's order.
+
+    Args:
+        model: where to look.
+        modules: ``"training"``: those in training mode; ``"all"``: all; otherwise one or several of: a BatchNorm layer
+            of the model, a module of it that contains some, a qualified name of either, or a glob pattern over
+            qualified names (``"backbone.*"``).
+
+    Raises:
+        InputError: something that selects no BatchNorm layer of this model; the message lists what there is.
+    """
+    found = find_bn(model)
+    if isinstance(modules, str) and modules in ("training", "all"):
+        return {name: layer for name, layer in found.items() if modules == "all" or layer.training}
+    wanted = [modules] if isinstance(modules, str | nn.Module) else list(modules)
+    names = {_plain(name): module for name, module in model.named_modules()}
+    chosen: set[str] = set()
+    for item in wanted:
+        matched = _matches(item, found, names)
+        if not matched:
+            raise InputError(_nothing_selected(item, model, found))
+        chosen |= matched
+    return {name: layer for name, layer in found.items() if name in chosen}
+
+
+def _matches(item: object, found: Mapping[str, _BatchNorm], names: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the layers that one item of a selection stands for."""
+    if isinstance(item, str):
+        inside = set(names[item].modules()) if item in names else set()
+        return {name for name, layer in found.items() if fnmatchcase(name, item) or layer in inside}
+    if isinstance(item, nn.Module):
+        inside = set(item.modules())
+        return {name for name, layer in found.items() if layer in inside}
+    raise InputError(f"modules= takes modules, names and patterns, not {type(item).__name__}: {item!r}")
+
+
+def _nothing_selected(item: str | nn.Module, model: nn.Module, found: Mapping[str, _BatchNorm]) -> str:
+    shown = repr(item) if isinstance(item, str) else f"the {type(item).__name__} given"
+    if not found:
+        return f"modules={shown} selects nothing: {type(model).__name__} has no BatchNorm layer"
+    some = ", ".join(repr(name) for name in list(found)[:6]) + (", ..." if len(found) > 6 else "")
+    return f"modules={shown} selects no BatchNorm layer of {type(model).__name__}; it has {len(found)}: {some}"
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
