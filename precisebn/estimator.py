@@ -251,6 +251,9 @@ class _FlatMoments:
             buffer = torch.zeros(size, dtype=torch.float64, device=layer_of_channel.device)
         self.buffer = buffer
         self.layer_of_channel = layer_of_channel
+        self.count: Tensor
+        self.mean: Tensor
+        self.m2: Tensor
         self.count, self.mean, self.m2 = buffer.split([num_layers, num_channels, num_channels])
 
     def channel_count(self) -> Tensor:

@@ -105,8 +105,7 @@ def moments(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> tupl
     >>> count.tolist(), mean.tolist(), m2.tolist()
     ([2.0], [[2.0, 10.0]], [[2.0, 0.0]])
     """
-    _check_x("moments", x)
-    _check_group("moments", x, group, num_groups)
+    check_input("moments", x, group, num_groups)
     result: tuple[Tensor, Tensor, Tensor] = _moments(x, group, num_groups)
     return result
 
@@ -164,7 +163,7 @@ def normalize(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = No
     _check_x("normalize", x)
     _check_coefficients("normalize", x, group, scale=scale, shift=shift)
     _check_group("normalize", x, group, scale.shape[0])
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     result: Tensor = _normalize(x, scale.to(dtype), shift.to(dtype), group)
     return result
 
@@ -224,7 +223,7 @@ def backward_apply(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group
     _check_dy("backward_apply", dy, x)
     _check_coefficients("backward_apply", x, group, a=a, b=b, c=c)
     _check_group("backward_apply", x, group, a.shape[0])
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     result: Tensor = _backward_apply(dy, x, a.to(dtype), b.to(dtype), c.to(dtype), group)
     return result
 
@@ -234,12 +233,19 @@ def backward_apply(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of coefficients for ``x``, and of the arithmetic on it."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _shape(t: Tensor) -> str:
     return f"({', '.join(map(str, t.shape))})"
+
+
+def check_input(operator: str, x: Tensor, group: Tensor | None, num_groups: int) -> None:
+    """Raise InputError, opening with ``operator``, unless every operator takes ``x`` and ``group``."""
+    _check_x(operator, x)
+    _check_group(operator, x, group, num_groups)
 
 
 def _check_x(operator: str, x: Tensor) -> None:
@@ -351,7 +357,7 @@ for _name, _fake in (
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor | None, group: Tensor | None) -> Tensor:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     scale = scale.to(dtype)
     result: Tensor = _normalize(x, scale, torch.zeros_like(scale) if shift is None else shift.to(dtype), group)
     return result
@@ -385,7 +391,7 @@ def _normalize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _normalize_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     x, scale = ctx.saved_tensors
-    need_x, need_scale, need_shift, _ = ctx.needs_input_grad
+    need_x, need_scale, need_shift = ctx.needs_input_grad[:3]  # torch leaves out trailing defaults
     dx = _affine(dy, scale, None, ctx.group) if need_x else None
     dscale = dshift = None
     if need_scale or need_shift:
@@ -402,7 +408,7 @@ def _backward_reduce_backward(
     ctx: Any, grad_sum: Tensor, grad_product: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
     dy, x, mean, sum_dy = ctx.saved_tensors
-    need_dy, need_x, need_mean, *_ = ctx.needs_input_grad
+    need_dy, need_x, need_mean = ctx.needs_input_grad[:3]
     grad_dy = _affine(x, grad_product, grad_sum - grad_product * mean, ctx.group) if need_dy else None
     grad_x = _affine(dy, grad_product, None, ctx.group) if need_x else None
     return grad_dy, grad_x, -grad_product * sum_dy if need_mean else None, None, None
@@ -415,7 +421,7 @@ def _backward_apply_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _backward_apply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dy, x, a, b = ctx.saved_tensors
-    need_dy, need_x, need_a, need_b, need_c, _ = ctx.needs_input_grad
+    need_dy, need_x, need_a, need_b, need_c = ctx.needs_input_grad[:5]
     grad_dy = _affine(grad, a, None, ctx.group) if need_dy else None
     grad_x = _affine(grad, b, None, ctx.group) if need_x else None
     grad_c, grad_a = _products(grad, dy, a, ctx.group) if need_a or need_c else (None, None)

@@ -1,17 +1,27 @@
 // Moments of contiguous planes (NCHW) and of rows of channels (NHWC), at the speed of memory.
 //
-// Exact one-pass formulas carry a serial dependency (Welford) or cancel (E[x^2] - E[x]^2). So the data is taken in blocks
-// that fit in cache, and each block is read twice: for its mean, then for the sums of d = x - mean and of d * d. The second
-// reading costs no memory traffic, and while it runs the block that follows is prefetched, so memory never rests. Lanes are
-// float32: with the mean taken off, d is small and exact where it matters, chains of additions are at most 32 long, and
-// beyond them all sums are float64. sum(d) would be 0 in exact arithmetic; that it is not corrects both mean and m2 to
-// first order for the rounding of the block's mean. Blocks merge in float64 by Chan's formula.
+// Exact one-pass formulas carry a serial dependency (Welford) or cancel (E[x^2] - E[x]^2). So the data is taken in
+// blocks that fit in cache, and each block is read twice: for its mean, then for the sums of d = x - mean and of d * d.
+// The second reading costs no memory traffic, and while it runs the block that follows is prefetched, so memory never
+// rests. Lanes are float32: with the mean taken off, d is small and exact where it matters, chains of additions are at
+// most 32 long, and beyond them all sums are float64. sum(d) would be 0 in exact arithmetic; that it is not corrects
+// both mean and m2 to first order for the rounding of the block's mean. Blocks merge in float64 by Chan's formula.
 //
-// float32 lanes fail where d * d overflows or underflows (|d| beyond about 1e18 or below 1e-18); the sum of squares shows
-// it, and such a block is then done again with float64 lanes. A constant channel lands there too: its sum is 0.
-#include "../moments.h"
+// float32 lanes fail where d * d overflows or underflows (|d| beyond about 1e18 or below 1e-18); the sum of squares
+// shows it, and such a block is then done again with float64 lanes. A constant channel lands there too: its sum is 0.
 #include "moments_kernel.h"
+#include "../moments.h"
 #include "vec.h"
+
+#ifndef PB_BLK
+#define PB_BLK 1
+#endif
+#ifndef PB_TILE
+#define PB_TILE 1024
+#endif
+#ifndef PB_HINT
+#define PB_HINT 2
+#endif
 
 namespace precisebn::PRECISEBN_ISA {
 namespace {
@@ -156,8 +166,7 @@ PRECISEBN_INLINE Moments plane(const T* p, int64_t length) {
 }
 
 template <class T>
-void planes(const void* x, int64_t stride, int64_t channels, int64_t length, double before, double* mean,
-            double* m2) {
+void planes(const void* x, int64_t stride, int64_t channels, int64_t length, double before, double* mean, double* m2) {
   const MergeWeights weights(before, static_cast<double>(length));
   const T* p = static_cast<const T*>(x);
   for (int64_t c = 0; c < channels; ++c, p += stride) {
@@ -198,41 +207,48 @@ PRECISEBN_INLINE void column(const T* p, int64_t stride, int64_t rows, int n, V 
   }
 }
 
-template <class T>
-__attribute__((noinline)) void column_in_float64(const T* p, int64_t stride, int64_t rows, int n,
-                                                 typename Compute<T>::Wide& shift, typename Compute<T>::Wide& sum,
-                                                 typename Compute<T>::Wide& squares) {
-  using W = typename Compute<T>::Wide;
-  column<W, T, true>(p, stride, rows, n, W{}, sum, squares);
-  shift = sum * broadcast<W>(1.0 / static_cast<double>(rows));
-  column<W, T, true>(p, stride, rows, n, shift, sum, squares);
+// All bits set in the lanes of `squares`, among the first n, that need float64; whether there are any.
+PRECISEBN_INLINE bool lanes_that_fail(VecF squares, int n, double count, VecI32& failing) {
+  const VecF low = VecF{} + static_cast<float>(count * 0x1p-120), high = VecF{} + 0x1p127f;
+  failing = (VecI32)first_lanes((VecF) ~((squares >= low) & (squares <= high)), n);
+  int64_t words[kBytes / 8], any = 0;
+  memcpy(words, &failing, sizeof words);
+  for (int64_t word : words) any |= word;
+  return any != 0;
 }
+PRECISEBN_INLINE bool lanes_that_fail(VecD, int, double, VecI32&) { return false; }
 
+// Replaces the sums of the failing lanes, and of no other: what one channel holds never touches the bits of another.
 template <class T>
-PRECISEBN_INLINE bool all_suffice(typename Compute<T>::Vec squares, int n, double count) {
-  if constexpr (sizeof(typename Compute<T>::Scalar) == 8) {
-    return true;
-  } else {
-    const VecF low = VecF{} + static_cast<float>(count * 0x1p-120), high = VecF{} + 0x1p127f;
-    const VecI32 bad = ~((squares >= low) & (squares <= high));
-    const VecF relevant = first_lanes((VecF)bad, n);
-    int64_t words[kBytes / 8], any = 0;
-    memcpy(words, &relevant, sizeof words);
-    for (int64_t word : words) any |= word;
-    return any == 0;
+__attribute__((noinline)) void column_in_float64(const T* p, int64_t stride, int64_t rows, int n, VecI32 failing,
+                                                 WideVec& shift, WideVec& sum, WideVec& squares) {
+  WideVec exact_sum, exact_squares, ignored;
+  column<WideVec, T, true>(p, stride, rows, n, WideVec{}, exact_sum, ignored);
+  const WideVec exact_shift = exact_sum * broadcast<WideVec>(1.0 / static_cast<double>(rows));
+  column<WideVec, T, true>(p, stride, rows, n, exact_shift, exact_sum, exact_squares);
+  for (int i = 0; i < kLanes<VecD>; ++i) {
+    if (failing[i]) shift.lo[i] = exact_shift.lo[i], sum.lo[i] = exact_sum.lo[i], squares.lo[i] = exact_squares.lo[i];
+    if (failing[i + kLanes<VecD>]) {
+      shift.hi[i] = exact_shift.hi[i], sum.hi[i] = exact_sum.hi[i], squares.hi[i] = exact_squares.hi[i];
+    }
   }
 }
+template <class T>
+PRECISEBN_INLINE void column_in_float64(const T*, int64_t, int64_t, int, VecI32, VecD&, VecD&, VecD&) {}
 
 template <class T>
 PRECISEBN_INLINE void merge_column(const T* p, int64_t stride, int64_t rows, int n, typename Compute<T>::Vec shift,
-                                   typename Compute<T>::Vec sum, typename Compute<T>::Vec squares,
-                                   MergeWeights weights, double* mean, double* m2) {
+                                   typename Compute<T>::Vec sum, typename Compute<T>::Vec squares, MergeWeights weights,
+                                   double* mean, double* m2) {
   using W = typename Compute<T>::Wide;
   W wide_shift = widen(shift), wide_sum = widen(sum), wide_squares = widen(squares);
-  if (__builtin_expect(!all_suffice<T>(squares, n, static_cast<double>(rows)), 0)) {
-    column_in_float64(p, stride, rows, n, wide_shift, wide_sum, wide_squares);
+  VecI32 failing;
+  if (__builtin_expect(lanes_that_fail(squares, n, static_cast<double>(rows), failing), 0)) {
+    column_in_float64(p, stride, rows, n, failing, wide_shift, wide_sum, wide_squares);
   }
-  const W residual = wide_sum * broadcast<W>(1.0 / static_cast<double>(rows));
+  // Divide where the reciprocal is not exact: m2 of a constant channel is then exactly 0.
+  const W residual =
+      rows == kChain ? wide_sum * broadcast<W>(1.0 / kChain) : wide_sum / broadcast<W>(static_cast<double>(rows));
   const W part_mean = wide_shift + residual, part_m2 = not_negative(wide_squares - wide_sum * residual);
 
   double buffer[2][kLanes<typename Compute<T>::Vec>];
@@ -265,7 +281,8 @@ PRECISEBN_INLINE void add_rows(const T* p, int64_t stride, int64_t rows, int64_t
   for (; r + 4 <= rows; r += 4, p += 4 * stride) {
     for (int64_t c = 0; c < whole; c += kL) {
       if (c * sizeof(T) % 64 == 0) {
-        for (int row = 0; row < 4; ++row) __builtin_prefetch(reinterpret_cast<const char*>(p + row * stride + c) + ahead, 0, PB_HINT);
+        for (int row = 0; row < 4; ++row)
+          __builtin_prefetch(reinterpret_cast<const char*>(p + row * stride + c) + ahead, 0, PB_HINT);
       }
       store(sums + c, load(sums + c) + ((load(p + c) + load(p + stride + c)) +
                                         (load(p + 2 * stride + c) + load(p + 3 * stride + c))));

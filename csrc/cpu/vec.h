@@ -55,6 +55,7 @@ struct WideVec {
 PRECISEBN_INLINE WideVec operator+(WideVec a, WideVec b) { return {a.lo + b.lo, a.hi + b.hi}; }
 PRECISEBN_INLINE WideVec operator-(WideVec a, WideVec b) { return {a.lo - b.lo, a.hi - b.hi}; }
 PRECISEBN_INLINE WideVec operator*(WideVec a, WideVec b) { return {a.lo * b.lo, a.hi * b.hi}; }
+PRECISEBN_INLINE WideVec operator/(WideVec a, WideVec b) { return {a.lo / b.lo, a.hi / b.hi}; }
 PRECISEBN_INLINE WideVec& operator+=(WideVec& a, WideVec b) { return a = a + b; }
 
 template <class V>
@@ -151,7 +152,7 @@ PRECISEBN_INLINE HalfVecU16 from_float(VecF v, BFloat16) {
 
 PRECISEBN_INLINE VecF to_float(HalfVecU16 v, Half) {
 #if defined(__AVX512F__)
-  return (VecF)_mm512_cvtph_ps((__m256i)v);
+  return (VecF)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
 #elif defined(__F16C__)
   return (VecF)_mm256_cvtph_ps((__m128i)v);
 #else
@@ -166,7 +167,7 @@ PRECISEBN_INLINE VecF to_float(HalfVecU16 v, Half) {
 
 PRECISEBN_INLINE HalfVecU16 from_float(VecF v, Half) {
 #if defined(__AVX512F__)
-  return (HalfVecU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (HalfVecU16)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
   return (HalfVecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else

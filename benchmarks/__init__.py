@@ -1,0 +1,1 @@
+"""Benchmarks of precisebn against its peers; ``python -m benchmarks --help``."""

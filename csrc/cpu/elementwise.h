@@ -1,0 +1,111 @@
+// What the operators that map every value of x to a value of their result have in common: how the result lies in
+// memory, how threads share the work, and how coefficients [G, C] reach the lanes of a row.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "partition.h"
+#include "view.h"
+
+namespace precisebn {
+
+// The arrangement for y = f(x): y is like x in strides, and `input`, with the same strides, has the values of x.
+struct Arrangement {
+  Tensor input;   // x, or a copy of it where x has no view of its own or empty_like(x) is laid out differently
+  Tensor output;  // what the kernel writes
+  Tensor result;  // what the operator returns: `output`, or its copy with the strides that empty_like(x) asks for
+  View view;
+};
+
+Arrangement arrange(const Tensor& x);
+Tensor finish(Arrangement& arrangement);
+
+// t with the strides of `like`.
+Tensor with_strides_of(const Tensor& t, const Tensor& like);
+
+// The group of each sample, checked; all 0 where there are no groups.
+class Groups {
+ public:
+  Groups(const std::optional<Tensor>& group, int64_t batch, int64_t num_groups);
+  bool all_equal() const { return ids_ == nullptr; }
+  int64_t operator[](int64_t sample) const { return ids_ ? ids_[sample * stride_] : 0; }
+
+ private:
+  const int64_t* ids_ = nullptr;
+  int64_t stride_ = 0;
+};
+
+// Coefficients [G, C], row by row as wide as the (joined) rows of the view.
+template <class T>
+class Coefficients {
+ public:
+  Coefficients(const Tensor& t, const View& view) : dense_(torch::stable::contiguous(t)) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == view.channels, "precisebn: coefficients must have shape (G, C)");
+    values_ = dense_.const_data_ptr<T>();
+    stride_ = view.channels;
+    if (!view.by_rows || (view.inner == 1 && rows_joined(view) == 1)) return;
+    const int64_t width = rows_joined(view) * view.width;
+    expanded_.resize(t.size(0) * width);
+    for (int64_t g = 0; g < t.size(0); ++g) {
+      for (int64_t v = 0; v < width; ++v) {
+        expanded_[g * width + v] = values_[g * view.channels + v / view.inner % view.channels];
+      }
+    }
+    values_ = expanded_.data();
+    stride_ = width;
+  }
+  const T* operator[](int64_t group) const { return values_ + group * stride_; }
+
+ private:
+  Tensor dense_;
+  std::vector<T> expanded_;
+  const T* values_;
+  int64_t stride_;
+};
+
+// Calls planes(group, offset, first channel, channels, length) or rows(group, offset, stride, width, rows) for pieces
+// that together cover the view, from several threads; every piece is of one group. Offsets and strides are in elements.
+template <class Planes, class Rows>
+void for_each_piece(const View& view, int64_t element_size, const Groups& groups, const Planes& planes,
+                    const Rows& rows) {
+  constexpr int64_t kGrainBytes = 32 << 10, kLongPlane = 16 << 10;
+  if (view.empty()) return;
+  if (view.by_rows) {
+    const int64_t joined = rows_joined(view), per_sample = view.sample_rows;
+    const bool seamless =
+        groups.all_equal() && (per_sample == 1 ? view.row_stride == view.sample_stride || view.batch == 1
+                                               : view.sample_stride == per_sample * view.row_stride);
+    const int64_t grain = kGrainBytes / (view.width * element_size) + joined;
+    torch::stable::parallel_for(0, view.batch * per_sample, grain, [&](int64_t row, int64_t end) {
+      while (row < end) {
+        const int64_t sample = row / per_sample, stop = seamless ? end : std::min(end, (sample + 1) * per_sample);
+        const int64_t offset = sample * view.sample_stride + row % per_sample * view.row_stride;
+        const int64_t count = stop - row, whole = count / joined, rest = count % joined;
+        rows(groups[sample], offset, joined * view.row_stride, joined * view.width, whole);
+        if (rest) rows(groups[sample], offset + whole * joined * view.row_stride, view.row_stride, view.width, rest);
+        row = stop;
+      }
+    });
+    return;
+  }
+  const int64_t parts = std::max<int64_t>(1, view.length / kLongPlane);
+  const int64_t grain = kGrainBytes * parts / (view.length * element_size) + 1;
+  torch::stable::parallel_for(0, view.batch * view.channels * parts, grain, [&](int64_t unit, int64_t end) {
+    while (unit < end) {
+      const int64_t plane = unit / parts, part = unit % parts, sample = plane / view.channels,
+                    channel = plane % view.channels;
+      const int64_t channels = parts > 1 ? 1 : std::min(view.channels - channel, end - unit);
+      const int64_t begin = view.length * part / parts, stop = view.length * (part + 1) / parts;
+      planes(groups[sample], sample * view.sample_stride + channel * view.plane_stride + begin, channel, channels,
+             stop - begin);
+      unit += channels;
+    }
+  });
+}
+
+}  // namespace precisebn

@@ -1,0 +1,39 @@
+// How the values of a tensor (N, C, *) lie in memory, reduced to what the kernels distinguish: planes of one channel
+// (NCHW) or rows of all channels (NHWC).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "dispatch.h"
+
+namespace precisebn {
+
+using torch::stable::Tensor;
+
+struct View {
+  int64_t batch, channels, length;  // length: values per channel of one sample
+  int64_t sample_stride;            // elements
+
+  // false: a sample is `channels` planes of `length` contiguous values, `plane_stride` apart.
+  // true: a sample is `sample_rows` rows of `width` contiguous values, `row_stride` apart; value v of a row is of
+  // channel v / inner % channels. Mostly width = channels and inner = 1. Planes too short to fill a vector are taken as
+  // one row: width = channels * length, inner = length.
+  bool by_rows;
+  int64_t plane_stride;
+  int64_t sample_rows, width, row_stride, inner;
+
+  bool empty() const { return batch == 0 || channels == 0 || length == 0; }
+};
+
+// The view of x, or nothing where its strides fit neither form.
+std::optional<View> view_of(const Tensor& x);
+
+// x itself where it has a view, else a contiguous copy.
+Tensor with_view(const Tensor& x);
+
+Dtype dtype_of(const Tensor& x);
+
+}  // namespace precisebn

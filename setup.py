@@ -1,0 +1,175 @@
+"""Builds the shared libraries of precisebn; everything else about the package is in setup.cfg and pyproject.toml.
+
+The libraries use the LibTorch stable ABI and no Python symbol. One build therefore serves every Python and every torch from
+2.10 on, and the wheel is tagged py3-none-<platform>. The package works without them: where they cannot be built, the build
+log says why and the wheel is py3-none-any.
+
+Environment:
+    PRECISEBN_PURE=1            do not build them
+    PRECISEBN_REQUIRE_NATIVE=1  fail where they cannot be built
+    PRECISEBN_CUDA=0|1          the CUDA library: never, or even where nvcc is not on the path (CUDA_HOME then tells where
+                                it is); by default it is built where torch is a CUDA build and nvcc is found
+    CXX                         the C++ compiler
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent
+TARGET_TORCH = "0x020a000000000000"  # 2.10, the oldest torch whose headers and library have what the sources use
+
+# -ffp-contract=fast lets a * b + c be one fused operation. Nothing that changes the handling of NaN and infinity.
+CXX_FLAGS = [
+    "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
+    f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
+]  # fmt: skip
+
+# Sources named *_kernel.cpp are compiled once for each of these, and the library chooses at run time.
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = [
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+    ]  # fmt: skip
+
+
+def extensions() -> list[Extension]:
+    """What to build: the CPU library, and the CUDA library where there is something to build it from and with."""
+    if os.environ.get("PRECISEBN_PURE") == "1":
+        print("precisebn: PRECISEBN_PURE=1, installing without native kernels")
+        return []
+    found = [extension("precisebn._C_cpu", "csrc/cpu/*.cpp")]
+    if find_nvcc() and sorted(ROOT.glob("csrc/cuda/*.cu")):
+        found.append(extension("precisebn._C_cuda", "csrc/cuda/*.cu"))
+    return found
+
+
+def extension(name: str, pattern: str) -> Extension:
+    return Extension(
+        name,
+        sources=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(pattern))],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
+        optional=os.environ.get("PRECISEBN_REQUIRE_NATIVE") != "1",
+    )
+
+
+def find_nvcc() -> str | None:
+    if os.environ.get("PRECISEBN_CUDA") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+    if nvcc is None and os.environ.get("PRECISEBN_CUDA") == "1":
+        raise CompileError("precisebn: PRECISEBN_CUDA=1, but nvcc is neither on the path nor in CUDA_HOME")
+    return nvcc
+
+
+class BuildNative(build_ext):
+    """Compiles an extension into a plain shared library, with the headers and libraries of the torch at hand."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        # setuptools turns a CompileError of an optional extension into a warning that quotes it.
+        try:
+            self.build_library(ext)
+        except CompileError as error:
+            raise CompileError(f"{error}\nprecisebn: installing without {ext.name}; PyTorch operators replace it") from None
+
+    def build_library(self, ext: Extension) -> None:
+        if os.name == "nt":
+            raise CompileError("the kernels need GCC or Clang, which Windows builds of torch are not made with")
+        try:
+            import torch
+            from torch.utils import cpp_extension
+        except ImportError as error:
+            raise CompileError(f"torch is needed to build and cannot be imported: {error}") from None
+
+        cuda = ext.name.endswith("_cuda")
+        if cuda and torch.version.cuda is None:
+            raise CompileError("torch is not a CUDA build")
+        includes = [f"-isystem{path}" for path in cpp_extension.include_paths("cuda" if cuda else "cpu")]
+        objects = Path(self.build_temp) / ext.name
+        objects.mkdir(parents=True, exist_ok=True)
+        jobs = cuda_jobs(ext, objects) if cuda else cpu_jobs(ext, objects)
+        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+            list(pool.map(run, [command + includes for command, _ in jobs]))
+
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        paths = [f"-L{path}" for path in cpp_extension.library_paths("cuda" if cuda else "cpu")]
+        libraries = ["-ltorch_cpu", "-ltorch_cuda", "-lcudart"] if cuda else ["-ltorch_cpu"]
+        run([*compiler(), "-shared", *(str(target) for _, target in jobs), "-o", str(library), *paths, *libraries])
+
+
+def cpu_jobs(ext: Extension, objects: Path) -> list[tuple[list[str], Path]]:
+    """The compiler's commands, and the object file that each writes."""
+    jobs = []
+    for source in ext.sources:
+        variants = INSTRUCTION_SETS if source.endswith("_kernel.cpp") else {"": []}
+        for isa, flags in variants.items():
+            target = objects / f"{Path(source).stem}.{isa or 'common'}.o"
+            define = [f"-DPRECISEBN_ISA={isa}"] if isa else []
+            jobs.append(([*compiler(), *CXX_FLAGS, *flags, *define, "-c", source, "-o", str(target)], target))
+    return jobs
+
+
+def cuda_jobs(ext: Extension, objects: Path) -> list[tuple[list[str], Path]]:
+    from torch.utils import cpp_extension
+
+    flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+    flags += [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *cpp_extension._get_cuda_arch_flags()]
+    targets = [objects / f"{Path(source).stem}.cuda.o" for source in ext.sources]
+    nvcc = find_nvcc() or "nvcc"
+    return [([nvcc, *flags, "-c", source, "-o", str(target)], target) for source, target in zip(ext.sources, targets)]
+
+
+def compiler() -> list[str]:
+    if "CXX" in os.environ:
+        return shlex.split(os.environ["CXX"])
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        raise CompileError("no C++ compiler found (looked for c++, g++ and clang++; CXX names another)")
+    return [found]
+
+
+def run(command: list[str]) -> None:
+    print(shlex.join(command), flush=True)
+    try:
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise CompileError(f"{command[0]} does not run: {error}") from None
+    except subprocess.CalledProcessError as error:
+        raise CompileError(f"{shlex.join(command)}\n{error.stdout}") from None
+
+
+class PlainWheel(bdist_wheel):
+    """Tags the wheel by what was built: nothing in it depends on the Python version."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        built = self.get_finalized_command("build_ext").get_outputs()
+        self.root_is_pure = not any(Path(output).exists() for output in built)
+        self.skip_build = True
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform_tag = super().get_tag()
+        return ("py3", "none", "any" if self.root_is_pure else platform_tag)
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):
+        sys.exit("precisebn needs Python 3.10 or later")
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": PlainWheel})

@@ -1,0 +1,114 @@
+"""What all tests share: a fixed seed, the peers where they are installed, and a picture of a model to compare."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+# A machine shared with other work is slow at times: an example that takes long is no failure.
+settings.register_profile("precisebn", deadline=None, derandomize=True)
+settings.load_profile("precisebn")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def torchvision() -> ModuleType:
+    return import_torchvision()
+
+
+@pytest.fixture
+def timm() -> ModuleType:
+    import_torchvision()
+    return _import_peer("timm")
+
+
+@pytest.fixture
+def fvcore_bn() -> ModuleType:
+    return _import_peer("fvcore.nn.precise_bn")
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, also one that was built for another torch than the one installed.
+
+    The kernels of such a torchvision do not load, and its import then stops at two operators that nobody has defined.
+    Its models need no operator, so declaring the two is enough.
+    """
+    try:
+        return _import_peer("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return _import_peer("torchvision")
+
+
+def _import_peer(name: str) -> ModuleType:
+    """Import a package or skip the test; what it warns of while importing is its own affair."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module: ModuleType = pytest.importorskip(name, reason=f"{name} is not installed")
+    return module
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that a recalibration could leave behind in a model, comparable with ``==``.
+
+    Every hook, flag and number in the attributes of every module; and of every parameter and buffer its identity, its
+    storage and its bits (NaN equals NaN, 0 differs from -0).
+    """
+    state: dict[str, Any] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, value in vars(module).items():
+            if "hooks" in key and isinstance(value, dict):
+                state[f"{path}:{key}"] = list(value.items())
+            elif isinstance(value, bool | int | float | str | type(None)):
+                state[f"{path}:{key}"] = value
+            elif key == "device_ids":
+                state[f"{path}:{key}"] = list(value)
+        for key, tensor in _tensors(module):
+            if tensor is None:
+                state[f"{path}.{key}"] = None
+            else:
+                state[f"{path}.{key}"] = (_Identity(tensor), tensor.data_ptr(), tensor.requires_grad, _bits(tensor))
+    return state
+
+
+def values_of(model: nn.Module) -> dict[str, Any]:
+    """The bits of the state dict: to compare two models, where :func:`state_of` compares one with itself."""
+    return {key: (value.dtype, _bits(value)) for key, value in model.state_dict().items()}
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+
+
+def _bits(tensor: Tensor) -> bytes:
+    raw: bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return raw
+
+
+class _Identity:
+    """Equal only to itself; and keeps its object alive, so that no other object can take its place in memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.tensor is other.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)

@@ -1,0 +1,510 @@
+"""The operators: laws first, then accuracy against float64 NumPy, then shapes, layouts, derivatives and tracing.
+
+Runs with either backend (PRECISEBN_BACKEND=native or fallback); where the kernels are native they are also compared with the
+fallback, which is the specification.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from precisebn import _fallback, ops
+from precisebn.errors import InputError
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SHAPES = [
+    (6, 5),
+    (256, 70),
+    (40, 1),
+    (4, 3, 1, 1),
+    (33, 1, 5),
+    (5, 7, 3),
+    (3, 4, 7, 7),
+    (2, 33, 4, 5),
+    (2, 3, 40, 40),
+    (2, 17, 56, 56),
+    (3, 130, 14, 14),
+    (70, 3, 2, 2),
+    (2, 2, 3, 20, 30),
+    (2, 5, 2, 2, 2, 3),
+    (1, 1, 9, 9000),
+    (0, 5, 3, 3),
+    (4, 5, 0, 3),
+    (4, 0, 3, 3),
+]
+LAYOUTS = ["contiguous", "channels_last", "strided", "swapped", "expanded"]
+# Half an ulp of a float32 relative to the value, times the longest chain of float32 additions (32 and a few to join lanes).
+FLOAT32_CHAINS = 40 * 2**-24
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x (for "expanded": of its first sample), in another memory layout."""
+    match layout:
+        case "channels_last":
+            return x.movedim(1, -1).contiguous().movedim(-1, 1)
+        case "strided":
+            return x.repeat_interleave(2, dim=-1)[..., ::2]
+        case "swapped":
+            return x.transpose(0, -1).contiguous().transpose(0, -1)
+        case "expanded":
+            return x[:1].expand(x.shape)
+    return x.contiguous()
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, mean: float = 3.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    channel = torch.arange(shape[1], dtype=torch.float64).reshape(1, -1, *(1 for _ in shape[2:]))
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * (1 + channel) + mean * channel).to(dtype)
+
+
+def groups_of(x: Tensor, num_groups: int = 3) -> Tensor:
+    return (torch.arange(len(x)) * 7 // 3) % num_groups
+
+
+def reference(x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count, mean and m2 per channel, by NumPy in extended precision where the machine has it, the mean in two steps."""
+    values = np.moveaxis(x.detach().double().numpy(), 1, 0).reshape(x.shape[1], -1 if x.numel() else 0)
+    values = values.astype(np.longdouble)
+    mean = values.sum(1) / max(values.shape[1], 1)
+    mean += (values - mean[:, None]).sum(1) / max(values.shape[1], 1)
+    m2 = ((values - mean[:, None]) ** 2).sum(1)
+    return np.float64(values.shape[1]), mean.astype(np.float64), m2.astype(np.float64)
+
+
+def assert_moments(actual: tuple[Tensor, ...], expected: tuple[np.ndarray, ...], rtol: float) -> None:
+    (count, mean, m2), (n, true_mean, true_m2) = actual, expected
+    assert count.item() == n
+    np.testing.assert_allclose(m2.numpy(), true_m2, rtol=rtol)
+    deviation = np.sqrt(true_m2 / max(n, 1))
+    error = np.abs(mean.numpy() - true_mean)
+    assert (error <= rtol * deviation + 1e-14 * np.abs(true_mean)).all()
+    assert (m2 >= 0).all()
+
+
+def rtol_of(dtype: torch.dtype) -> float:
+    return 1e-12 if dtype == torch.float64 else 1e-6
+
+
+def channel_of(x: Tensor, group: int, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result[0][group], result[1][group], result[2][group]
+
+
+# ---- moments: laws ------------------------------------------------------------------------------------------------
+
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 12), st.integers(1, 60))
+
+
+@given(shape=shapes, log_ratio=st.floats(0, 4), seed=st.integers(0, 99), channels_last=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_variance_is_accurate_for_large_means(shape, log_ratio, seed, channels_last):
+    x = tensor(shape, mean=0.0, seed=seed) + 10**log_ratio
+    x = laid_out(x, "channels_last") if channels_last else x
+    assert_moments(channel_of(x, 0, ops.moments(x)), reference(x), 1e-6)
+
+
+@given(shape=shapes, cut=st.floats(0, 1), seed=st.integers(0, 99), axis=st.sampled_from([0, 2, 3]))
+@settings(max_examples=40, deadline=None)
+def test_merging_the_parts_gives_the_whole(shape, cut, seed, axis):
+    x = tensor(shape, mean=100.0, seed=seed)
+    at = round(cut * x.shape[axis])
+    parts = x.narrow(axis, 0, at), x.narrow(axis, at, x.shape[axis] - at)
+    merged = _fallback.merge(ops.moments(parts[0]), ops.moments(parts[1]))
+    assert_moments(channel_of(x, 0, merged), reference(x), 1e-6)
+
+
+@given(
+    a=st.integers(1, 10**6),
+    b=st.integers(0, 10**6),
+    values=st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=4),
+)
+def test_merge_has_an_identity_and_is_symmetric(a, b, values):
+    def moments_with(count, mean, m2):
+        return tuple(torch.tensor(v, dtype=torch.float64) for v in ([float(count)], [[mean]], [[abs(m2)]]))
+
+    left, right = moments_with(a, *values[:2]), moments_with(b, *(values[2:] if b else (0.0, 0.0)))
+    zero = moments_with(0, 0.0, 0.0)
+    for merged in (_fallback.merge(left, zero), _fallback.merge(zero, left)):
+        assert all(torch.equal(m, v) for m, v in zip(merged, left, strict=True))
+    for one, other in zip(_fallback.merge(left, right), _fallback.merge(right, left), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-9)
+
+
+@given(shape=shapes, num_groups=st.integers(1, 5), seed=st.integers(0, 99), channels_last=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_group_is_the_moments_of_its_samples(shape, num_groups, seed, channels_last):
+    x = tensor(shape, seed=seed)
+    x = laid_out(x, "channels_last") if channels_last else x
+    group = torch.randint(num_groups, (len(x),), generator=torch.Generator().manual_seed(seed))
+    count, mean, m2 = ops.moments(x, group, num_groups)
+    for g in range(num_groups):
+        if (group == g).any():
+            assert_moments((count[g], mean[g], m2[g]), reference(x[group == g]), 1e-6)
+        else:
+            assert count[g] == 0
+            assert not mean[g].any()
+            assert not m2[g].any()
+
+
+@given(
+    shape=shapes,
+    channels_last=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    value=st.floats(-(2.0**15), 2.0**15, width=16),
+    power=st.integers(-100, 80),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_constant_channel_has_no_variance(shape, channels_last, dtype, value, power):
+    if dtype != torch.float16:
+        value *= 2.0**power
+    x = torch.full(shape, value).to(dtype)
+    x = laid_out(x, "channels_last") if channels_last else x
+    _, mean, m2 = ops.moments(x)
+    assert (m2 == 0).all()
+    assert (mean == x.double().flatten()[0]).all()
+
+
+@given(shape=shapes, channels_last=st.booleans(), log_size=st.floats(4, 6), whole_row=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_an_outlier_in_front_does_no_harm(shape, channels_last, log_size, whole_row):
+    x = tensor(shape, mean=0.0)
+    if whole_row:
+        x[0, :, 0] = 10**log_size
+    else:
+        x[0, :, 0, 0] = 10**log_size
+    x = laid_out(x, "channels_last") if channels_last else x
+    assert_moments(channel_of(x, 0, ops.moments(x)), reference(x), 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-38, 1e-18, 1e18, 1e30, 3e37])
+@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (2, 3, 60, 60), (70, 18)])
+def test_magnitudes_beyond_float32_squares(shape, scale, layout):
+    x = laid_out((tensor(shape, torch.float64, mean=0.0) / 20 * scale).float(), layout)
+    x[:, 1] = tensor(shape)[:, 1]  # next to a channel of ordinary size
+    assert_moments(channel_of(x, 0, ops.moments(x)), reference(x), 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (3, 5, 2, 2), (2, 3, 60, 60), (70, 18)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_inf_stay_in_their_channel(shape, bad, layout, dtype):
+    x = tensor(shape, dtype)
+    clean = channel_of(x, 0, ops.moments(laid_out(x, layout)))
+    x[1, 1] = bad
+    _, mean, m2 = channel_of(x, 0, ops.moments(laid_out(x, layout)))
+    assert not mean[1].isfinite()
+    assert not m2[1].isfinite()
+    others = [c for c in range(shape[1]) if c != 1]
+    assert torch.equal(mean[others], clean[1][others])
+    assert torch.equal(m2[others], clean[2][others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_of_every_shape_layout_and_dtype(shape, layout, dtype):
+    x = laid_out(tensor(shape, dtype), layout)
+    assert_moments(channel_of(x, 0, ops.moments(x)), reference(x), rtol_of(dtype))
+    if x.numel():
+        group = groups_of(x)
+        result = ops.moments(x, group, 3)
+        for g in set(group.tolist()):
+            assert_moments(channel_of(x, g, result), reference(x[group == g]), rtol_of(dtype))
+
+
+@pytest.mark.parametrize("ratio", [1e4, 1e5])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 6, 56, 56), (8, 64, 7, 7), (512, 40)])
+def test_float32_variance_with_a_mean_of_many_deviations(shape, layout, ratio):
+    x = laid_out(tensor(shape, torch.float64, mean=0.0).add(ratio).float(), layout)
+    assert_moments(channel_of(x, 0, ops.moments(x)), reference(x), 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_two_valued_data_meets_the_bound_of_float32_chains(layout):
+    """Equal squares round the same way at every addition: the worst case for a float32 chain."""
+    x = torch.full((4, 6, 64, 64), 1.1)
+    x[:, :, ::2] = -1.3
+    assert_moments(channel_of(x, 0, ops.moments(laid_out(x, layout))), reference(x), FLOAT32_CHAINS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(16, 20, 56, 56), (64, 300, 7, 7), (3000, 100), (2, 3, 700, 300), (64, 5, 3, 3)])
+def test_the_same_bits_on_any_number_of_threads(shape, layout):
+    x = laid_out(tensor(shape), layout)
+    group = groups_of(x)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append((*ops.moments(x), *ops.moments(x, group, 3), *ops.backward_reduce(x, x, ops.moments(x)[1])))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- accumulate ---------------------------------------------------------------------------------------------------
+
+
+def accumulators(channels: int) -> list[Tensor]:
+    return list(torch.zeros(1 + 2 * channels, dtype=torch.float64).split([1, channels, channels]))
+
+
+@pytest.mark.parametrize("statistic_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_accumulate_merges_batches_and_reports_each(layout, dtype, statistic_dtype):
+    total, batches = accumulators(6), [tensor((n, 6, 5, 5), dtype, seed=n) for n in (4, 1, 9)]
+    for batch in batches:
+        mean, var = torch.empty(6, dtype=statistic_dtype), torch.empty(6, dtype=statistic_dtype)
+        ops.accumulate(laid_out(batch, layout), *total, mean, var)
+        n, true_mean, true_m2 = (torch.as_tensor(v) for v in reference(batch))
+        torch.testing.assert_close(mean, true_mean.to(statistic_dtype))
+        torch.testing.assert_close(var, (true_m2 / n).to(statistic_dtype))
+    assert_moments(tuple(total), reference(torch.cat(batches)), rtol_of(dtype))
+
+
+def test_accumulate_ignores_an_empty_batch():
+    total, mean = accumulators(3), torch.full((3,), 7.0)
+    ops.accumulate(torch.ones(2, 3), *total)
+    before = [t.clone() for t in total]
+    ops.accumulate(torch.ones(0, 3, 4, 4), *total, mean, mean.clone())
+    assert all(torch.equal(a, b) for a, b in zip(total, before, strict=True))
+    assert (mean == 7).all()
+
+
+# ---- normalize and the backward operators -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_elementwise_operators_match_float64(shape, layout, dtype):
+    x, dy = laid_out(tensor(shape, dtype), layout), tensor(shape, dtype, seed=1)
+    num_groups = 3
+    group = groups_of(x, num_groups)
+    a, b, c = (tensor((num_groups, shape[1]), torch.float32, mean=0, seed=s) for s in range(3))
+    # One rounding of each product, of their sum, and of the result in its dtype.
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 0)
+
+    def check(actual: Tensor, terms: list[Tensor]) -> None:
+        assert actual.dtype == dtype
+        assert actual.stride() == torch.empty_like(x).stride()
+        bound = 2 * eps * sum(term.abs() for term in terms) + torch.finfo(dtype).tiny
+        expected = sum(terms).to(dtype).double()
+        assert ((actual.double() - expected).abs() <= bound).logical_or(actual.double() == expected).all()
+
+    for index, k in ((None, 1), (group, num_groups)):
+        a_, b_, c_ = (_fallback._per_sample(t[:k].double(), x, index) for t in (a, b, c))
+        check(ops.normalize(x, a[:k], b[:k], index), [a_ * x.double(), b_.expand_as(x)])
+        check(
+            ops.backward_apply(dy, x, a[:k], b[:k], c[:k], index),
+            [a_ * dy.double(), b_ * x.double(), c_.expand_as(x)],
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_reduce_matches_float64(shape, layout, dtype):
+    x, dy = laid_out(tensor(shape, dtype), layout), tensor(shape, dtype, seed=1)
+    group = groups_of(x)
+    for index, k in ((None, 1), (group, 3)):
+        _, mean, _ = ops.moments(x, index, k)
+        sum_dy, sum_product = ops.backward_reduce(dy, x, mean, index, k)
+        for g in range(k):
+            mine = slice(None) if index is None else index == g
+            values = np.moveaxis(dy[mine].double().numpy(), 1, 0).reshape(shape[1], -1 if x.numel() else 0)
+            centered = (x[mine].double() - mean[g].reshape(1, -1, *(1 for _ in shape[2:]))).numpy()
+            products = values * np.moveaxis(centered, 1, 0).reshape(values.shape)
+            bound = rtol_of(dtype) * 5
+            assert (np.abs(sum_dy[g].numpy() - values.sum(1)) <= bound * np.abs(values).sum(1)).all()
+            assert (np.abs(sum_product[g].numpy() - products.sum(1)) <= bound * np.abs(products).sum(1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_converts_exactly(dtype):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(2**12, 16)
+    one, zero = torch.ones(1, 16), torch.zeros(1, 16)
+    y = ops.normalize(x, one, zero)
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y[~x.isnan()], x[~x.isnan()])
+    values = torch.cat([torch.randn(20000) * s for s in (1e-8, 1e-6, 1e-4, 1.0, 3e4, 1e38)])[None]
+    rounded = ops.normalize(torch.ones(1, values.shape[1], dtype=dtype), torch.zeros_like(values), values)
+    assert torch.equal(rounded, values.to(dtype))
+
+
+def test_channels_last_and_contiguous_agree_in_values_and_keep_their_format():
+    x = tensor((4, 24, 9, 9))
+    scale, shift = tensor((1, 24)), tensor((1, 24), seed=1)
+    y = ops.normalize(x, scale, shift)
+    y_last = ops.normalize(x.to(memory_format=torch.channels_last), scale, shift)
+    assert y.is_contiguous()
+    assert y_last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, y_last)
+
+
+# ---- derivatives, tracing, registration ---------------------------------------------------------------------------
+
+
+def double(*shape: int, seed: int = 0, requires_grad: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_(requires_grad)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("group", [None, torch.tensor([0, 1, 1, 0])])
+def test_first_and_second_derivatives(group, channels_last):
+    k = 1 if group is None else 2
+    x, dy = double(4, 3, 2, 3), double(4, 3, 2, 3, seed=1)
+    if channels_last:
+        x = laid_out(x.detach(), "channels_last").requires_grad_()
+    a, b, c = (double(k, 3, seed=s) for s in (2, 3, 4))
+    for function, inputs in (
+        (lambda x: ops.moments(x, group, k)[1:], (x,)),
+        (lambda x, a, b: ops.normalize(x, a, b, group), (x, a, b)),
+        (lambda dy, x, a: ops.backward_reduce(dy, x, a, group, k), (dy, x, a)),
+        (lambda dy, x, a, b, c: ops.backward_apply(dy, x, a, b, c, group), (dy, x, a, b, c)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def batch_norm(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> Tensor:
+    count, mean, m2 = ops.moments(x, group, num_groups)
+    scale = (m2 / count[:, None] + 1e-5).rsqrt()
+    return ops.normalize(x, scale, -mean * scale, group)
+
+
+def test_batch_normalization_and_its_gradient_are_torchs():
+    x, y = tensor((6, 4, 5, 5)).requires_grad_(), tensor((6, 4, 5, 5)).requires_grad_()
+    weight = tensor((6, 4, 5, 5), seed=2)
+    ours = batch_norm(x)
+    theirs = torch.nn.functional.batch_norm(y, None, None, training=True)
+    torch.testing.assert_close(ours, theirs)
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(dynamic):
+    compiled = torch.compile(batch_norm, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for channels_last in (False, True):
+        x = tensor((6, 4, 5, 5))
+        x = (laid_out(x, "channels_last") if channels_last else x).requires_grad_()
+        y = compiled(x, torch.tensor([0, 1, 0, 1, 1, 1]), 2)
+        expected = batch_norm(x, torch.tensor([0, 1, 0, 1, 1, 1]), 2)
+        torch.testing.assert_close(y, expected)
+        assert y.stride() == expected.stride()
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+        torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_exports():
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return batch_norm(x)
+
+    x = tensor((6, 4, 5, 5))
+    program = torch.export.export(Model(), (x,))
+    assert torch.equal(program.module()(x), batch_norm(x))
+
+
+OPCHECK_INPUTS = {
+    "moments": [lambda x, d, g, a: (x,), lambda x, d, g, a: (x, g, 2)],
+    "normalize": [lambda x, d, g, a: (x, a[:1], a[:1]), lambda x, d, g, a: (x, a, a, g)],
+    "backward_reduce": [lambda x, d, g, a: (d, x, a[:1]), lambda x, d, g, a: (d, x, a, g, 2)],
+    "backward_apply": [lambda x, d, g, a: (d, x, a[:1], a[:1], a[:1]), lambda x, d, g, a: (d, x, a, a, a, g)],
+    "accumulate": [
+        lambda x, d, g, a: (x.detach(), *accumulators(3)),
+        lambda x, d, g, a: (x.detach(), *accumulators(3), torch.zeros(3), torch.zeros(3)),
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("name", OPCHECK_INPUTS)
+def test_opcheck(name, layout):
+    x = laid_out(double(4, 3, 2, 3, requires_grad=False), layout).requires_grad_()
+    group = torch.tensor([0, 1, 1, 0])
+    for make in OPCHECK_INPUTS[name]:
+        args = make(x, double(4, 3, 2, 3, seed=1), group, double(2, 3, requires_grad=False))
+        torch.library.opcheck(getattr(torch.ops.precisebn, name).default, args)
+
+
+def test_meta_and_fake_tensors_have_the_right_shapes():
+    x = torch.empty(4, 3, 5, 5, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    count, mean, m2 = torch.ops.precisebn.moments(x, None, 2)
+    assert (count.shape, mean.shape, m2.shape) == ((2,), (2, 3), (2, 3))
+    y = torch.ops.precisebn.normalize(x, mean.float(), m2.float())
+    assert (y.dtype, y.stride()) == (x.dtype, x.stride())
+
+
+# ---- errors and backends ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.moments(torch.ones(3)), r"at least 2 dimensions.*\(3\)"),
+        (lambda: ops.moments(torch.ones(3, 2, dtype=torch.int32)), "int32"),
+        (lambda: ops.moments(torch.ones(3, 2), num_groups=0), "num_groups"),
+        (lambda: ops.moments(torch.ones(3, 2), torch.zeros(2, dtype=torch.int64)), r"\(3,\).*\(2\)"),
+        (lambda: ops.moments(torch.ones(3, 2), torch.zeros(3)), "int64"),
+        (lambda: ops.moments(torch.ones(3, 2), torch.tensor([0, 2, 1]), 2), "0 to 1, but holds 0 to 2"),
+        (lambda: ops.moments(torch.ones(3, 2), torch.tensor([0, -1, 1]), 2), "holds -1 to 1"),
+        (lambda: ops.normalize(torch.ones(3, 2), torch.ones(2), torch.ones(2)), r"scale must have shape \(G, C\)"),
+        (lambda: ops.normalize(torch.ones(3, 2), torch.ones(1, 2), torch.ones(1, 3)), r"shift.*\(1, 2\).*\(1, 3\)"),
+        (lambda: ops.normalize(torch.ones(3, 2), torch.ones(2, 2), torch.ones(2, 2)), "group is not given"),
+        (lambda: ops.backward_reduce(torch.ones(3, 1), torch.ones(3, 2), torch.ones(1, 2)), "dy"),
+        (
+            lambda: ops.backward_apply(torch.ones(3, 2).double(), torch.ones(3, 2), *[torch.ones(1, 2)] * 3),
+            "float64.*float32",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_group_out_of_range_never_reaches_memory(layout):
+    x, group = laid_out(tensor((3, 4, 5, 5)), layout), torch.tensor([0, 99, -5])
+    with pytest.raises((RuntimeError, IndexError)):
+        torch.ops.precisebn.moments(x, group, 2)
+    with pytest.raises((RuntimeError, IndexError)):
+        torch.ops.precisebn.normalize(x, torch.ones(2, 4), torch.ones(2, 4), group)
+
+
+def run_with_backend(choice: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PRECISEBN_BACKEND": choice}
+    code = "from precisebn import ops; print(ops.backend())"
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_environment_chooses_the_backend():
+    fallback = run_with_backend("fallback")
+    assert "cpu: fallback (PRECISEBN_BACKEND=fallback)" in fallback.stdout
+    assert fallback.stdout.count("\n") == 1
+    wrong = run_with_backend("gpu")
+    assert "PRECISEBN_BACKEND must be auto, native or fallback, but is 'gpu'" in wrong.stderr
+
+
+def test_backend_tells_the_instruction_set():
+    if ops.backend().cpu == "native":
+        assert ops.backend().cpu_detail in ("avx512", "avx2", "baseline")
+    else:
+        assert ops.backend().cpu_detail
