@@ -1,14 +1,15 @@
 """Builds the shared libraries of precisebn; everything else about the package is in setup.cfg and pyproject.toml.
 
-The libraries use the LibTorch stable ABI and no Python symbol. One build therefore serves every Python and every torch from
-2.10 on, and the wheel is tagged py3-none-<platform>. The package works without them: where they cannot be built, the build
-log says why and the wheel is py3-none-any.
+The libraries use the LibTorch stable ABI and no Python symbol. One build therefore serves every Python and every torch
+from 2.10 on, and the wheel is tagged py3-none-<platform>. The package works without them: where they cannot be built,
+the build log says why and the wheel is py3-none-any.
 
 Environment:
     PRECISEBN_PURE=1            do not build them
     PRECISEBN_REQUIRE_NATIVE=1  fail where they cannot be built
-    PRECISEBN_CUDA=0|1          the CUDA library: never, or even where nvcc is not on the path (CUDA_HOME then tells where
-                                it is); by default it is built where torch is a CUDA build and nvcc is found
+    PRECISEBN_CUDA=0            do not build the CUDA library; else it is built where torch is a CUDA build and nvcc is
+                                found, on the path or in CUDA_HOME
+    PRECISEBN_CUDA=1            fail where nvcc is not found
     CXX                         the C++ compiler
 """
 
@@ -17,7 +18,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +41,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = [
         "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+        # GCC 12 warns of its own _mm512_undefined_ps() (GCC bug 105593).
+        "-Wno-uninitialized", "-Wno-maybe-uninitialized",
     ]  # fmt: skip
 
 
@@ -85,7 +87,9 @@ class BuildNative(build_ext):
         try:
             self.build_library(ext)
         except CompileError as error:
-            raise CompileError(f"{error}\nprecisebn: installing without {ext.name}; PyTorch operators replace it") from None
+            raise CompileError(
+                f"{error}\nprecisebn: installing without {ext.name}; PyTorch operators replace it"
+            ) from None
 
     def build_library(self, ext: Extension) -> None:
         if os.name == "nt":
@@ -132,7 +136,10 @@ def cuda_jobs(ext: Extension, objects: Path) -> list[tuple[list[str], Path]]:
     flags += [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *cpp_extension._get_cuda_arch_flags()]
     targets = [objects / f"{Path(source).stem}.cuda.o" for source in ext.sources]
     nvcc = find_nvcc() or "nvcc"
-    return [([nvcc, *flags, "-c", source, "-o", str(target)], target) for source, target in zip(ext.sources, targets)]
+    return [
+        ([nvcc, *flags, "-c", source, "-o", str(target)], target)
+        for source, target in zip(ext.sources, targets, strict=True)
+    ]
 
 
 def compiler() -> list[str]:
@@ -170,6 +177,4 @@ class PlainWheel(bdist_wheel):
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 10):
-        sys.exit("precisebn needs Python 3.10 or later")
     setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": PlainWheel})

@@ -10,7 +10,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
@@ -30,35 +29,39 @@ Result = dict[str, Any]
 # ---- Timing -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """Two clocks of one measurement.
+def clock() -> str:
+    """Which clock contestants are timed by: ``"CPU time"`` with one thread, ``"wall time"`` with several.
 
-    Attributes:
-        wall: what a user waits for.
-        cpu: processor time of all threads; on a busy machine with one thread, the steadier of the two.
+    On an idle machine they agree for one thread, and CPU time is not disturbed by what else runs. With several threads
+    it would count the waiting of threads for each other as work.
     """
-
-    wall: float
-    cpu: float
-
-    @staticmethod
-    def now() -> "Seconds":
-        """Both clocks, for differences."""
-        return Seconds(time.perf_counter(), time.process_time())
-
-    def since(self, start: "Seconds", parts: int = 1) -> "Seconds":
-        """Time gone by, divided by the number of equal parts of work in it."""
-        return Seconds((self.wall - start.wall) / parts, (self.cpu - start.cpu) / parts)
+    return "CPU time" if torch.get_num_threads() == 1 else "wall time"
 
 
-def interleave(contestants: Mapping[str, Callable[[], Seconds]], rounds: int) -> dict[str, list[Seconds]]:
-    """Let contestants measure themselves in turns, the order rotating from round to round, after one warm-up round."""
+def now() -> float:
+    """Seconds by :func:`clock`, for differences."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], float]], rounds: int, budget: float = float("inf"), least: int = 3
+) -> dict[str, list[float]]:
+    """Let contestants measure themselves in turns, the order rotating from round to round, after one warm-up round.
+
+    Args:
+        contestants: each does its work once and returns how long that took.
+        rounds: how many rounds, at most.
+        budget: seconds after which no further round starts.
+        least: how many rounds there are whatever the budget.
+    """
     names = list(contestants)
-    times: dict[str, list[Seconds]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.perf_counter() + budget
     for name in names:
         contestants[name]()
     for turn in range(rounds):
+        if turn >= least and time.perf_counter() > deadline:
+            break
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
             times[name].append(contestants[name]())
@@ -71,11 +74,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, mid, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, mid, high
-
-
-def wall(times: Iterable[Seconds]) -> list[float]:
-    """The wall clock of each round."""
-    return [t.wall for t in times]
 
 
 def ratios(slower: Iterable[float], faster: Iterable[float]) -> list[float]:
@@ -93,6 +91,8 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": clock(),
+        "wait policy": os.environ.get("OMP_WAIT_POLICY", "default").lower(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -104,8 +104,9 @@ def machine(device: str) -> dict[str, Any]:
 def describe(machine: Mapping[str, Any]) -> str:
     """One line about a machine."""
     return (
-        f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, load average "
-        f"{machine['load']} at the start, torch {machine['torch']}, precisebn {machine['precisebn']}"
+        f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']} with "
+        f"{machine['threads']} threads (OpenMP wait policy {machine['wait policy']}), {machine['clock']}, "
+        f"load average {machine['load']} at the start, precisebn on {machine['precisebn']}"
     )
 
 
@@ -128,7 +129,7 @@ def torchvision_models() -> ModuleType:
     except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
         _kept.append(library)
         import torchvision
     models: ModuleType = torchvision.models
@@ -168,9 +169,9 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row if not key.startswith("_")))
 
 
-def print_table(console: Console, title: str, rows: Sequence[Mapping[str, Any]], caption: str | None = None) -> None:
+def print_table(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """One table of a benchmark, on the terminal."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, title_justify="left")
     names = columns(rows)
     for name in names:
         numeric = all(isinstance(row.get(name), int | float | list | None) for row in rows)
@@ -206,26 +207,30 @@ def save_results(path: Path, results: Mapping[str, Result]) -> None:
 
 
 def goals_of(results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Every goal of every benchmark."""
+    """Every goal of every benchmark, for a table; with a digit more, so that a near miss shows as one."""
     return [
-        {"benchmark": name, **entry} for name, result in results.items() for entry in result["summary"].get("goals", [])
+        {"benchmark": name, **entry, "measured": f"{entry['measured']:.4g}"}
+        for name, result in results.items()
+        for entry in result["summary"].get("goals", [])
     ]
 
 
-def refresh_readme(path: Path, results: Mapping[str, Result], device: str) -> None:
-    """Rewrite the part of the page between the markers of a device from its results."""
+def refresh_readme(device: str) -> None:
+    """Rewrite the part of README.md that shows the results of a device."""
+    page = RESULTS.parent / "README.md"
+    results = load_results(RESULTS / f"{device}.json")
     begin, end = f"<!-- begin {device} results -->", f"<!-- end {device} results -->"
-    before, _, rest = path.read_text().partition(begin)
+    before, _, rest = page.read_text().partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"{path} has no part between {begin!r} and {end!r}")
+        raise ValueError(f"{page} has no part between {begin!r} and {end!r}")
     parts = ["### Goals", markdown_table(goals_of(results))]
     for name, result in results.items():
-        parts += [f"### {name}", describe(result["machine"]), markdown_table(result["rows"])]
+        parts += [f"### {name}", markdown_table(result["rows"]), describe(result["machine"])]
         plot = RESULTS / f"{device}-{name}.png"
         if plot.exists():
-            parts.append(f"![{name}]({plot.relative_to(path.parent)})")
-    path.write_text("\n\n".join([before + begin, *parts, end + after]))
+            parts.append(f"![{name}](results/{plot.name})")
+    page.write_text("\n\n".join([before + begin, *parts, end + after]))
 
 
 def _plain(value: Any) -> Any:

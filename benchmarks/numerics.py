@@ -7,11 +7,12 @@ unbiased variances, so it is held against that average.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from fvcore.nn import update_bn_stats as fvcore_update_bn_stats
+from fvcore.nn import update_bn_stats as fvcore_update_bn_stats  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -52,7 +53,7 @@ def plot(result: Result, path: Path) -> None:
     plt.close(figure)
 
 
-def _row(mean: float) -> dict[str, object]:
+def _row(mean: float) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(SHAPE, generator=generator) + mean for _ in range(NUM_BATCHES)]
     values = np.stack([batch.numpy().astype(np.float64) for batch in batches])

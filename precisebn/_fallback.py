@@ -44,7 +44,7 @@ def accumulate(
     batch_mean: Tensor | None = None,
     batch_var: Tensor | None = None,
 ) -> None:
-    """Merge the moments of ``x`` into ``count [1]``, ``mean [C]``, ``m2 [C]``; write its own mean and biased variance."""
+    """Merge the moments of ``x`` into ``count [1]``, ``mean [C]``, ``m2 [C]``; write its mean and biased variance."""
     batch_count, (x_mean,), (x_m2,) = moments(x)
     if x.numel() == 0:
         return
@@ -100,8 +100,8 @@ def _moments_of_chunk(values: Tensor, index: Tensor, num_groups: int) -> Moments
 
 
 def _sum_by_group(per_sample: Tensor, index: Tensor, num_groups: int) -> Tensor:
-    """Add the rows of ``per_sample`` that share a group. ``index_put_`` adds in a fixed order; ``index_add_`` uses
-    atomics on CUDA, which do not."""
+    """Add the rows of ``per_sample`` that share a group."""
+    # index_put_ adds in a fixed order. On CUDA index_add_ does not: it uses atomics.
     total = per_sample.new_zeros(num_groups, *per_sample.shape[1:])
     return total.index_put_((index,), per_sample, accumulate=True)
 

@@ -67,8 +67,7 @@ def num_samples(batch: Any) -> int:
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
     if isinstance(batch, Mapping):
-        tensors = (value for value in batch.values() if isinstance(value, Tensor))
-        return num_samples(next(tensors, None))
+        return num_samples(next((value for value in batch.values() if _holds(value, _is_any)), None))
     if isinstance(batch, list | tuple) and batch:
         is_list_of_samples = all(isinstance(item, Mapping) for item in batch) or not isinstance(
             batch[0], Tensor | Mapping | list | tuple
@@ -83,18 +82,23 @@ def _is_input_and_labels(batch: Any) -> bool:
         and len(batch) > 0
         and isinstance(batch[0], Tensor)
         and batch[0].is_floating_point()
-        and not any(_holds_floating(item) for item in batch[1:])
+        and not any(_holds(item, Tensor.is_floating_point) for item in batch[1:])
     )
 
 
-def _holds_floating(item: Any) -> bool:
+def _holds(item: Any, wanted: Callable[[Tensor], bool]) -> bool:
+    """Whether a tensor that is ``wanted`` lies anywhere in nested containers."""
     if isinstance(item, Tensor):
-        return item.is_floating_point()
+        return wanted(item)
     if isinstance(item, Mapping):
-        return any(_holds_floating(value) for value in item.values())
+        return any(_holds(value, wanted) for value in item.values())
     if isinstance(item, list | tuple):
-        return any(_holds_floating(value) for value in item)
+        return any(_holds(value, wanted) for value in item)
     return False
+
+
+def _is_any(tensor: Tensor) -> bool:
+    return True
 
 
 def _describe(batch: Any) -> str:

@@ -27,6 +27,8 @@ class Tally(NamedTuple):
     """BatchNorm layers chosen."""
     channels: int = 0
     """Their channels."""
+    fingerprint: int = 0
+    """A checksum of what must be the same on all ranks, below 2^32 so that sums of it are exact in float64."""
     samples: int = 0
     """Samples seen so far."""
     levels: int = 0

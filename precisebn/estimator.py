@@ -1,7 +1,8 @@
 """PopulationEstimator: the Moments of many layers in one flat float64 buffer, and how far to trust them.
 
-Every layer owns a slice of the same few flat tensors, so that closing a mini-batch, measuring the standard errors and
-merging ranks are a handful of operations on whole tensors, however many layers there are.
+Every layer owns a slice of the same few flat tensors, so that taking in mini-batches, measuring the standard errors and
+merging ranks are a handful of operations on whole tensors, however many layers there are. Mini-batches are taken in
+several at a time: for a small network on a small mini-batch, even a handful of operations would be felt.
 
 The standard errors come from batch means: mini-batches, not values, are the independent observations, because the
 values inside one (neighbouring pixels, above all) are correlated. Where mini-batches themselves are correlated (frames
@@ -17,12 +18,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from precisebn.moments import Moments, merge_
+from precisebn._merge import merge, merge_rows
+from precisebn.moments import Moments
 
 __all__ = ["ESTIMATORS", "MIN_BLOCKS", "EstimatorName", "Population", "PopulationEstimator"]
 
 EstimatorName = Literal["population", "batch-mean"]
 ESTIMATORS: tuple[EstimatorName, ...] = ("population", "batch-mean")
+
+_MAX_WAITING = 16  # mini-batches taken in at once
 
 MIN_BLOCKS = 8
 """Fewest blocks from which a standard error is computed; below, its own relative error would exceed 1/4."""
@@ -88,15 +92,19 @@ class PopulationEstimator:
         self.layer_of_channel = torch.repeat_interleave(
             torch.arange(len(self.num_channels)), torch.tensor(self.num_channels, dtype=torch.int64)
         ).to(device)
-        self.population = _FlatMoments(self.layer_of_channel, len(self.num_channels))
-        self.current = _FlatMoments(self.layer_of_channel, len(self.num_channels))
-        self.num_batches = torch.zeros(len(self.num_channels), dtype=torch.float64, device=device)
-        self.average_mean = torch.zeros_like(self.population.mean)
-        self.average_var = torch.zeros_like(self.population.mean)
-        self.first_nonfinite = torch.full_like(self.layer_of_channel, -1)
+        size = len(self.num_channels) + 2 * self.layer_of_channel.numel()
+        self._current = torch.zeros(size, dtype=torch.float64, device=device)
+        self._waiting = self._current.new_zeros(_MAX_WAITING, size)
+        self._num_waiting = 0
+        self._slots = self._slots_of(_FlatMoments(self._current, self.layer_of_channel))
+
+        self._population = _FlatMoments(torch.zeros_like(self._current), self.layer_of_channel)
+        self.num_batches = torch.zeros_like(self._population.count)
+        self._average_mean = torch.zeros_like(self._population.mean)
+        self._average_var = torch.zeros_like(self._population.mean)
+        self._first_nonfinite = torch.full_like(self.layer_of_channel, -1)
         self._levels: list[_Level] = []
-        self._batches_ended = 0
-        self._slots = self.current.slots(self.num_channels)
+        self._num_taken_in = 0
 
     def slot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where the moments of the current mini-batch at one layer are merged: count ``(1,)``, mean and m2 ``(C,)``.
@@ -106,28 +114,42 @@ class PopulationEstimator:
         return self._slots[layer]
 
     def end_batch(self) -> None:
-        """Close the current mini-batch: merge it into the population and start the next from nothing."""
-        batch = self.current
-        reached = batch.channel_count() > 0
-        self._note_nonfinite(batch, reached)
-        self._average(batch, reached)
-        self.population.merge_(batch)
-        self.num_batches.add_(batch.count > 0)
-        self._push(batch)
-        batch.zero_()
-        self._batches_ended += 1
+        """Close the current mini-batch and start the next from nothing."""
+        self._waiting[self._num_waiting] = self._current
+        self._current.zero_()
+        self._num_waiting += 1
+        if self._num_waiting == _MAX_WAITING:
+            self._take_in()
 
     def moments(self, layer: int) -> Moments:
         """Moments of all values that one layer has seen."""
+        population = self.population
         return Moments(
-            self.population.count[layer],
-            self.population.mean.split(self.num_channels)[layer],
-            self.population.m2.split(self.num_channels)[layer],
+            population.count[layer],
+            population.mean.split(self.num_channels)[layer],
+            population.m2.split(self.num_channels)[layer],
         )
+
+    @property
+    def population(self) -> "_FlatMoments":
+        """Moments of all values of all mini-batches that have ended."""
+        self._take_in()
+        return self._population
+
+    @property
+    def first_nonfinite(self) -> Tensor:
+        """The mini-batch, counted from 0, in which each channel first met NaN or Inf; -1 if none did. ``(S,)``."""
+        self._take_in()
+        return self._first_nonfinite
+
+    def current_is_finite(self) -> bool:
+        """Whether the mini-batch under way is free of NaN and Inf so far. Waits for the device."""
+        return bool(self._current.sum().isfinite())
 
     @property
     def num_levels(self) -> int:
         """How many block sizes are kept; ranks must agree on the largest before :meth:`result`."""
+        self._take_in()
         return len(self._levels)
 
     def result(
@@ -142,7 +164,7 @@ class PopulationEstimator:
         """
         num_levels = self.num_levels if num_levels is None else num_levels
         count, mean, within, num_batches, average = self._merge_counts_and_means(all_reduce)
-        channel_count = count[self.layer_of_channel].clamp(min=1.0)
+        channel_count = _per_channel(count, self.layer_of_channel).clamp(min=1.0)
 
         # Second sum over ranks: now that all know the mean, deviations from it, and the spread of the blocks. The
         # spread is taken about the mean variance within ranks, which all know by now as well, rather than about the
@@ -177,28 +199,28 @@ class PopulationEstimator:
         own = self.population
         averaging = self.kind == "batch-mean"
         if all_reduce is None:
-            average = (self.average_mean, self.average_var) if averaging else None
+            average = (self._average_mean, self._average_var) if averaging else None
             return own.count.clone(), own.mean.clone(), own.m2, self.num_batches.clone(), average
-        num_batches = self.num_batches[self.layer_of_channel]
-        averages = (num_batches * self.average_mean, num_batches * self.average_var) if averaging else ()
+        num_batches = _per_channel(self.num_batches, self.layer_of_channel)
+        averages = (num_batches * self._average_mean, num_batches * self._average_var) if averaging else ()
         flat = torch.cat([own.count, self.num_batches, own.channel_count() * own.mean, own.m2, *averages])
         all_reduce(flat)
         num_layers, num_flat = own.count.numel(), own.mean.numel()
         count, batches, total, m2, *sums = flat.split([num_layers] * 2 + [num_flat] * (2 + len(averages)))
-        per_channel = batches[self.layer_of_channel].clamp(min=1.0)
+        per_channel = _per_channel(batches, self.layer_of_channel).clamp(min=1.0)
         average = (sums[0] / per_channel, sums[1] / per_channel) if averaging else None
-        return count, total / count[self.layer_of_channel].clamp(min=1.0), m2, batches, average
+        return count, total / _per_channel(count, self.layer_of_channel).clamp(min=1.0), m2, batches, average
 
     def _layer_errors(
         self, spread: "SpreadSums", channel_count: Tensor, var: Tensor, var_offset: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Standard errors from the spread of one size of block, per layer, in the layer's own units."""
-        weight = spread.weight[self.layer_of_channel]
+        weight = _per_channel(spread.weight, self.layer_of_channel)
         about_var = spread.u_square - 2.0 * var_offset * spread.u + weight * var_offset.square()
-        blocks = spread.num_blocks[self.layer_of_channel]
-        covered = spread.covered[self.layer_of_channel].clamp(min=1.0)
+        blocks = _per_channel(spread.num_blocks, self.layer_of_channel)
+        covered = _per_channel(spread.covered, self.layer_of_channel).clamp(min=1.0)
         factor = blocks / (blocks - 1.0).clamp(min=1.0) / (covered * channel_count)
-        scale = var + eps[self.layer_of_channel]
+        scale = var + _per_channel(eps, self.layer_of_channel)
 
         def layer_rms(squared: Tensor) -> Tensor:
             of_layers: tuple[Tensor, ...] = squared.split(self.num_channels)
@@ -213,68 +235,105 @@ class PopulationEstimator:
         none = torch.zeros_like(self.num_batches)
         return SpreadSums(none, none, none, zeros, zeros, zeros)
 
-    def _note_nonfinite(self, batch: "_FlatMoments", reached: Tensor) -> None:
-        """Remember the mini-batch in which a channel first met NaN or Inf, without asking the device for it."""
-        bad = ~torch.isfinite(batch.m2) & reached & (self.first_nonfinite < 0)
-        self.first_nonfinite.masked_fill_(bad, self._batches_ended)
-
-    def _average(self, batch: "_FlatMoments", reached: Tensor) -> None:
-        """Add a mini-batch to the plain averages, all mini-batches weighing the same."""
-        if self.kind != "batch-mean":
+    def _take_in(self) -> None:
+        """Merge the mini-batches that wait into the population, the averages and the spreads of blocks."""
+        if self._num_waiting == 0:
             return
-        step = reached / (self.num_batches[self.layer_of_channel] + 1.0)
-        unbiased = batch.m2 / (batch.channel_count() - 1.0).clamp(min=1.0)
-        self.average_mean.addcmul_(batch.mean - self.average_mean, step)
-        self.average_var.addcmul_(unbiased - self.average_var, step)
+        batches = _FlatMoments(self._waiting[: self._num_waiting], self.layer_of_channel)
+        self._note_nonfinite(batches)
+        if self.kind == "batch-mean":
+            self._average(batches)
+        self._population.merge_(batches.merged())
+        self.num_batches.add_((batches.count > 0).sum(0))
+        self._push(batches)
+        self._num_taken_in += self._num_waiting
+        self._num_waiting = 0
 
-    def _push(self, block: "_FlatMoments") -> None:
-        """Record a block of mini-batches in the spread of its level; each second one goes, merged, a level up."""
-        for level in self._levels:
-            level.spread.add(block)
-            if level.pending is None:
-                level.pending = block.clone()
+    def _note_nonfinite(self, batches: "_FlatMoments") -> None:
+        """Remember the mini-batch in which a channel first met NaN or Inf, without asking the device for it."""
+        bad = batches.m2 - batches.m2 != 0  # 0 but for NaN and Inf; in half the time of isfinite
+        first = self._num_taken_in + bad.byte().argmax(0)
+        self._first_nonfinite = first.where(bad.any(0).logical_and_(self._first_nonfinite < 0), self._first_nonfinite)
+
+    def _average(self, batches: "_FlatMoments") -> None:
+        """Add mini-batches to the plain averages, all that reached a layer weighing the same."""
+        channel_count = batches.channel_count()
+        reached = channel_count > 0
+        unbiased = batches.m2 / (channel_count - 1.0).clamp(min=1.0)
+        seen = _per_channel(self.num_batches, self.layer_of_channel) + reached.sum(0)
+        for average, values in ((self._average_mean, batches.mean), (self._average_var, unbiased)):
+            average.add_(((values - average) * reached).sum(0).div_(seen.clamp(min=1.0)))
+
+    def _push(self, blocks: "_FlatMoments") -> None:
+        """Record blocks of mini-batches in the spread of their level; pairs of neighbours go, merged, a level up."""
+        for i in range(64):
+            if i == len(self._levels):
+                self._levels.append(_Level(BatchSpread(self.layer_of_channel, len(self.num_channels))))
+            level = self._levels[i]
+            level.spread.add(blocks, self._population.mean)
+            if level.pending is not None:
+                blocks = level.pending.followed_by(blocks)
+            level.pending = blocks.last() if len(blocks) % 2 else None
+            if len(blocks) < 2:
                 return
-            level.pending.merge_(block)
-            block, level.pending = level.pending, None
-        self._levels.append(_Level(BatchSpread(self.layer_of_channel, len(self.num_channels))))
-        self._levels[-1].spread.add(block)
-        self._levels[-1].pending = block.clone()
+            blocks = blocks.merged_pairs()
+
+    def _slots_of(self, moments: "_FlatMoments") -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Views of each layer's part."""
+        mean, m2 = moments.mean.split(self.num_channels), moments.m2.split(self.num_channels)
+        return list(zip(moments.count.split(1), mean, m2, strict=True))
 
 
 class _FlatMoments:
-    """Moments of all layers: one count per layer, then all means, then all m2, in one float64 tensor."""
+    """Moments of all layers, of one or several mini-batches: counts, then all means, then all m2, in one tensor.
 
-    def __init__(self, layer_of_channel: Tensor, num_layers: int, buffer: Tensor | None = None) -> None:
-        num_channels = layer_of_channel.numel()
-        if buffer is None:
-            size = num_layers + 2 * num_channels
-            buffer = torch.zeros(size, dtype=torch.float64, device=layer_of_channel.device)
+    Args:
+        buffer: float64, ``(L + 2 S,)``, or ``(K, L + 2 S)`` for K mini-batches.
+        layer_of_channel: ``(S,)``.
+    """
+
+    def __init__(self, buffer: Tensor, layer_of_channel: Tensor) -> None:
         self.buffer = buffer
         self.layer_of_channel = layer_of_channel
-        self.count: Tensor
-        self.mean: Tensor
-        self.m2: Tensor
-        self.count, self.mean, self.m2 = buffer.split([num_layers, num_channels, num_channels])
+        channels = layer_of_channel.numel()
+        self.count = buffer.narrow(-1, 0, buffer.shape[-1] - 2 * channels)
+        self.mean = buffer.narrow(-1, buffer.shape[-1] - 2 * channels, channels)
+        self.m2 = buffer.narrow(-1, buffer.shape[-1] - channels, channels)
+
+    def __len__(self) -> int:
+        return self.buffer.shape[0]
 
     def channel_count(self) -> Tensor:
         """The count of each channel's layer."""
-        return self.count[self.layer_of_channel]
-
-    def slots(self, num_channels: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Views of each layer's part."""
-        sizes = list(num_channels)
-        return list(zip(self.count.split(1), self.mean.split(sizes), self.m2.split(sizes), strict=True))
+        return _per_channel(self.count, self.layer_of_channel)
 
     def merge_(self, other: "_FlatMoments") -> None:
         """Merge the other's moments into these, layer by layer."""
-        merge_(self.mean, self.m2, self.channel_count(), other.mean, other.m2, other.channel_count())
-        self.count.add_(other.count)
+        mean, m2 = merge(self.channel_count(), self.mean, self.m2, other.channel_count(), other.mean, other.m2)
+        torch.cat([self.count + other.count, mean, m2], dim=-1, out=self.buffer)
 
-    def zero_(self) -> None:
-        self.buffer.zero_()
+    def merged(self) -> "_FlatMoments":
+        """The mini-batches as one."""
+        return self._of(self.count.sum(0), *merge_rows(self.channel_count(), self.mean, self.m2))
 
-    def clone(self) -> "_FlatMoments":
-        return _FlatMoments(self.layer_of_channel, self.count.numel(), self.buffer.clone())
+    def merged_pairs(self) -> "_FlatMoments":
+        """Mini-batches 0 and 1 as one, 2 and 3 as one, ...; an odd last one is left out."""
+        even, odd = (
+            _FlatMoments(self.buffer[first : len(self) - len(self) % 2 : 2], self.layer_of_channel) for first in (0, 1)
+        )
+        merged = merge(even.channel_count(), even.mean, even.m2, odd.channel_count(), odd.mean, odd.m2)
+        return self._of(even.count + odd.count, *merged)
+
+    def followed_by(self, others: "_FlatMoments") -> "_FlatMoments":
+        """These mini-batches and then others."""
+        return _FlatMoments(torch.cat([self.buffer, others.buffer]), self.layer_of_channel)
+
+    def last(self) -> "_FlatMoments":
+        """A copy of the last mini-batch, still in a row of its own."""
+        return _FlatMoments(self.buffer[-1:].clone(), self.layer_of_channel)
+
+    def _of(self, count: Tensor, mean: Tensor, m2: Tensor) -> "_FlatMoments":
+        return _FlatMoments(torch.cat([count, mean, m2], dim=-1), self.layer_of_channel)
 
 
 class SpreadSums(NamedTuple):
@@ -311,8 +370,8 @@ class BatchSpread:
 
     The final mean is not known while blocks arrive, so u_i cannot be summed directly. With a fixed ``center`` c per
     channel, a_i = m_i - c and q_i = v_i + a_i^2, and d = mean - c, it is u_i = q_i - 2 d a_i + d^2 exactly: the
-    weighted means and co-moments of (a, q) are enough, and they update like any Moments. The center is the first
-    block's mean, so that no digits are lost to a large common mean.
+    means and co-moments of (a, q), weighted by n_i^2, are enough, and they merge like any Moments. The center is the
+    mean of what was known at the first block, so that no digits are lost to a large common mean.
     """
 
     def __init__(self, layer_of_channel: Tensor, num_layers: int) -> None:
@@ -324,30 +383,46 @@ class BatchSpread:
         self.center, self.mean_a, self.mean_q = flat.clone(), flat.clone(), flat.clone()
         self.aa, self.aq, self.qq = flat.clone(), flat.clone(), flat.clone()
 
-    def add(self, block: _FlatMoments) -> None:
-        """Add one block; layers it did not reach stay as they are."""
-        weight = block.count.square()
-        total = self.weight + weight
-        step = (weight / total.clamp(min=1.0))[self.layer_of_channel]
-        gain = (self.weight * weight / total.clamp(min=1.0))[self.layer_of_channel]
-        first = (self.weight == 0)[self.layer_of_channel]
-        self.center.copy_(torch.where(first, block.mean, self.center))
+    def add(self, blocks: _FlatMoments, known_mean: Tensor) -> None:
+        """Add blocks; layers that a block did not reach stay as they are.
 
-        a = block.mean - self.center
-        q = a.square().addcdiv_(block.m2, block.channel_count().clamp(min=1.0))
-        delta_a, delta_q = a.sub_(self.mean_a), q.sub_(self.mean_q)
+        Args:
+            blocks: one or several.
+            known_mean: ``(S,)``, the mean of all values so far, these included.
+        """
+        unseen = self.weight == 0
+        self.center.addcmul_(known_mean, _per_channel(unseen.double(), self.layer_of_channel))  # 0 so far
+
+        weights = blocks.count.square()
+        added = weights.sum(0)
+        shares = _per_channel(weights / added.clamp(min=1.0), self.layer_of_channel)
+        a = blocks.mean - self.center
+        q = a.square().addcdiv_(blocks.m2, blocks.channel_count().clamp(min=1.0))
+        mean_a, mean_q = (a * shares).sum(0), (q * shares).sum(0)
+        a.sub_(mean_a)
+        q.sub_(mean_q)
+        weighted_a, weighted_q = a * shares, q.mul(shares)
+
+        total = self.weight + added
+        added_channel = _per_channel(added, self.layer_of_channel)
+        step = _per_channel(added / total.clamp(min=1.0), self.layer_of_channel)
+        gain = step * _per_channel(self.weight, self.layer_of_channel)
+        delta_a, delta_q = mean_a.sub_(self.mean_a), mean_q.sub_(self.mean_q)
         self.mean_a.addcmul_(delta_a, step)
         self.mean_q.addcmul_(delta_q, step)
-        self.aa.addcmul_(delta_a.square(), gain)
-        self.aq.addcmul_(delta_a * delta_q, gain)
-        self.qq.addcmul_(delta_q.square(), gain)
+        for co_moment, within, between in (
+            (self.aa, (a * weighted_a).sum(0), delta_a * delta_a),
+            (self.aq, (a * weighted_q).sum(0), delta_a * delta_q),
+            (self.qq, (q * weighted_q).sum(0), delta_q * delta_q),
+        ):
+            co_moment.addcmul_(within, added_channel).addcmul_(between, gain)
         self.weight = total
-        self.count.add_(block.count)
-        self.num_blocks.add_(block.count > 0)
+        self.count.add_(blocks.count.sum(0))
+        self.num_blocks.add_((blocks.count > 0).sum(0))
 
     def about(self, mean: Tensor, reference_var: Tensor) -> "SpreadSums":
         """The sums over blocks that standard errors need, about a given mean and variance."""
-        weight = self.weight[self.layer_of_channel]
+        weight = _per_channel(self.weight, self.layer_of_channel)
         d = mean - self.center
         m_square = self.aa + weight * (self.mean_a - d).square()
         offset = self.mean_q - 2.0 * d * self.mean_a + d.square() - reference_var
@@ -362,3 +437,8 @@ class _Level:
     def __init__(self, spread: BatchSpread) -> None:
         self.spread = spread
         self.pending: _FlatMoments | None = None
+
+
+def _per_channel(per_layer: Tensor, layer_of_channel: Tensor) -> Tensor:
+    """Each channel's entry of ``(..., L)``, as ``(..., S)``; ``index_select`` takes a third of the time of indexing."""
+    return per_layer.index_select(-1, layer_of_channel)

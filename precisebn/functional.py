@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from precisebn import ops
+from precisebn._merge import merge
 from precisebn.errors import InputError
-from precisebn.moments import Moments, merge_
+from precisebn.moments import Moments
 
 __all__ = ["batch_norm"]
 
@@ -125,8 +126,8 @@ def _forward(
     groups_or_none: list[Tensor | None] = list(groups) or [None] * len(xs)
     (count, mean, m2), *rest = [_ops.moments(x, g, num_groups) for x, g in zip(xs, groups_or_none, strict=True)]
     for more_count, more_mean, more_m2 in rest:
-        merge_(mean, m2, count.unsqueeze(-1), more_mean, more_m2, more_count.unsqueeze(-1))
-        count += more_count
+        mean, m2 = merge(count.unsqueeze(-1), mean, m2, more_count.unsqueeze(-1), more_mean, more_m2)
+        count = count + more_count
     scale = _inverse_std(count, m2, eps)
     if weight is not None:
         scale = scale * weight

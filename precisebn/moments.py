@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from precisebn import ops
+from precisebn._merge import merge, merge_rows
 from precisebn.errors import InputError
 
-__all__ = ["Moments", "merge_"]
+__all__ = ["Moments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,8 @@ class Moments:
                 f"cannot merge Moments of shapes {tuple(self.mean.shape)} and {tuple(other.mean.shape)}: "
                 "both must have the same channels and groups; call .sum() to merge the groups of one first"
             )
-        merged = Moments(self.count.clone(), self.mean.clone(), self.m2.clone())
         na, nb = self.count.unsqueeze(-1), other.count.unsqueeze(-1)
-        merge_(merged.mean, merged.m2, na, other.mean, other.m2, nb)
-        merged.count.add_(other.count)
-        return merged
+        return Moments(self.count + other.count, *merge(na, self.mean, self.m2, nb, other.mean, other.m2))
 
     def __radd__(self, other: object) -> "Moments":
         """Let the built-in ``sum`` start from 0."""
@@ -127,14 +125,7 @@ class Moments:
         """
         if self.count.dim() == 0:
             return self
-        count = self.count.sum()
-        weight = self.count.unsqueeze(-1) / count.clamp(min=1.0)
-        # Around the first group's mean rather than around zero, so that a large common mean costs no digits.
-        anchor = self.mean[:1]
-        mean = (anchor + ((self.mean - anchor) * weight).sum(0, keepdim=True))[0]
-        mean = torch.where(count > 0, mean, torch.zeros_like(mean))
-        spread = self.count.unsqueeze(-1) * (self.mean - mean).square()
-        return Moments(count, mean, self.m2.sum(0) + spread.sum(0))
+        return Moments(self.count.sum(), *merge_rows(self.count.unsqueeze(-1), self.mean, self.m2))
 
     def var(self, unbiased: bool = False) -> Tensor:
         """Variance per channel, ``m2 / n``; with ``unbiased=True``, ``m2 / (n - 1)`` (Bessel's correction).
@@ -146,15 +137,3 @@ class Moments:
     def std(self, unbiased: bool = False) -> Tensor:
         """Square root of :meth:`var`."""
         return self.var(unbiased).sqrt()
-
-
-def merge_(mean: Tensor, m2: Tensor, count: Tensor, other_mean: Tensor, other_m2: Tensor, other_count: Tensor) -> None:
-    """Merge other moments into ``mean`` and ``m2``, in place; the counts broadcast against them and are left alone.
-
-    With n = na + nb and d = mean_b - mean_a (Chan et al. 1979, eq. 2.1):
-    ``mean = mean_a + d * nb / n`` and ``m2 = m2_a + m2_b + d^2 * na * nb / n``.
-    """
-    fraction = other_count / (count + other_count).clamp(min=1.0)
-    delta = other_mean - mean
-    mean.addcmul_(delta, fraction.expand_as(delta))
-    m2.add_(other_m2).add_(delta.square_().mul_(count * fraction))

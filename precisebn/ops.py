@@ -252,9 +252,7 @@ def _check_x(operator: str, x: Tensor) -> None:
     if x.dim() < 2:
         raise InputError(f"{operator}: x must be (N, C, *), at least 2 dimensions, but has shape {_shape(x)}")
     if x.dtype not in _DTYPES:
-        raise InputError(
-            f"{operator}: x {_shape(x)} must be float32, float64, float16 or bfloat16, but is {x.dtype}; convert it first"
-        )
+        raise InputError(f"{operator}: x {_shape(x)} must be float32, float64, float16 or bfloat16, but is {x.dtype}")
 
 
 def _check_dy(operator: str, dy: Tensor, x: Tensor) -> None:
@@ -288,21 +286,20 @@ def _check_group(operator: str, x: Tensor, group: Tensor | None, num_groups: int
 def _check_coefficients(
     operator: str, x: Tensor, group: Tensor | None, num_groups: int | None = None, **coefficients: Tensor
 ) -> None:
-    groups = num_groups if num_groups is not None else next(iter(coefficients.values())).shape[:1]
-    expected = (*groups, x.shape[1]) if isinstance(groups, torch.Size) else (groups, x.shape[1])
+    first_name, first = next(iter(coefficients.items()))
+    rows = first.shape[0] if num_groups is None and first.dim() else num_groups
     for name, value in coefficients.items():
-        if value.dim() != 2 or tuple(value.shape) != expected:
+        if value.dim() != 2 or value.shape[0] != rows or value.shape[1] != x.shape[1]:
             raise InputError(
-                f"{operator}: {name} must have shape (G, C), here ({', '.join(map(str, expected))}), one row per group "
-                f"and one column per channel of x {_shape(x)}, but has shape {_shape(value)}"
+                f"{operator}: {name} must have shape (G, C), here ({rows}, {x.shape[1]}): one row per group and one "
+                f"column per channel of x {_shape(x)}, but has shape {_shape(value)}"
             )
         if value.device != x.device:
             raise InputError(f"{operator}: {name} is on {value.device}, but x is on {x.device}")
         if not value.is_floating_point():
             raise InputError(f"{operator}: {name} must be floating point, but is {value.dtype}")
-    if group is None and num_groups is None and expected[0] != 1:
-        name, value = next(iter(coefficients.items()))
-        raise InputError(f"{operator}: {name} {_shape(value)} has {expected[0]} groups, but group is not given")
+    if group is None and num_groups is None and rows != 1:
+        raise InputError(f"{operator}: {first_name} {_shape(first)} has {rows} groups, but group is not given")
 
 
 # ---- Shapes for tracing -------------------------------------------------------------------------------------------
@@ -335,9 +332,7 @@ def _backward_reduce_fake(
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _backward_apply_fake(
-    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group: Tensor | None = None
-) -> Tensor:
+def _backward_apply_fake(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group: Tensor | None = None) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -448,9 +443,9 @@ def _load(name: str) -> str:
     if not path.exists():
         return f"{name} was not built"
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)
     except OSError as error:
-        return f"{name} could not be loaded: {error}"
+        return f"{name} could not be loaded: {error.__cause__ or error}"
     return ""
 
 

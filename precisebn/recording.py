@@ -2,9 +2,12 @@
 
 Each layer is put into eval mode, with scratch buffers in the place of its running statistics. A hook takes the moments
 of the layer's input, once, and writes the batch's own mean and variance into the scratch buffers, from which the layer
-then normalizes: the output is the one of training mode, for any subclass with any forward, while statistics are read
-from memory once and the layer's own buffers are not touched at all. When the recording ends, however it ends,
-everything is as it was before.
+then normalizes: the output is the one of training mode, while statistics are read from memory once and the layer's own
+buffers are not touched at all. When the recording ends, however it ends, everything is as it was before.
+
+A subclass with a forward of its own may normalize something else than its input: part of it, another shape of it, or
+all ranks' together. Such a layer runs in training mode, and with momentum 1 leaves its batch statistics, rounded to its
+dtype, in the scratch buffers (which is how fvcore does it for all layers).
 """
 
 import sys
@@ -17,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from precisebn import ops
-from precisebn.errors import InputError, NonFiniteStatisticsError
+from precisebn._merge import merge
+from precisebn.errors import BatchFormatError, InputError, NonFiniteStatisticsError
 from precisebn.estimator import EstimatorName, PopulationEstimator
 
-__all__ = ["RecordedLayer", "Recording"]
+__all__ = ["RecordedLayer", "Recording", "buffers_kept"]
 
 
 class RecordedLayer(NamedTuple):
@@ -67,7 +72,7 @@ class Recording(AbstractContextManager["Recording"]):
             stack.enter_context(torch.no_grad())
             stack.enter_context(_eager())
             stack.enter_context(_wrappers_aside(self.model))
-            stack.enter_context(_buffers_kept(self.model))
+            stack.enter_context(buffers_kept(self.model))
             for index, layer in enumerate(self.layers):
                 self._record(index, layer, stack)
             self._undo = stack.pop_all()
@@ -90,9 +95,11 @@ class Recording(AbstractContextManager["Recording"]):
             NonFiniteStatisticsError: a layer on the CPU met NaN or Inf. (On other devices :meth:`check_finite` at the
                 end tells the same: asking every time would make the host wait for the device.)
         """
+        on_cpu = [estimator for estimator in self.estimators if estimator.layer_of_channel.device.type == "cpu"]
+        finite = all(estimator.current_is_finite() for estimator in on_cpu)
         for estimator in self.estimators:
             estimator.end_batch()
-        if any(estimator.population.buffer.device.type == "cpu" for estimator in self.estimators):
+        if not finite:
             self.check_finite()
 
     def check_finite(self) -> None:
@@ -116,12 +123,20 @@ class Recording(AbstractContextManager["Recording"]):
     def _record(self, index: int, layer: RecordedLayer, stack: ExitStack) -> None:
         """Put one layer under recording, and on ``stack`` what puts it back."""
         module = layer.module
-        scratch_mean, scratch_var = torch.zeros_like(layer.running_mean), torch.ones_like(layer.running_var)
+        # They start as the layer's own: modules such as torch.ao's ConvBn2d read them before the layer runs.
+        scratch_mean, scratch_var = layer.running_mean.clone(), layer.running_var.clone()
         stack.callback(setattr, module, "training", module.training)
-        module.training = False
         module._buffers["running_mean"], module._buffers["running_var"] = scratch_mean, scratch_var
-        hook = self._hook(index, layer, scratch_mean, scratch_var)
-        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if _normalizes_its_input(module):
+            module.training = False
+            hook = self._hook(index, layer, scratch_mean, scratch_var)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        else:
+            stack.callback(setattr, module, "momentum", module.momentum)
+            module.training, module.momentum = True, 1.0
+            before, after = self._hooks_around(index, layer, scratch_mean, scratch_var)
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
 
     def _hook(
         self, index: int, layer: RecordedLayer, batch_mean: Tensor, batch_var: Tensor
@@ -132,9 +147,20 @@ class Recording(AbstractContextManager["Recording"]):
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs.get("input")
-            if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != num_channels:
-                got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-                raise InputError(f"layer {layer.name!r} takes tensors (N, {num_channels}, *), got {got}")
+            if not isinstance(x, Tensor):
+                raise BatchFormatError(
+                    f"layer {layer.name!r} takes a tensor (N, {num_channels}, *), got {type(x).__name__}"
+                )
+            if x.dim() < 2 or x.shape[1] != num_channels:
+                raise InputError(
+                    f"layer {layer.name!r} ({type(module).__name__}) takes tensors (N, {num_channels}, *), got shape "
+                    f"{tuple(x.shape)}; check the mini-batch, or say how the model takes it: forward="
+                )
+            if not x.is_floating_point():
+                raise InputError(
+                    f"layer {layer.name!r} ({type(module).__name__}) takes floating-point tensors, got {x.dtype}; "
+                    "convert the mini-batch, or say how the model takes it: forward="
+                )
             if 0 < x.numel() < min_count * num_channels:
                 raise InputError(
                     f"layer {layer.name!r} got one value per channel, shape {tuple(x.shape)}: it has no unbiased "
@@ -144,6 +170,41 @@ class Recording(AbstractContextManager["Recording"]):
             accumulate(x, count, mean, m2, batch_mean, batch_var)
 
         return record
+
+    def _hooks_around(
+        self, index: int, layer: RecordedLayer, batch_mean: Tensor, batch_var: Tensor
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
+        """What runs before and after a layer whose own forward writes the statistics of the batch."""
+        count, mean, m2 = layer.estimator.slot(layer.slot)
+        num_channels = mean.numel()
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # What it would find in training, but for NaN, of which a momentum of 1 leaves 0 * NaN.
+            batch_mean.copy_(layer.running_mean).nan_to_num_()
+            batch_var.copy_(layer.running_var).nan_to_num_()
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            n = 0 if x is None else x.numel() // num_channels
+            if n == 0:
+                return
+            self._execution_order.setdefault(index)
+            num_values = count.new_full((1,), n)
+            merged = merge(count, mean, m2, num_values, batch_mean.double(), batch_var.double() * (n - 1))
+            mean.copy_(merged.mean)
+            m2.copy_(merged.m2)
+            count.add_(num_values)
+
+        return before, after
+
+
+def _normalizes_its_input(layer: _BatchNorm) -> bool:
+    """Whether a layer's forward is known to normalize the very tensor that it is called with."""
+    forward = type(layer).forward
+    return "forward" not in vars(layer) and (
+        forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        or (forward.__module__, forward.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d.forward")
+    )
 
 
 def _running_stats(name: str, layer: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -189,7 +250,7 @@ def _wrappers_aside(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
+def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Give every buffer its place and its value back at the end.
 
     Recorded layers have scratch buffers in the place of theirs, and other layers keep state too: InstanceNorm, spectral
@@ -197,7 +258,8 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """
     places = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
     tensors = {t for _, buffers in places for t in buffers.values() if t is not None}
-    values = [(t, t._version, t.clone()) for t in tensors if not t.is_inference()]  # inference tensors cannot change
+    # Inference tensors cannot change; uninitialized ones, of lazy modules, have nothing to keep yet.
+    values = [(t, t._version, t.clone()) for t in tensors if not is_lazy(t) and not t.is_inference()]
     try:
         yield
     finally:
@@ -205,5 +267,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             place.clear()
             place.update(buffers)
         for tensor, version, value in values:
-            if tensor._version != version:
+            if tensor._version != version or not torch.equal(tensor, value):  # .data changes without a new version
+                if tensor.shape != value.shape:  # torch.ao's observers resize theirs
+                    tensor.resize_(value.shape)
                 tensor.copy_(value)

@@ -74,11 +74,16 @@ class UpdateReport:
         """The largest standard error, of any layer's mean or variance; NaN where none is known."""
         return largest(error for layer in self.layers for error in (layer.mean_error, layer.var_error))
 
+    @property
+    def max_drift(self) -> float:
+        """The largest drift of a mean, in standard deviations, of any channel of any layer; NaN without layers."""
+        return largest(layer.max_mean_drift for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON (NaN becomes None)."""
+        """Plain Python values, ready for JSON (NaN and Inf, which JSON has not, become None)."""
 
         def plain(value: Any) -> Any:
-            if isinstance(value, float) and math.isnan(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 return None
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items()}
@@ -102,9 +107,11 @@ class UpdateReport:
             for layer in self.layers:
                 lines.append(
                     f"{layer.name:<{width}}  {layer.count:>11}  {layer.mean_drift:>10.4f}  {layer.var_drift:>9.4f}  "
-                    f"{layer.mean_error:>9.5f}  {layer.var_error:>9.5f}"
+                    f"{_known(layer.mean_error):>9}  {_known(layer.var_error):>9}"
                 )
             lines.append("(drift: old from new; mean in new standard deviations, var as |log ratio|; s.e. likewise)")
+            if all(math.isnan(layer.mean_error) for layer in self.layers):
+                lines.append("(no standard errors: they take at least 8 mini-batches)")
         lines += [f"{name}: left alone: {reason}" for name, reason in self.skipped.items()]
         if self.tolerance is not None:
             verdict = "reached" if self.converged else "NOT reached"
@@ -137,6 +144,10 @@ class UpdateReport:
         figure.axes[0].set_title(f"Drift of BatchNorm statistics ({self.num_samples} samples)")
         figure.axes[-1].set_xticks(positions, names, rotation=90, fontsize=7)
         figure.savefig(path, dpi=120)
+
+
+def _known(error: float) -> str:
+    return "-" if math.isnan(error) else f"{error:.5f}"
 
 
 def largest(errors: Any) -> float:

@@ -51,8 +51,12 @@ def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _BatchNor
     found = find_bn(model)
     if isinstance(modules, str) and modules in ("training", "all"):
         return {name: layer for name, layer in found.items() if modules == "all" or layer.training}
+    if not isinstance(modules, str | nn.Module | Iterable):
+        raise InputError(f"modules={modules!r} must be 'training', 'all', or modules, names and patterns")
     wanted = [modules] if isinstance(modules, str | nn.Module) else list(modules)
-    names = {_plain(name): module for name, module in model.named_modules()}
+    if not wanted:
+        raise InputError("modules= is empty, so there is nothing to recalibrate; 'all' selects every BatchNorm layer")
+    names = {_plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
     chosen: set[str] = set()
     for item in wanted:
         matched = _matches(item, found, names)
@@ -66,7 +70,8 @@ def _matches(item: object, found: Mapping[str, _BatchNorm], names: Mapping[str, 
     """Names of the layers that one item of a selection stands for."""
     if isinstance(item, str):
         inside = set(names[item].modules()) if item in names else set()
-        return {name for name, layer in found.items() if fnmatchcase(name, item) or layer in inside}
+        inside.update(module for name, module in names.items() if fnmatchcase(name, item))
+        return {name for name, layer in found.items() if layer in inside}
     if isinstance(item, nn.Module):
         inside = set(item.modules())
         return {name for name, layer in found.items() if layer in inside}

@@ -8,7 +8,9 @@ transactions: the model changes when all data has been seen, all at once, or not
 
 import itertools
 import math
+import numbers
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from precisebn.batches import ForwardFn, call_model, common_device, move_to, num
 from precisebn.distributed import ProcessGroup, Ranks, Tally
 from precisebn.errors import InputError, InsufficientDataError, NonFiniteStatisticsError, RankFailedError
 from precisebn.estimator import ESTIMATORS, MIN_BLOCKS, EstimatorName, Population
-from precisebn.recording import RecordedLayer, Recording
+from precisebn.recording import RecordedLayer, Recording, buffers_kept
 from precisebn.report import LayerReport, UpdateReport, largest
 from precisebn.selection import ModuleSelection, find_bn, select_bn
 
@@ -148,7 +150,7 @@ def adapt_bn_stats(
         >>> model[0].running_mean, model[0].running_var  # halfway from (0, 1) to (6, 4)
         (tensor([3.]), tensor([2.5000]))
     """
-    if isinstance(prior, bool) or not isinstance(prior, int | float) or math.isnan(prior) or prior < 0:
+    if not _is_number(prior) or not prior >= 0:  # NaN is not either
         raise InputError(f"prior={prior!r} must be a number of samples, 0 or more")
     return _Run(
         model, target_loader, num_iters, progress, forward, device, modules, estimator, tolerance, process_group, prior
@@ -173,7 +175,6 @@ class _Run:
 
     iterations: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
-    converged: bool = field(default=False, init=False)
     max_error: float = field(default=math.nan, init=False)
     skipped: dict[str, str] = field(default_factory=dict, init=False)
 
@@ -181,6 +182,8 @@ class _Run:
         ranks = Ranks(self.process_group)
         try:
             self._check_arguments()
+            if self.device is None:
+                self.device = common_device(self.model)
             batches = iter(self.data_loader)
             layers, batches = self._choose_layers(batches)
             self._agree_on_layers(ranks, layers)
@@ -200,7 +203,9 @@ class _Run:
     def _check_arguments(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise InputError(f"model must be an nn.Module, not {type(self.model).__name__}")
-        if self.num_iters is not None and (isinstance(self.num_iters, bool) or not isinstance(self.num_iters, int)):
+        if self.num_iters is not None and (
+            isinstance(self.num_iters, bool) or not isinstance(self.num_iters, numbers.Integral)
+        ):
             raise InputError(f"num_iters={self.num_iters!r} must be a whole number, or None for the whole loader")
         if self.num_iters is not None and self.num_iters < 1:
             raise InputError(f"num_iters={self.num_iters} must be at least 1; None uses the whole loader")
@@ -208,17 +213,22 @@ class _Run:
             raise InputError(f"progress={self.progress!r} must be 'tqdm', True, False or None")
         if self.estimator not in ESTIMATORS:
             raise InputError(f"estimator={self.estimator!r} must be one of {', '.join(map(repr, ESTIMATORS))}")
-        if self.tolerance is not None and not (0 < self.tolerance < math.inf):
+        if self.tolerance is not None and not (_is_number(self.tolerance) and 0 < self.tolerance < math.inf):
             raise InputError(f"tolerance={self.tolerance!r} must be a positive number, such as 0.01, or None")
         if self.forward is not None and not callable(self.forward):
             raise InputError(f"forward={self.forward!r} must be a callable forward(model, batch)")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except (RuntimeError, TypeError) as error:
+                raise InputError(f"device={self.device!r} is no device, such as 'cuda:0' or 'cpu': {error}") from error
         if not isinstance(self.data_loader, Iterable) and not hasattr(self.data_loader, "__getitem__"):
             raise InputError(f"data_loader must yield mini-batches; {type(self.data_loader).__name__} is not iterable")
 
     def _choose_layers(self, batches: Iterator[Any]) -> tuple[dict[str, _BatchNorm], Iterator[Any]]:
         """The layers to recalibrate, initialized; and the mini-batches, none of them lost."""
         chosen = select_bn(self.model, self.modules)
-        if any(is_lazy(p) for layer in chosen.values() for p in (*layer.parameters(), *layer.buffers())):
+        if any(is_lazy(tensor) for layer in find_bn(self.model).values() for tensor in _tensors(layer)):
             batches = self._initialize_lazy_modules(batches)
         layers = {}
         for name, layer in chosen.items():
@@ -229,7 +239,7 @@ class _Run:
             else:
                 layers[name] = layer
         if not layers:
-            warnings.warn(self._why_nothing_to_do(chosen), stacklevel=5)
+            warnings.warn(self._why_nothing_to_do(chosen), stacklevel=4)
         return layers, batches
 
     def _initialize_lazy_modules(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -242,7 +252,7 @@ class _Run:
         try:
             for layer in layers:
                 layer.training = False
-            with torch.no_grad():
+            with torch.no_grad(), buffers_kept(self.model):
                 self._call(first)
         finally:
             for layer, mode in zip(layers, modes, strict=True):
@@ -265,16 +275,18 @@ class _Run:
         )
 
     def _agree_on_layers(self, ranks: Ranks, layers: dict[str, _BatchNorm]) -> None:
-        channels = sum(layer.num_features for layer in layers.values())
-        own = Tally(layers=len(layers), channels=channels)
+        channels = {name: layer.num_features for name, layer in layers.items()}
+        # Ranks that check the tolerance at different steps would wait for each other for ever.
+        arguments = (self.estimator, self.tolerance, None if self.tolerance is None else self.num_iters)
+        fingerprint = zlib.crc32(repr((channels, arguments)).encode())
+        own = Tally(layers=len(layers), channels=sum(channels.values()), fingerprint=fingerprint)
         total, most = ranks.meet(own)
         if total != Tally(*(ranks.size * number for number in most)):
             raise _ranks_differ(own, most)
 
     def _call(self, batch: Any) -> None:
-        device = self.device if self.device is not None else common_device(self.model)
-        if device is not None:
-            batch = move_to(batch, device)
+        if self.device is not None:
+            batch = move_to(batch, self.device)
         if self.forward is not None:
             self.forward(self.model, batch)
         else:
@@ -319,6 +331,8 @@ class _Run:
         return False
 
     def _show(self, bar: "tqdm.tqdm[Any]") -> None:
+        if bar.disable:
+            return
         error = {} if math.isnan(self.max_error) else {"error": f"{self.max_error:.2g}"}
         bar.set_postfix({"samples": self.samples, **error}, refresh=False)
 
@@ -333,9 +347,8 @@ class _Run:
             seen = population.count > 0
             errors += population.mean_error[seen].tolist() + population.var_error[seen].tolist()
         self.max_error = largest(errors)
-        self.converged = bool(errors) and all(error <= tolerance for error in errors)  # NaN: not known yet
         self._show(bar)
-        return self.converged or not total.unfinished
+        return _all_within(tolerance, errors) or not total.unfinished
 
     def _tally(self, recording: Recording, unfinished: bool = False) -> Tally:
         return Tally(samples=self.samples, levels=recording.num_levels, unfinished=int(unfinished))
@@ -355,18 +368,21 @@ class _Run:
             if self.iterations == 0:
                 raise InsufficientDataError("no rank's data loader gave a mini-batch")
             warnings.warn("no BatchNorm layer was called through its __call__: nothing was recalibrated", stacklevel=4)
-        reports = [change.report() for change in changes]
-        _write(changes)
-        report = self._report(ranks, reports)
-        if self.tolerance is not None and not self.converged:
+        report = self._report(ranks, [change.report() for change in changes])
+        if self.tolerance is not None and not report.converged:  # before writing: the user may have made it an error
+            worst = report.max_error
+            known = f"is {worst:.3g}" if not math.isnan(worst) else f"takes at least {MIN_BLOCKS} mini-batches to know"
             warnings.warn(
-                f"tolerance={self.tolerance:g} was not reached in {self.iterations} mini-batches: the largest standard "
-                f"error is {report.max_error:.3g}. The statistics were updated; give more data for certainty",
+                f"tolerance={self.tolerance:g} was not reached in {self.iterations} mini-batches: the largest "
+                f"standard error {known}. The "
+                "statistics are updated all the same; give more data for certainty",
                 stacklevel=4,
             )
+        _write(changes)
         return report
 
     def _report(self, ranks: Ranks, layers: list[LayerReport]) -> UpdateReport:
+        errors = [error for layer in layers for error in (layer.mean_error, layer.var_error)]
         return UpdateReport(
             layers=tuple(layers),
             skipped=self.skipped,
@@ -375,7 +391,7 @@ class _Run:
             world_size=ranks.size,
             estimator=self.estimator,
             tolerance=self.tolerance,
-            converged=None if self.tolerance is None else self.converged,
+            converged=None if self.tolerance is None else _all_within(self.tolerance, errors),
         )
 
 
@@ -471,9 +487,23 @@ def _write(changes: list[_Change]) -> None:
 
 def _ranks_differ(own: Tally, most: Tally) -> InputError:
     return InputError(
-        f"ranks chose different BatchNorm layers: this one {own.layers} with {own.channels} channels, another "
-        f"{most.layers} with {most.channels}. Every rank must pass the same model in the same mode"
+        f"ranks chose different BatchNorm layers, or have different arguments: this one has {own.layers} layers with "
+        f"{own.channels} channels, another {most.layers} with {most.channels}. Every rank must pass the same model in "
+        "the same mode, and the same estimator=, tolerance= and, with a tolerance, num_iters="
     )
+
+
+def _all_within(tolerance: float, errors: list[float]) -> bool:
+    return bool(errors) and all(error <= tolerance for error in errors)  # NaN, an error not known yet, is not within
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _length(loader: Iterable[Any]) -> int | None:

@@ -22,6 +22,15 @@ def seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Many small tensors: a second thread only waits for the first, for long where others use the machine too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def torchvision() -> ModuleType:
     return import_torchvision()
 

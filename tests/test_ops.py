@@ -1,7 +1,6 @@
 """The operators: laws first, then accuracy against float64 NumPy, then shapes, layouts, derivatives and tracing.
 
-Runs with either backend (PRECISEBN_BACKEND=native or fallback); where the kernels are native they are also compared with the
-fallback, which is the specification.
+All hold for either backend: run with PRECISEBN_BACKEND=native and with PRECISEBN_BACKEND=fallback.
 """
 
 import os
@@ -39,8 +38,9 @@ SHAPES = [
     (4, 5, 0, 3),
     (4, 0, 3, 3),
 ]
-LAYOUTS = ["contiguous", "channels_last", "strided", "swapped", "expanded"]
-# Half an ulp of a float32 relative to the value, times the longest chain of float32 additions (32 and a few to join lanes).
+LAYOUTS_AND_DTYPES = [(layout, dtype) for layout in ("contiguous", "channels_last") for dtype in DTYPES]
+LAYOUTS_AND_DTYPES += [(layout, torch.float32) for layout in ("strided", "swapped", "expanded")]
+# Half an ulp of a float32, relative, times the longest chain of float32 additions: 32 and a few to join lanes.
 FLOAT32_CHAINS = 40 * 2**-24
 
 
@@ -69,7 +69,7 @@ def groups_of(x: Tensor, num_groups: int = 3) -> Tensor:
 
 
 def reference(x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count, mean and m2 per channel, by NumPy in extended precision where the machine has it, the mean in two steps."""
+    """Count, mean and m2 per channel, by NumPy in extended precision where there is one, the mean in two steps."""
     values = np.moveaxis(x.detach().double().numpy(), 1, 0).reshape(x.shape[1], -1 if x.numel() else 0)
     values = values.astype(np.longdouble)
     mean = values.sum(1) / max(values.shape[1], 1)
@@ -124,6 +124,7 @@ def test_merging_the_parts_gives_the_whole(shape, cut, seed, axis):
     b=st.integers(0, 10**6),
     values=st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=4),
 )
+@settings(deadline=None)
 def test_merge_has_an_identity_and_is_symmetric(a, b, values):
     def moments_with(count, mean, m2):
         return tuple(torch.tensor(v, dtype=torch.float64) for v in ([float(count)], [[mean]], [[abs(m2)]]))
@@ -207,8 +208,7 @@ def test_nan_and_inf_stay_in_their_channel(shape, bad, layout, dtype):
     assert torch.equal(m2[others], clean[2][others])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS_AND_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_moments_of_every_shape_layout_and_dtype(shape, layout, dtype):
     x = laid_out(tensor(shape, dtype), layout)
@@ -269,8 +269,9 @@ def test_accumulate_merges_batches_and_reports_each(layout, dtype, statistic_dty
         mean, var = torch.empty(6, dtype=statistic_dtype), torch.empty(6, dtype=statistic_dtype)
         ops.accumulate(laid_out(batch, layout), *total, mean, var)
         n, true_mean, true_m2 = (torch.as_tensor(v) for v in reference(batch))
-        torch.testing.assert_close(mean, true_mean.to(statistic_dtype))
-        torch.testing.assert_close(var, (true_m2 / n).to(statistic_dtype))
+        rtol = max(2 * torch.finfo(statistic_dtype).eps, rtol_of(dtype))
+        torch.testing.assert_close(mean, true_mean.to(statistic_dtype), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(var, (true_m2 / n).to(statistic_dtype), rtol=rtol, atol=0)
     assert_moments(tuple(total), reference(torch.cat(batches)), rtol_of(dtype))
 
 
@@ -286,8 +287,7 @@ def test_accumulate_ignores_an_empty_batch():
 # ---- normalize and the backward operators -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS_AND_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_elementwise_operators_match_float64(shape, layout, dtype):
     x, dy = laid_out(tensor(shape, dtype), layout), tensor(shape, dtype, seed=1)
@@ -313,8 +313,7 @@ def test_elementwise_operators_match_float64(shape, layout, dtype):
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS_AND_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backward_reduce_matches_float64(shape, layout, dtype):
     x, dy = laid_out(tensor(shape, dtype), layout), tensor(shape, dtype, seed=1)
@@ -366,10 +365,10 @@ def double(*shape: int, seed: int = 0, requires_grad: bool = True) -> Tensor:
 @pytest.mark.parametrize("group", [None, torch.tensor([0, 1, 1, 0])])
 def test_first_and_second_derivatives(group, channels_last):
     k = 1 if group is None else 2
-    x, dy = double(4, 3, 2, 3), double(4, 3, 2, 3, seed=1)
+    x, dy = double(4, 2, 1, 3), double(4, 2, 1, 3, seed=1)
     if channels_last:
         x = laid_out(x.detach(), "channels_last").requires_grad_()
-    a, b, c = (double(k, 3, seed=s) for s in (2, 3, 4))
+    a, b, c = (double(k, 2, seed=s) for s in (2, 3, 4))
     for function, inputs in (
         (lambda x: ops.moments(x, group, k)[1:], (x,)),
         (lambda x, a, b: ops.normalize(x, a, b, group), (x, a, b)),

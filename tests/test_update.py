@@ -1,4 +1,4 @@
-"""update_bn_stats and adapt_bn_stats: exact, like fvcore where fvcore is right, and a transaction in every other case."""
+"""update_bn_stats and adapt_bn_stats: exact, the same as fvcore where fvcore is right, and a transaction always."""
 
 import copy
 import itertools
@@ -7,6 +7,7 @@ import os
 import types
 import unittest
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from precisebn import (
     get_bn_modules,
     update_bn_stats,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPS = torch.finfo(torch.float32).eps
 # fvcore accumulates some ten mini-batches in float32, and its E[x^2] - E[x]^2 loses another (1 + mean^2 / var): a few
@@ -266,7 +269,7 @@ def test_buffers_are_written_in_place(dtype):
         assert after[name][:3] == before[name][:3]  # the tensor itself, its storage, requires_grad
         assert after[name][3] != before[name][3]
     assert bn.running_mean.dtype == bn.running_var.dtype == dtype
-    assert_statistics(bn, *numpy_statistics(torch.cat(batches)), tolerance=8 * torch.finfo(dtype).eps)
+    assert_statistics(bn, *numpy_statistics(torch.cat(batches)), tolerance=64 * torch.finfo(dtype).eps)  # of 64 values
 
 
 def test_everything_but_the_statistics_is_as_before():
@@ -277,7 +280,7 @@ def test_everything_but_the_statistics_is_as_before():
     changed = {name for name in before if before[name] != after[name]}
     tracked = ("running_mean", "running_var", "num_batches_tracked")
     assert changed == {f"{layer.name}.{buffer}" for layer in report.layers for buffer in tracked}
-    assert {layer.name for layer in report.layers} == {"cumulative", "twice", "usual"}
+    assert {layer.name for layer in report.layers} == {"cumulative", "twice", "doubling", "usual"}
 
 
 def test_buffers_changed_behind_autograds_back_are_restored_too():
@@ -317,7 +320,7 @@ def test_works_in_inference_mode_and_the_model_trains_on():
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(1)).eval(), r"none of the 2 .* in training mode.*model\.train"),
+        (nn.Sequential(nn.BatchNorm1d(1)).eval(), r"none of the 1 .* in training mode.*model\.train"),
         (nn.Linear(1, 1), r"Linear has no BatchNorm layer"),
         (nn.BatchNorm1d(1, track_running_stats=False), r"none of the 1 BatchNorm layers chosen .* keeps running"),
     ],
@@ -366,6 +369,11 @@ def convnet() -> nn.Sequential:
     )
 
 
+class DoublingBatchNorm(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(2.0 * input)
+
+
 class OddLayers(nn.Module):
     """Everything that keeps state of its own, and every setting of BatchNorm that fvcore cannot take."""
 
@@ -378,6 +386,7 @@ class OddLayers(nn.Module):
         self.batch_statistics = nn.BatchNorm2d(6, track_running_stats=False)
         self.frozen = nn.BatchNorm2d(6).eval()
         self.fuse = Fuse()
+        self.doubling = DoublingBatchNorm(6)
         self.usual = nn.BatchNorm2d(6)
         self.usual.register_forward_pre_hook(_identity_hook)
         self.usual.register_forward_hook(_identity_hook, prepend=True, with_kwargs=False)
@@ -386,7 +395,7 @@ class OddLayers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.cumulative(self.instance(self.spectral(x))))
-        return self.usual(self.fuse(self.twice(self.frozen(self.batch_statistics(x)).relu())))
+        return self.usual(self.doubling(self.fuse(self.twice(self.frozen(self.batch_statistics(x)).relu()))))
 
 
 def _identity_hook(module: nn.Module, *args: Any) -> None:
@@ -495,19 +504,15 @@ def test_whatever_fails_the_model_is_as_before_and_trains_on(monkeypatch, name, 
     failure = FAILURES[name]
     model, twin = _seeded(MODELS[kind]), _seeded(MODELS[kind])
     before = state_of(model)
-    last_bn = bn_layers(model)[-1]
     if failure.effect is not None:
         calls, (when, effect) = itertools.count(), failure.effect
         monkeypatch.setattr(Fuse, "effect", staticmethod(lambda x: effect(x) if next(calls) == when else x))
     if failure.bar is not None:
         monkeypatch.setattr(tqdm, "tqdm", failure.bar)
     arguments = {"num_iters": 10, "modules": "training" if model.training else "all", **failure.arguments}
-    with pytest.raises(failure.error):
-        if failure.write:
-            with InterruptedWrite(last_bn.running_var):
-                update_bn_stats(model, failure.loader(), **arguments)
-        else:
-            update_bn_stats(model, failure.loader(), **arguments)
+    last_write = InterruptedWrite(bn_layers(model)[-1].running_var) if failure.write else nullcontext()
+    with last_write, pytest.raises(failure.error):
+        update_bn_stats(model, failure.loader(), **arguments)
     monkeypatch.undo()
     assert state_of(model) == before
     assert _train(model) == _train(twin)
@@ -545,6 +550,13 @@ def test_non_finite_values_are_laid_to_the_layer_and_mini_batch_where_they_began
     batches = [*BATCHES[:4], _poison(value)(BATCHES[4]), *BATCHES[5:]]
     with pytest.raises(NonFiniteStatisticsError, match=r"layer '1' \(BatchNorm2d\) held NaN or Inf.* mini-batch 4"):
         update_bn_stats(model, batches, 10)
+
+
+def test_non_finite_values_on_the_cpu_stop_the_run_at_once():
+    batches = iter([*BATCHES[:3], _poison(math.nan)(BATCHES[3]), *BATCHES[4:]])
+    with pytest.raises(NonFiniteStatisticsError):
+        update_bn_stats(convnet(), batches, 10)
+    assert len(list(batches)) == 6
 
 
 def test_non_finite_values_are_laid_to_the_first_layer_as_the_model_runs_not_as_it_is_written():
@@ -675,6 +687,13 @@ def test_stops_as_soon_as_the_tolerance_is_met_but_not_before_eight_mini_batches
     assert 20 < report.num_iters < 150
 
 
+def test_goes_on_for_a_twentieth_more_than_it_must_at_most():
+    batches = list(itertools.islice(endless(), 200))
+    stopped = update_bn_stats(nn.BatchNorm1d(4), batches, tolerance=0.05).num_iters
+    enough = next(n for n in range(8, 201) if update_bn_stats(nn.BatchNorm1d(4), batches, n).max_error <= 0.05)
+    assert enough <= stopped <= enough * 1.05 + 1
+
+
 def test_a_smaller_tolerance_takes_more_data():
     used = [update_bn_stats(nn.BatchNorm1d(4), endless(), 10_000, tolerance=t).num_iters for t in (0.2, 0.1, 0.05)]
     assert used == sorted(set(used))
@@ -698,7 +717,7 @@ def test_a_tolerance_not_met_is_told_and_the_statistics_are_updated():
 
 
 def test_fewer_than_eight_mini_batches_have_no_error_and_meet_no_tolerance():
-    with pytest.warns(UserWarning, match="at least 8"):
+    with pytest.warns(UserWarning, match="takes at least 8 mini-batches to know"):
         report = update_bn_stats(nn.BatchNorm1d(2), [torch.randn(8, 2)] * 7, tolerance=1e6)
     assert report.converged is False
     assert math.isnan(report.max_error)
@@ -737,6 +756,15 @@ def test_standard_errors_are_the_true_ones_for_independent_mini_batches(sizes):
     batches = [torch.randn(n, REPLICATES, dtype=torch.float64) for n in sizes]
     for ratio in _ratio_of_reported_to_true_error(batches, 1.0):
         assert ratio == pytest.approx(1, abs=0.15)
+
+
+def test_standard_errors_are_right_from_the_eighth_mini_batch_on():
+    bn = nn.BatchNorm1d(16 * REPLICATES).double()
+    batches = [torch.randn(16, 16 * REPLICATES, dtype=torch.float64) for _ in range(8)]
+    reported = update_bn_stats(bn, batches, None).layers[0].mean_error
+    true = (bn.running_mean / bn.running_var.sqrt()).square().mean().sqrt().item()
+    # Both are known to 1%. Dividing by 8 in the place of 7 would be off by 7%.
+    assert reported / true == pytest.approx(1, abs=0.03)
 
 
 def test_standard_errors_know_that_values_inside_a_mini_batch_are_correlated():
@@ -818,7 +846,7 @@ def test_an_infinite_prior_leaves_the_source_statistics_bit_for_bit():
 
 
 def test_without_a_prior_it_is_update_bn_stats_over_all_layers_and_all_data():
-    adapted, updated = convnet().eval(), None
+    adapted = convnet().eval()
     updated = copy.deepcopy(adapted)
     adapt_bn_stats(adapted, BATCHES)
     update_bn_stats(updated, BATCHES, None, modules="all")

@@ -12,11 +12,26 @@ bool same_strides(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
+void check_same(const char* op, const Tensor& dy, const Tensor& x) {
+  bool same = dy.dim() == x.dim() && dtype_of(dy) == dtype_of(x);
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = dy.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, "precisebn::", op, ": dy must have the shape and dtype of x");
+}
+
 Tensor with_strides_of(const Tensor& t, const Tensor& like) {
   if (same_strides(t, like)) return t;
   Tensor copy = torch::stable::empty_like(like);
   torch::stable::copy_(copy, t);
   return copy;
+}
+
+Pair align(const Tensor& dy, const Tensor& x) {
+  if (same_strides(dy, x)) {
+    if (const auto view = view_of(x)) return {dy, x, *view};
+  }
+  Tensor dense = torch::stable::empty_like(x);
+  if (!view_of(dense)) dense = torch::stable::contiguous(dense);
+  return {with_strides_of(dy, dense), with_strides_of(x, dense), *view_of(dense)};
 }
 
 Arrangement arrange(const Tensor& x) {
@@ -35,18 +50,6 @@ Tensor finish(Arrangement& arrangement) {
     torch::stable::copy_(arrangement.result, arrangement.output);
   }
   return arrangement.result;
-}
-
-Groups::Groups(const std::optional<Tensor>& group, int64_t batch, int64_t num_groups) {
-  if (!group) return;
-  STD_TORCH_CHECK(group->dim() == 1 && group->size(0) == batch,
-                  "precisebn: group must have one element per sample of x");
-  ids_ = group->const_data_ptr<int64_t>();
-  stride_ = group->stride(0);
-  for (int64_t i = 0; i < batch; ++i) {
-    const int64_t id = (*this)[i];
-    STD_TORCH_CHECK(id >= 0 && id < num_groups, "precisebn: group holds ", id, ", but there are ", num_groups);
-  }
 }
 
 }  // namespace precisebn

@@ -25,27 +25,40 @@ struct Arrangement {
 Arrangement arrange(const Tensor& x);
 Tensor finish(Arrangement& arrangement);
 
-// t with the strides of `like`.
+// dy is to have the shape and dtype of x.
+void check_same(const char* op, const Tensor& dy, const Tensor& x);
+
+// t, or a copy of it with the strides of `like`, a dense tensor.
 Tensor with_strides_of(const Tensor& t, const Tensor& like);
 
-// The group of each sample, checked; all 0 where there are no groups.
+// dy and x, or copies of them, with the same strides, and their view.
+struct Pair {
+  Tensor dy, x;
+  View view;
+};
+Pair align(const Tensor& dy, const Tensor& x);
+
+// The group of each sample; all 0 where there are no groups.
 class Groups {
  public:
-  Groups(const std::optional<Tensor>& group, int64_t batch, int64_t num_groups);
+  explicit Groups(const std::optional<Tensor>& group)
+      : ids_(group ? group->const_data_ptr<int64_t>() : nullptr), stride_(group ? group->stride(0) : 0) {}
   bool all_equal() const { return ids_ == nullptr; }
   int64_t operator[](int64_t sample) const { return ids_ ? ids_[sample * stride_] : 0; }
 
  private:
-  const int64_t* ids_ = nullptr;
-  int64_t stride_ = 0;
+  const int64_t* ids_;
+  int64_t stride_;
 };
 
 // Coefficients [G, C], row by row as wide as the (joined) rows of the view.
 template <class T>
 class Coefficients {
  public:
-  Coefficients(const Tensor& t, const View& view) : dense_(torch::stable::contiguous(t)) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == view.channels, "precisebn: coefficients must have shape (G, C)");
+  Coefficients(const Tensor& t, const View& view, int64_t num_groups)
+      : dense_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == num_groups && t.size(1) == view.channels,
+                    "precisebn: every coefficient must have shape (G, C) = (", num_groups, ", ", view.channels, ")");
     values_ = dense_.const_data_ptr<T>();
     stride_ = view.channels;
     if (!view.by_rows || (view.inner == 1 && rows_joined(view) == 1)) return;

@@ -13,16 +13,6 @@
 #include "../moments.h"
 #include "vec.h"
 
-#ifndef PB_BLK
-#define PB_BLK 1
-#endif
-#ifndef PB_TILE
-#define PB_TILE 1024
-#endif
-#ifndef PB_HINT
-#define PB_HINT 2
-#endif
-
 namespace precisebn::PRECISEBN_ISA {
 namespace {
 
@@ -31,7 +21,7 @@ constexpr int kChain = 32;
 
 // The values of a plane that are held in L1 together with the same amount of what follows.
 template <class T>
-constexpr int64_t kBlock = 8192 / sizeof(typename Compute<T>::Scalar) * PB_BLK;
+constexpr int64_t kBlock = 8192 / sizeof(typename Compute<T>::Scalar);
 
 // Sums of squares in this range have lost nothing to under- or overflow. NaN is not in it.
 template <class T>
@@ -165,22 +155,132 @@ PRECISEBN_INLINE Moments plane(const T* p, int64_t length) {
   return total;
 }
 
+// Planes of up to this many values are taken four at a time: alone they are too short to hide the latency of their own
+// sums. The four also keep the four chains of additions apart, and none is longer than kChain.
+template <class T>
+constexpr int64_t kShort = kChain * kLanes<typename Compute<T>::Vec>;
+// Several groups of them fit into the time that memory takes.
+constexpr int kShortAhead = 8192;
+
+// Planes of 3 to 4 vectors (7 x 7 in float32 lanes of AVX-512) stay in registers between the two readings.
+#if defined(__AVX512F__)
+constexpr int kHeld = 4;
+#else
+constexpr int kHeld = 0;
+#endif
+
+template <class T, bool kHold>
+PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeWeights weights, double* mean,
+                                  double* m2) {
+  using V = typename Compute<T>::Vec;
+  using Four = typename FourOf<V>::type;
+  constexpr int kL = kLanes<V>;
+  const double count = static_cast<double>(length);
+  const int rest = static_cast<int>(kHold ? length - (kHeld - 1) * kL : length % kL);
+  const int64_t whole = length - rest;
+
+  V held[4][kHeld + 1];
+  V sum[4] = {}, squares[4] = {}, center[4];
+  for (int64_t i = 0; i < (kHold ? (kHeld - 1) * kL : whole); i += kL) {
+    for (int k = 0; k < 4; ++k) {
+      __builtin_prefetch(reinterpret_cast<const char*>(p[k] + i) + kShortAhead);
+      const V x = load(p[k] + i);
+      if constexpr (kHold) held[k][i / kL] = x;
+      sum[k] += x;
+    }
+  }
+  if (rest) {
+    for (int k = 0; k < 4; ++k) {
+      const V x = load_first(p[k] + whole, rest);
+      if constexpr (kHold) held[k][kHeld - 1] = x;
+      sum[k] += x;
+    }
+  }
+  const Four shift = sums_of_lanes(sum) * static_cast<typename Compute<T>::Scalar>(1 / count);
+  for (int k = 0; k < 4; ++k) {
+    center[k] = broadcast<V>(shift[k]);
+    sum[k] = V{};
+  }
+  for (int64_t i = 0; i < (kHold ? (kHeld - 1) * kL : whole); i += kL) {
+    for (int k = 0; k < 4; ++k) {
+      const V d = (kHold ? held[k][i / kL] : load(p[k] + i)) - center[k];
+      sum[k] += d;
+      squares[k] += d * d;
+    }
+  }
+  if (rest) {
+    for (int k = 0; k < 4; ++k) {
+      const V d = first_lanes((kHold ? held[k][kHeld - 1] : load_first(p[k] + whole, rest)) - center[k], rest);
+      sum[k] += d;
+      squares[k] += d * d;
+    }
+  }
+  const FourD residual = __builtin_convertvector(sums_of_lanes(sum), FourD);
+  const FourD total = __builtin_convertvector(sums_of_lanes(squares), FourD);
+  const FourD correction = residual / count;
+  FourD part_mean = __builtin_convertvector(shift, FourD) + correction, part_m2 = total - residual * correction;
+  for (int k = 0; k < 4; ++k) {
+    if (__builtin_expect(!lanes_suffice<T>(total[k], count), 0)) {
+      const Moments part = block_in_float64(p[k], length);
+      part_mean[k] = part.mean, part_m2[k] = part.m2;
+    }
+  }
+  part_m2 = part_m2 < 0 ? 0 - FourD{} : part_m2;
+
+  FourD total_mean, total_m2;
+  memcpy(&total_mean, mean, sizeof total_mean);
+  memcpy(&total_m2, m2, sizeof total_m2);
+  const FourD delta = part_mean - total_mean;
+  total_mean += delta * weights.mean;
+  total_m2 += part_m2 + delta * weights.m2 * delta;
+  memcpy(mean, &total_mean, sizeof total_mean);
+  memcpy(m2, &total_m2, sizeof total_m2);
+}
+
+template <class T, bool kHold>
+PRECISEBN_INLINE void short_planes(const T* p, int64_t stride, int64_t channels, int64_t length, MergeWeights weights,
+                                   double* mean, double* m2) {
+  int64_t c = 0;
+  for (; c + 4 <= channels; c += 4, p += 4 * stride) {
+    four_planes<T, kHold>({p, p + stride, p + 2 * stride, p + 3 * stride}, length, weights, mean + c, m2 + c);
+  }
+  if (c == channels) return;
+  // The first plane left stands in for those that are missing: a channel's bits must not depend on how many channels
+  // the task was given.
+  const int left = static_cast<int>(channels - c);
+  double last_mean[4] = {}, last_m2[4] = {};
+  memcpy(last_mean, mean + c, left * sizeof(double));
+  memcpy(last_m2, m2 + c, left * sizeof(double));
+  four_planes<T, kHold>({p, left > 1 ? p + stride : p, left > 2 ? p + 2 * stride : p, p}, length, weights, last_mean,
+                        last_m2);
+  memcpy(mean + c, last_mean, left * sizeof(double));
+  memcpy(m2 + c, last_m2, left * sizeof(double));
+}
+
 template <class T>
 void planes(const void* x, int64_t stride, int64_t channels, int64_t length, double before, double* mean, double* m2) {
   const MergeWeights weights(before, static_cast<double>(length));
   const T* p = static_cast<const T*>(x);
-  for (int64_t c = 0; c < channels; ++c, p += stride) {
-    const Moments part = plane(p, length);
-    merge(mean[c], m2[c], part.mean, part.m2, weights);
+  if (length > kShort<T>) {
+    for (int64_t c = 0; c < channels; ++c, p += stride) {
+      const Moments part = plane(p, length);
+      merge(mean[c], m2[c], part.mean, part.m2, weights);
+    }
+    return;
+  }
+  constexpr int kL = kLanes<typename Compute<T>::Vec>;
+  if (kHeld && length > (kHeld - 1) * kL && length <= kHeld * kL) {
+    short_planes<T, kHeld != 0>(p, stride, channels, length, weights, mean, m2);
+  } else {
+    short_planes<T, false>(p, stride, channels, length, weights, mean, m2);
   }
 }
 
 // ---- Rows ----
-// Channels are lanes, so nothing is summed across lanes. A block is up to 32 rows of up to kTile channels. The first
-// reading goes along the rows, as memory does, with the sums in L1; the second goes down the columns, with all sums in
-// registers, and merges them into the accumulators on the spot.
+// Channels are lanes, so nothing is summed across lanes. A block is up to 32 rows of a few vectors of channels, read
+// down the columns with all sums in registers, and merged into the accumulators on the spot.
 
-constexpr int64_t kTile = PB_TILE;
+constexpr int kColumns = 4;
 
 PRECISEBN_INLINE void load_accumulator(const double* p, WideVec& v) {
   memcpy(&v.lo, p, sizeof v.lo);
@@ -269,88 +369,73 @@ PRECISEBN_INLINE void merge_column(const T* p, int64_t stride, int64_t rows, int
   }
 }
 
-// sums[c] += the column sums of `rows` rows; `ahead` bytes further on lies what is needed next.
-template <class T>
-PRECISEBN_INLINE void add_rows(const T* p, int64_t stride, int64_t rows, int64_t channels,
-                               typename Compute<T>::Scalar* sums, int64_t ahead) {
+// Prefetches one half of what lies `ahead` elements past the kWidth vectors at p.
+template <class T, int kWidth>
+PRECISEBN_INLINE void prefetch_half(const T* p, int64_t ahead, int half) {
+  constexpr int kRowBytes = kWidth * kLanes<typename Compute<T>::Vec> * static_cast<int>(sizeof(T));
+  const char* line = reinterpret_cast<const char*>(p + ahead) + half * kRowBytes / 2;
+  if (kRowBytes < 128 && half) return;
+  for (int byte = 0; byte < (kRowBytes < 128 ? kRowBytes : kRowBytes / 2); byte += 64) __builtin_prefetch(line + byte);
+}
+
+template <class T, int kWidth>
+PRECISEBN_INLINE void block_of_rows(const T* p, int64_t stride, int64_t rows, MergeWeights weights, double* mean,
+                                    double* m2, int64_t ahead) {
   using V = typename Compute<T>::Vec;
   constexpr int kL = kLanes<V>;
-  const int64_t whole = channels / kL * kL;
-  const int tail = static_cast<int>(channels - whole);
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4, p += 4 * stride) {
-    for (int64_t c = 0; c < whole; c += kL) {
-      if (c * sizeof(T) % 64 == 0) {
-        for (int row = 0; row < 4; ++row)
-          __builtin_prefetch(reinterpret_cast<const char*>(p + row * stride + c) + ahead, 0, PB_HINT);
-      }
-      store(sums + c, load(sums + c) + ((load(p + c) + load(p + stride + c)) +
-                                        (load(p + 2 * stride + c) + load(p + 3 * stride + c))));
-    }
-    if (tail) {
-      V v = load(sums + whole);
-      for (int row = 0; row < 4; ++row) v += load_first(p + row * stride + whole, tail);
-      store(sums + whole, v);
+  V shift[kWidth] = {}, sum[kWidth] = {}, squares[kWidth] = {};
+  const T* row = p;
+  for (int64_t r = 0; r < rows; ++r, row += stride) {
+    prefetch_half<T, kWidth>(row, ahead, 0);
+    for (int k = 0; k < kWidth; ++k) shift[k] += load(row + k * kL);
+  }
+  const V inverse = broadcast<V>(static_cast<typename Compute<T>::Scalar>(1.0 / static_cast<double>(rows)));
+  for (int k = 0; k < kWidth; ++k) shift[k] *= inverse;
+  row = p;
+  for (int64_t r = 0; r < rows; ++r, row += stride) {
+    prefetch_half<T, kWidth>(row, ahead, 1);
+    for (int k = 0; k < kWidth; ++k) {
+      const V d = load(row + k * kL) - shift[k];
+      sum[k] += d;
+      squares[k] += d * d;
     }
   }
-  for (; r < rows; ++r, p += stride) {
-    for (int64_t c = 0; c < whole; c += kL) store(sums + c, load(sums + c) + load(p + c));
-    if (tail) store(sums + whole, load(sums + whole) + load_first(p + whole, tail));
+  for (int k = 0; k < kWidth; ++k) {
+    const int c = k * kL;
+    merge_column(p + c, stride, rows, kL, shift[k], sum[k], squares[k], weights, mean + c, m2 + c);
   }
 }
 
+// The last channels, fewer than a vector.
 template <class T>
-PRECISEBN_INLINE void block_of_rows(const T* p, int64_t stride, int64_t channels, int64_t rows, MergeWeights weights,
-                                    double* mean, double* m2, int64_t ahead) {
+PRECISEBN_INLINE void block_of_partial_rows(const T* p, int64_t stride, int64_t rows, int n, MergeWeights weights,
+                                            double* mean, double* m2) {
   using V = typename Compute<T>::Vec;
-  using Scalar = typename Compute<T>::Scalar;
-  constexpr int kL = kLanes<V>;
-  alignas(64) Scalar sums[kTile + kL];
-  memset(sums, 0, (channels + kL) * sizeof(Scalar));
-  add_rows(p, stride, rows, channels, sums, ahead);
-
-  const V inverse = broadcast<V>(static_cast<Scalar>(1.0 / static_cast<double>(rows)));
-  int64_t c = 0;
-  for (; c + 2 * kL <= channels; c += 2 * kL) {
-    const V shift0 = load(sums + c) * inverse, shift1 = load(sums + c + kL) * inverse;
-    V sum0{}, sum1{}, squares0{}, squares1{};
-    const T* q = p + c;
-    for (int64_t r = 0; r < rows; ++r, q += stride) {
-      const V d0 = load(q) - shift0, d1 = load(q + kL) - shift1;
-      sum0 += d0;
-      sum1 += d1;
-      squares0 += d0 * d0;
-      squares1 += d1 * d1;
-    }
-    merge_column(p + c, stride, rows, kL, shift0, sum0, squares0, weights, mean + c, m2 + c);
-    merge_column(p + c + kL, stride, rows, kL, shift1, sum1, squares1, weights, mean + c + kL, m2 + c + kL);
-  }
-  for (; c < channels; c += kL) {
-    const int n = channels - c < kL ? static_cast<int>(channels - c) : kL;
-    const V shift = load(sums + c) * inverse;
-    V sum, squares;
-    if (n == kL) {
-      column<V, T, false>(p + c, stride, rows, n, shift, sum, squares);
-    } else {
-      column<V, T, true>(p + c, stride, rows, n, shift, sum, squares);
-    }
-    merge_column(p + c, stride, rows, n, shift, sum, squares, weights, mean + c, m2 + c);
-  }
+  V shift, sum, squares;
+  column<V, T, true>(p, stride, rows, n, V{}, shift, squares);
+  shift *= broadcast<V>(static_cast<typename Compute<T>::Scalar>(1.0 / static_cast<double>(rows)));
+  column<V, T, true>(p, stride, rows, n, shift, sum, squares);
+  merge_column(p, stride, rows, n, shift, sum, squares, weights, mean, m2);
 }
 
 template <class T>
 void rows(const void* x, int64_t stride, int64_t channels, int64_t rows, double before, double* mean, double* m2) {
+  constexpr int kL = kLanes<typename Compute<T>::Vec>;
   const T* p = static_cast<const T*>(x);
-  for (int64_t r = 0; r < rows; r += kChain) {
+  for (int64_t r = 0; r < rows; r += kChain, p += kChain * stride) {
     const int64_t height = rows - r < kChain ? rows - r : kChain;
     const MergeWeights weights(before + static_cast<double>(r), static_cast<double>(height));
-    const int64_t tiles = (channels + kTile - 1) / kTile;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t c = tile * kTile, width = channels - c < kTile ? channels - c : kTile;
-      // After the last tile of these rows comes the first of the next rows.
-      const int64_t ahead = tiles == 1 ? height * stride : tile + 1 < tiles ? width : height * stride - c;
-      block_of_rows(p + r * stride + c, stride, width, height, weights, mean + c, m2 + c,
-                    ahead * static_cast<int64_t>(sizeof(T)));
+    // What follows a column in these rows, and behind the last, the first of the next rows.
+    const auto ahead = [&](int64_t c, int width) { return c + width < channels ? width : height * stride - c; };
+    int64_t c = 0;
+    for (; c + kColumns * kL <= channels; c += kColumns * kL) {
+      block_of_rows<T, kColumns>(p + c, stride, height, weights, mean + c, m2 + c, ahead(c, kColumns * kL));
+    }
+    for (; c + kL <= channels; c += kL) {
+      block_of_rows<T, 1>(p + c, stride, height, weights, mean + c, m2 + c, ahead(c, kL));
+    }
+    if (c < channels) {
+      block_of_partial_rows(p + c, stride, height, static_cast<int>(channels - c), weights, mean + c, m2 + c);
     }
   }
 }

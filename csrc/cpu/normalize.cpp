@@ -10,7 +10,8 @@ namespace {
 template <class Scalar>
 void run(const Arrangement& to, const Tensor& scale, const Tensor& shift, const Groups& groups) {
   const NormalizeKernels& kernels = PRECISEBN_DISPATCH(normalize_kernels)[dtype_of(to.input)];
-  const Coefficients<Scalar> a(scale, to.view), b(shift, to.view);
+  const int64_t num_groups = scale.size(0);
+  const Coefficients<Scalar> a(scale, to.view, num_groups), b(shift, to.view, num_groups);
   const auto element_size = static_cast<int64_t>(to.input.element_size());
   const char* x = static_cast<const char*>(to.input.const_data_ptr());
   char* y = static_cast<char*>(to.output.mutable_data_ptr());
@@ -27,10 +28,10 @@ void run(const Arrangement& to, const Tensor& scale, const Tensor& shift, const 
 
 Tensor normalize(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& group) {
   STD_TORCH_CHECK(x.dim() >= 2, "precisebn::normalize: x must have at least 2 dimensions");
-  STD_TORCH_CHECK(scale.dim() == 2 && shift.dim() == 2 && scale.size(0) == shift.size(0) && scale.size(0) >= 1,
-                  "precisebn::normalize: scale and shift must both have shape (G, C)");
+  STD_TORCH_CHECK(scale.dim() == 2, "precisebn::normalize: scale and shift must have shape (G, C)");
+  check_group("normalize", group, x.size(0), scale.size(0));
   Arrangement to = arrange(x);
-  const Groups groups(group, to.view.batch, scale.size(0));
+  const Groups groups(group);
   if (dtype_of(x) == kFloat64) {
     run<double>(to, scale, shift, groups);
   } else {

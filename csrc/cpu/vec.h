@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -81,44 +81,91 @@ struct Compute<double> {
   using Wide = VecD;
 };
 
+// Through memcpy alone GCC keeps v in memory for all its life, in the inner loops too.
 PRECISEBN_INLINE WideVec widen(VecF v) {
+#if defined(__AVX512F__)
+  return {(VecD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)),
+          (VecD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))};
+#elif defined(__AVX2__)
+  return {(VecD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+          (VecD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
+#elif defined(__SSE2__)
+  return {(VecD)_mm_cvtps_pd((__m128)v), (VecD)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v))};
+#else
   HalfVecF lo, hi;
   memcpy(&lo, &v, sizeof lo);
   memcpy(&hi, reinterpret_cast<const char*>(&v) + sizeof lo, sizeof hi);
   return {__builtin_convertvector(lo, VecD), __builtin_convertvector(hi, VecD)};
+#endif
 }
 PRECISEBN_INLINE WideVec widen(WideVec v) { return v; }
 PRECISEBN_INLINE VecD widen(VecD v) { return v; }
 
-PRECISEBN_INLINE VecF narrow(WideVec v, VecF) {
-  HalfVecF lo = __builtin_convertvector(v.lo, HalfVecF), hi = __builtin_convertvector(v.hi, HalfVecF);
-  VecF result;
-  memcpy(&result, &lo, sizeof lo);
-  memcpy(reinterpret_cast<char*>(&result) + sizeof lo, &hi, sizeof hi);
-  return result;
-}
-PRECISEBN_INLINE WideVec narrow(WideVec v, WideVec) { return v; }
-PRECISEBN_INLINE VecD narrow(VecD v, VecD) { return v; }
-
+// value - 0 is value, whatever it is; value + 0 is not for -0, and costs an addition.
 template <class V, class S>
 PRECISEBN_INLINE V broadcast(S value) {
   if constexpr (sizeof(V) == sizeof(WideVec)) {
-    return {VecD{} + value, VecD{} + value};
+    return {value - VecD{}, value - VecD{}};
   } else {
-    return V{} + value;
+    return value - V{};
   }
 }
 
+// Halves until one lane is left: a fixed order, and log2 steps of latency.
 PRECISEBN_INLINE double sum_of_lanes(VecD v) {
-  // Halve until one lane is left: a fixed order, and log2 steps of latency.
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
   double lanes[kLanes<VecD>];
   memcpy(lanes, &v, sizeof v);
   for (int width = kLanes<VecD> / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   }
   return lanes[0];
+#endif
 }
 PRECISEBN_INLINE double sum_of_lanes(WideVec v) { return sum_of_lanes(v.lo + v.hi); }
+
+// Four numbers, one for each of four vectors, on any instruction set.
+typedef float FourF __attribute__((vector_size(16)));
+typedef double FourD __attribute__((vector_size(32)));
+template <class V>
+struct FourOf {
+  using type = FourF;
+};
+template <>
+struct FourOf<VecD> {
+  using type = FourD;
+};
+
+// The sums of the lanes of four vectors at once. Adding in float32 here is a few more links to its chains.
+PRECISEBN_INLINE FourF sums_of_lanes(const VecF (&v)[4]) {
+#if defined(__SSE2__)
+  __m128 quarter[4];
+  for (int k = 0; k < 4; ++k) {
+#if defined(__AVX512F__)
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[k]), _mm512_extractf32x8_ps((__m512)v[k], 1));
+#elif defined(__AVX2__)
+    const __m256 half = (__m256)v[k];
+#endif
+#if defined(__AVX2__)
+    quarter[k] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#else
+    quarter[k] = (__m128)v[k];
+#endif
+  }
+  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(quarter[0], quarter[1]), _mm_unpackhi_ps(quarter[0], quarter[1]));
+  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(quarter[2], quarter[3]), _mm_unpackhi_ps(quarter[2], quarter[3]));
+  return (FourF)_mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+#else
+  FourF sums;
+  for (int k = 0; k < 4; ++k) sums[k] = static_cast<float>(sum_of_lanes(widen(v[k])));
+  return sums;
+#endif
+}
+PRECISEBN_INLINE FourD sums_of_lanes(const VecD (&v)[4]) {
+  return FourD{sum_of_lanes(v[0]), sum_of_lanes(v[1]), sum_of_lanes(v[2]), sum_of_lanes(v[3])};
+}
 
 // Lanes 0 .. n-1 of v, zeros behind.
 PRECISEBN_INLINE VecF first_lanes(VecF v, int n) {

@@ -107,4 +107,24 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
+Tensor new_statistic(std::array<int64_t, 2> size, int64_t dim) {
+  const int64_t strides[] = {dim == 2 ? size[1] : 1, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size.data(), strides, aoti_torch_dtype_float64(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+void check_group(const char* op, const std::optional<Tensor>& group, int64_t batch, int64_t num_groups) {
+  STD_TORCH_CHECK(num_groups >= 1, "precisebn::", op, ": num_groups must be at least 1");
+  if (!group) return;
+  STD_TORCH_CHECK(group->dim() == 1 && group->size(0) == batch, "precisebn::", op,
+                  ": group must have one element per sample of x");
+  const int64_t *id = group->const_data_ptr<int64_t>(), stride = group->stride(0);
+  for (int64_t i = 0; i < batch; ++i, id += stride) {
+    STD_TORCH_CHECK(*id >= 0 && *id < num_groups, "precisebn::", op, ": group holds ", *id, ", but there are ",
+                    num_groups, " groups");
+  }
+}
+
 }  // namespace precisebn

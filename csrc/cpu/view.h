@@ -2,6 +2,7 @@
 // (NCHW) or rows of all channels (NHWC).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 
@@ -35,5 +36,12 @@ std::optional<View> view_of(const Tensor& x);
 Tensor with_view(const Tensor& x);
 
 Dtype dtype_of(const Tensor& x);
+
+// An uninitialized float64 tensor (G) or (G, C). A call through the dispatcher would take as long as the statistics of
+// a small x.
+Tensor new_statistic(std::array<int64_t, 2> size, int64_t dim);
+
+// One group number per sample, each in range: the last line before memory, also behind the checks in Python.
+void check_group(const char* op, const std::optional<Tensor>& group, int64_t batch, int64_t num_groups);
 
 }  // namespace precisebn

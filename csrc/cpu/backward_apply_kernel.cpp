@@ -1,0 +1,63 @@
+// a * dy + b * x + c: as in normalize_kernel.cpp, memory sets the pace.
+#include "backward_apply_kernel.h"
+
+#include "vec.h"
+
+namespace precisebn::PRECISEBN_ISA {
+namespace {
+
+template <class T>
+void planes(const void* dy, const void* x, void* dx, int64_t stride, int64_t channels, int64_t length, const void* a,
+            const void* b, const void* c) {
+  using V = typename Compute<T>::Vec;
+  using Scalar = typename Compute<T>::Scalar;
+  constexpr int kL = kLanes<V>;
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    const T *from_dy = static_cast<const T*>(dy) + channel * stride,
+            *from_x = static_cast<const T*>(x) + channel * stride;
+    T* to = static_cast<T*>(dx) + channel * stride;
+    const V of_dy = broadcast<V>(static_cast<const Scalar*>(a)[channel]);
+    const V of_x = broadcast<V>(static_cast<const Scalar*>(b)[channel]);
+    const V shift = broadcast<V>(static_cast<const Scalar*>(c)[channel]);
+    int64_t i = 0;
+    for (; i + kL <= length; i += kL) store(to + i, of_dy * load(from_dy + i) + (of_x * load(from_x + i) + shift));
+    const int rest = static_cast<int>(length - i);
+    if (rest) {
+      store_first(to + i, of_dy * load_first(from_dy + i, rest) + (of_x * load_first(from_x + i, rest) + shift), rest);
+    }
+  }
+}
+
+template <class T>
+void rows(const void* dy, const void* x, void* dx, int64_t stride, int64_t width, int64_t rows, const void* a,
+          const void* b, const void* c) {
+  using V = typename Compute<T>::Vec;
+  using Scalar = typename Compute<T>::Scalar;
+  constexpr int kL = kLanes<V>;
+  const Scalar *of_dy = static_cast<const Scalar*>(a), *of_x = static_cast<const Scalar*>(b),
+               *shift = static_cast<const Scalar*>(c);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T *from_dy = static_cast<const T*>(dy) + r * stride, *from_x = static_cast<const T*>(x) + r * stride;
+    T* to = static_cast<T*>(dx) + r * stride;
+    int64_t i = 0;
+    for (; i + kL <= width; i += kL) {
+      store(to + i, load(of_dy + i) * load(from_dy + i) + (load(of_x + i) * load(from_x + i) + load(shift + i)));
+    }
+    const int rest = static_cast<int>(width - i);
+    if (rest) {
+      const V inner = load_first(of_x + i, rest) * load_first(from_x + i, rest) + load_first(shift + i, rest);
+      store_first(to + i, load_first(of_dy + i, rest) * load_first(from_dy + i, rest) + inner, rest);
+    }
+  }
+}
+
+}  // namespace
+
+const BackwardApplyKernels backward_apply_kernels[kNumDtypes] = {
+    {planes<float>, rows<float>},
+    {planes<double>, rows<double>},
+    {planes<Half>, rows<Half>},
+    {planes<BFloat16>, rows<BFloat16>},
+};
+
+}  // namespace precisebn::PRECISEBN_ISA

@@ -1,0 +1,300 @@
+// How the kernels cut a tensor into blocks and threads. Plain arithmetic without CUDA or torch, so that every shape can
+// be checked on a machine without a GPU: that each value is visited once, by a thread that knows its channel.
+//
+// All kernels see the same picture. A sample is `rows` rows; a thread owns one column, `vector` adjacent values wide, and
+// walks down the rows. Which values are a row depends on the form:
+//
+//   rows     (channels-last)      a row is the C channels of one position
+//   columns  (NCHW, short planes) a row is a whole sample, C planes after another: a thread sees the same few values of
+//                                 the same plane in every sample, so 7x7 planes cost no more than long ones
+//   planes   (NCHW, long planes)  a row is one vector of a plane; a block has a single column and a single channel
+//
+// The first two differ only in how many adjacent values are of one channel (`inner`: 1 or the plane's length), the third
+// only in its strides. So there is one kernel, and the forms differ in the numbers below.
+//
+// The cut depends on the shape, the alignment and the number of multiprocessors, never on what runs first: with the
+// order of merging fixed too, results have the same bits every time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "../moments.h"  // PRECISEBN_HOST_DEVICE
+
+namespace precisebn::cuda {
+
+constexpr int kThreads = 256;     // a block has about this many threads
+constexpr int kMaxThreads = 320;  // and up to this many where planes of odd length do not fit otherwise
+constexpr int kMaxSlabSamples = 64;
+
+// A dense tensor (N, C, *): channels * length values a sample, as planes (NCHW) or as rows of channels (channels-last).
+struct View {
+  int64_t batch, channels, length;
+  bool planes;
+
+  int64_t values() const { return batch * channels * length; }
+};
+
+// A single channel, or one value per plane, can be seen both ways: take the one with the longer runs.
+inline View simplified(View view, bool grouped) {
+  if (view.channels == 1 && !grouped) return {1, 1, view.batch * view.length, true};
+  if (view.length == 1) view.planes = false;
+  return view;
+}
+
+// ---- Rows of samples, cut into slabs -------------------------------------------------------------------------------
+
+struct Slab {
+  int64_t first_sample, first_row;
+  int samples, rows;  // rows: of each sample
+};
+
+struct Slabs {
+  int64_t samples, rows;  // all there is; rows: of each sample
+  int64_t samples_per_slab, rows_per_slab;
+  int64_t parts;  // how many slabs share their samples, each with other rows
+  int64_t count;
+
+  PRECISEBN_HOST_DEVICE Slab operator[](int64_t slab) const {
+    const auto index = static_cast<unsigned>(slab), per_sample = static_cast<unsigned>(parts);  // blocks are fewer than 2^31
+    const int64_t sample = index / per_sample * samples_per_slab, row = index % per_sample * rows_per_slab;
+    const int64_t more_samples = samples - sample, more_rows = rows - row;
+    return {sample, row, static_cast<int>(more_samples < samples_per_slab ? more_samples : samples_per_slab),
+            static_cast<int>(more_rows < rows_per_slab ? more_rows : rows_per_slab)};
+  }
+
+  // The rows of all slabs before this one, which may be `count`.
+  PRECISEBN_HOST_DEVICE int64_t rows_before(int64_t slab) const {
+    if (slab >= count) return samples * rows;
+    const Slab at = (*this)[slab];
+    return at.first_sample * rows + at.samples * at.first_row;
+  }
+};
+
+// `wanted`: rows of a slab, counted over its samples.
+inline Slabs cut_rows(int64_t samples, int64_t rows, int64_t wanted, int64_t most_samples) {
+  Slabs slabs{samples, rows, 1, rows, 1, 0};
+  if (rows > wanted) {
+    slabs.parts = (rows + wanted - 1) / wanted;
+    slabs.rows_per_slab = (rows + slabs.parts - 1) / slabs.parts;
+    slabs.parts = (rows + slabs.rows_per_slab - 1) / slabs.rows_per_slab;
+  } else {
+    slabs.samples_per_slab = std::min({samples, most_samples, wanted / rows});
+  }
+  slabs.count = (samples + slabs.samples_per_slab - 1) / slabs.samples_per_slab * slabs.parts;
+  return slabs;
+}
+
+// Goes through the rows of a slab's samples in steps of `step` rows: one division at the start, none on the way.
+class Walk {
+ public:
+  PRECISEBN_HOST_DEVICE Walk(int start, int step, int rows)
+      : sample(start / rows), row(start % rows), rows_(rows), sample_step_(step / rows), row_step_(step % rows) {}
+
+  PRECISEBN_HOST_DEVICE void next() {
+    sample += sample_step_;
+    row += row_step_;
+    if (row >= rows_) row -= rows_, ++sample;
+  }
+
+  int sample, row;
+
+ private:
+  int rows_, sample_step_, row_step_;
+};
+
+// How many of `total` rows the thread row `start` of `step` gets.
+PRECISEBN_HOST_DEVICE inline int rows_of_thread(int total, int start, int step) {
+  return total > start ? (total - 1 - start) / step + 1 : 0;
+}
+
+// ---- Columns, cut into blocks --------------------------------------------------------------------------------------
+
+struct Block {
+  int columns;      // vectors side by side
+  int thread_rows;  // one below the other
+  int threads;      // the product, up to a whole warp
+};
+
+// Cuts `total` columns into blocks of at least `least` and at most about `most`, in units that must not be split, such
+// that as few threads as possible have nothing to do.
+inline Block cut_columns(int64_t total, int64_t unit, int64_t least, int64_t most) {
+  Block best{};
+  double best_use = -1;
+  most = std::max(unit, std::min<int64_t>(most, kMaxThreads));
+  for (int64_t columns = unit; columns <= most && columns < total + unit; columns += unit) {
+    if (columns < least && columns < total) continue;
+    const int64_t thread_rows = std::max<int64_t>(1, kThreads / columns);
+    const int64_t threads = (columns * thread_rows + 31) / 32 * 32;
+    const int64_t blocks = (total + columns - 1) / columns;
+    const double use = static_cast<double>(total) / (blocks * columns) * (columns * thread_rows) / threads;
+    if (use >= best_use) {
+      best = {static_cast<int>(columns), static_cast<int>(thread_rows), static_cast<int>(threads)};
+      best_use = use;
+    }
+  }
+  if (best_use < 0) best = cut_columns(total, unit, unit, most);
+  return best;
+}
+
+// Where the values are: in elements from the start of the tensor, except the columns, in vectors.
+struct Geometry {
+  int64_t row_stride, sample_stride, block_stride;
+  int64_t columns;        // of a row, over all blocks
+  int64_t column_blocks;  // how many blocks share a slab
+  int64_t channels;       // of the tensor
+  int inner;              // how many adjacent values of a row are of one channel
+  int block_channels;     // channels of a block; the last block may have fewer
+  int vector;             // values that a thread loads at once
+  Block block;
+
+  PRECISEBN_HOST_DEVICE int columns_of_block(int64_t column_block) const {
+    const int64_t rest = columns - column_block * block.columns;
+    return static_cast<int>(rest < block.columns ? rest : block.columns);
+  }
+  PRECISEBN_HOST_DEVICE int channels_of_block(int64_t column_block) const {
+    const int64_t rest = channels - column_block * block_channels;
+    return static_cast<int>(rest < block_channels ? rest : block_channels);
+  }
+  // Of the thread's first value in row 0 of sample 0.
+  PRECISEBN_HOST_DEVICE int64_t offset(int64_t column_block, int column) const {
+    return column_block * block_stride + static_cast<int64_t>(column) * vector;
+  }
+  // Of a thread's k-th value.
+  PRECISEBN_HOST_DEVICE int64_t channel(int64_t column_block, int column, int k) const {
+    return column_block * block_channels + (column * vector + k) / inner;
+  }
+};
+
+// ---- Reductions ----------------------------------------------------------------------------------------------------
+
+struct ReductionPlan {
+  Geometry geometry;
+  Slabs slabs;
+  bool fold;              // all values of a thread are of one channel: they make one entry of the block's merge, not
+                          // `vector` entries
+  int lanes_per_channel;  // threads that merge one channel; a power of two, at most a warp
+  int slots;              // groups: how many of them a slab can hold. 0: there are no groups
+  int64_t fan_in, clusters;  // slabs are merged `fan_in` at a time into clusters, and these into the result
+
+  int64_t blocks() const { return geometry.column_blocks * slabs.count; }
+  int64_t partials() const {
+    const int64_t clusters_too = clusters > 1 ? clusters : 0;
+    return (slots ? slabs.count * slots : slabs.count + clusters_too) * geometry.channels;
+  }
+  int64_t tickets() const { return slots ? 0 : 1 + geometry.column_blocks * (1 + clusters); }
+
+  // A block's merge goes over `thread_rows` x `entry_columns` entries, of which each channel has `entry_width` in a row.
+  PRECISEBN_HOST_DEVICE int entries_of_thread() const { return fold ? 1 : geometry.vector; }
+  PRECISEBN_HOST_DEVICE int entry_columns() const { return geometry.block.columns * entries_of_thread(); }
+  PRECISEBN_HOST_DEVICE int entry_width() const { return fold ? geometry.inner / geometry.vector : geometry.inner; }
+};
+
+// vector: values in 16 bytes, or 1 where the tensor is not aligned to them. rows_at_once: rows that a thread has in
+// flight.
+inline ReductionPlan plan_reduction(const View& view, int vector, int element_size, int rows_at_once,
+                                    int64_t num_groups, int multiprocessors) {
+  constexpr int64_t kLongPlane = 64;   // vectors
+  constexpr int kMostRounds = 16;      // a chain of float32 merges is no longer than this
+  constexpr int kBlocksPerSm = 9;      // three at a time, three times
+  const bool grouped = num_groups > 0;  // 0: no group vector
+  const int64_t sample = view.channels * view.length;
+
+  ReductionPlan plan{};
+  Geometry& at = plan.geometry;
+  at.channels = view.channels;
+  int64_t samples = view.batch, rows_per_sample;
+
+  // Short planes: a block's columns must be whole planes and whole vectors.
+  const int64_t row = view.planes ? sample : view.channels;
+  at.vector = row % vector == 0 ? vector : 1;
+  const int64_t unit = view.planes ? std::lcm(view.length, static_cast<int64_t>(at.vector)) / at.vector : 1;
+  const bool whole_vectors = view.length % vector == 0;
+  const bool long_planes = whole_vectors && view.length / vector >= kLongPlane;
+  if (view.planes && (long_planes || unit > kMaxThreads)) {
+    at.vector = whole_vectors ? vector : 1;
+    at.row_stride = at.inner = at.vector;
+    at.sample_stride = sample;
+    at.block_stride = view.length;
+    at.columns = at.column_blocks = view.channels;
+    at.block_channels = 1;
+    at.block = {1, kThreads, kThreads};
+    rows_per_sample = view.length / at.vector;
+  } else {
+    at.inner = view.planes ? static_cast<int>(view.length) : 1;
+    at.row_stride = row;
+    at.columns = row / at.vector;
+    // A block leaves 16 bytes per channel for the final merge, so it should read several times as many: enough rows,
+    // which takes narrow blocks, if not so narrow that a row of theirs is less than a cache line.
+    const int64_t value_bytes = static_cast<int64_t>(at.inner) * element_size;
+    const int64_t enough_rows = std::max<int64_t>(1, 32 / value_bytes);
+    const int64_t line = 128 / (at.vector * element_size);
+    const int64_t most = enough_rows == 1 ? kMaxThreads : std::max(kThreads / enough_rows, line);
+    at.block = cut_columns(at.columns, unit, std::max(line, most / 2), most);
+    at.block_stride = static_cast<int64_t>(at.block.columns) * at.vector;
+    at.column_blocks = (at.columns + at.block.columns - 1) / at.block.columns;
+    at.block_channels = at.block.columns * at.vector / at.inner;
+    at.sample_stride = sample;
+    rows_per_sample = view.planes ? 1 : view.length;
+    if (!grouped) {  // samples lie one after another: one long sample
+      rows_per_sample *= samples;
+      samples = 1;
+    }
+  }
+
+  const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once;
+  const int64_t rounds = (samples * rows_per_sample + round - 1) / round;
+  const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm / at.column_blocks);
+  const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
+  plan.slabs = cut_rows(samples, rows_per_sample, wanted, grouped ? kMaxSlabSamples : samples);
+
+  plan.fold = at.inner % at.vector == 0;
+  plan.lanes_per_channel = 1;
+  while (plan.lanes_per_channel < 32 && 2 * plan.lanes_per_channel * at.block_channels <= at.block.threads) {
+    plan.lanes_per_channel *= 2;
+  }
+  plan.slots = grouped ? static_cast<int>(std::min(num_groups, plan.slabs.samples_per_slab)) : 0;
+  // Up to 16 slabs in one go; else about as many clusters as slabs in a cluster.
+  plan.fan_in = plan.slabs.count;
+  if (plan.slabs.count > 16) {
+    plan.fan_in = 1;
+    while (plan.fan_in * plan.fan_in < plan.slabs.count) ++plan.fan_in;
+  }
+  plan.clusters = (plan.slabs.count + plan.fan_in - 1) / plan.fan_in;
+  return plan;
+}
+
+// ---- Maps: one value out for each value in --------------------------------------------------------------------------
+
+struct MapPlan {
+  Geometry geometry;
+  int64_t rows, rows_per_slab, slabs;
+  int64_t rows_per_sample;
+
+  int64_t blocks() const { return geometry.column_blocks * slabs; }
+};
+
+inline MapPlan plan_map(const View& view, int vector, int rows_at_once, int multiprocessors) {
+  constexpr int kMostRounds = 16, kBlocksPerSm = 16;
+  MapPlan plan{};
+  Geometry& at = plan.geometry;
+  at.channels = view.channels;
+  at.inner = 1;  // unused: planes may be longer than an int
+  at.row_stride = view.channels * (view.planes ? view.length : 1);
+  at.vector = at.row_stride % vector == 0 ? vector : 1;
+  at.columns = at.row_stride / at.vector;
+  at.block = cut_columns(at.columns, 1, std::min<int64_t>(at.columns, kThreads / 2), kThreads);
+  at.block_stride = static_cast<int64_t>(at.block.columns) * at.vector;
+  at.column_blocks = (at.columns + at.block.columns - 1) / at.block.columns;
+  plan.rows_per_sample = view.planes ? 1 : view.length;
+  plan.rows = view.batch * plan.rows_per_sample;
+  const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once;
+  const int64_t rounds = (plan.rows + round - 1) / round;
+  const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm / at.column_blocks);
+  plan.rows_per_slab = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
+  plan.slabs = (plan.rows + plan.rows_per_slab - 1) / plan.rows_per_slab;
+  return plan;
+}
+
+}  // namespace precisebn::cuda

@@ -1,0 +1,400 @@
+// The reduction of a tensor to two numbers per (group, channel): one kernel for `moments`, `accumulate` and
+// `backward_reduce`, which differ in what a thread does with the values that it reads, and in how two results merge
+// (an Op, see moments.cu and backward_reduce.cu).
+//
+// A block reduces a slab of rows (partition.h). Each thread walks down its column with kRows independent 16-byte loads
+// in flight, and keeps a result per value of its vector. These meet in shared memory, where a few threads per channel
+// merge them into the block's partial result. The last block to finish merges the partial results; so that one block
+// does not have to read hundreds, that goes in two steps: the last block of a cluster of slabs merges the cluster, the
+// last cluster of a channel merges the clusters. Who is last is decided by tickets (workspace.h), but what is merged
+// with what, and in which order, by the partition alone: no float atomics, and the same bits every time.
+//
+// With groups, samples of any order may be of any group, and only the device knows. A block orders the samples of its
+// slab by group, reduces one group after the other, and leaves a piece for each; a second, small kernel merges the pieces
+// of each group. A slab has few samples, so there are few pieces.
+#pragma once
+
+#include "partition.h"
+#include "tensors.h"
+#include "vec.h"
+#include "workspace.h"
+
+namespace precisebn::cuda {
+
+// Three blocks of kThreads on a multiprocessor.
+constexpr int kRegisters = 80;
+
+// What is known of the values of one channel, in a part of the tensor: two numbers, whose meaning is the Op's.
+struct Partial {
+  double count, first, second;
+};
+
+// Where the values of one thread lie.
+template <class T>
+struct Column {
+  const T* inputs[2];
+  const int* order;  // the samples to go through, relative to the slab's first; null: all
+  int64_t row_stride, sample_stride;
+  int start, step, slab_rows, rows;  // rows: how many there are for this thread
+
+  template <class Op>
+  __device__ Column(const Op& op, const Geometry& at, const Slab& slab, int64_t column_block, const int* order,
+                    int samples)
+      : order(order),
+        row_stride(at.row_stride),
+        sample_stride(at.sample_stride),
+        start(threadIdx.x / at.block.columns),
+        step(at.block.thread_rows),
+        slab_rows(slab.rows),
+        rows(rows_of_thread(samples * slab.rows, start, step)) {
+    const int64_t origin = at.offset(column_block, threadIdx.x % at.block.columns) +
+                           slab.first_sample * sample_stride + slab.first_row * row_stride;
+#pragma unroll
+    for (int i = 0; i < Op::kInputs; ++i) inputs[i] = op.inputs[i] + origin;
+  }
+
+  __device__ Walk walk() const { return {start, step, slab_rows}; }
+  __device__ int64_t offset(const Walk& walk) const {
+    const int sample = order == nullptr ? walk.sample : order[walk.sample];
+    return sample * sample_stride + walk.row * row_stride;
+  }
+
+  // Value by value, slowly.
+  template <class F>
+  __device__ void visit(int first, int last, F f) const {
+    Walk at = walk();
+#pragma unroll 1
+    for (int r = 0; r < rows; ++r, at.next()) {
+#pragma unroll 1
+      for (int k = first; k < last; ++k) f(offset(at) + k);
+    }
+  }
+};
+
+// ---- Between threads -----------------------------------------------------------------------------------------------
+
+// The sum over `lanes` adjacent threads of a warp, in each of them. All threads of the warp take part.
+__device__ inline double sum_over_lanes(double value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffff, value, distance);
+  }
+  return value;
+}
+
+// The merged results of `lanes` adjacent threads, in the first of them, in the order of threads.
+template <class Op>
+__device__ Partial merge_over_lanes(Partial part, int lanes) {
+  for (int distance = 1; distance < lanes; distance *= 2) {
+    const Partial other{__shfl_down_sync(0xffffffff, part.count, distance),
+                        __shfl_down_sync(0xffffffff, part.first, distance),
+                        __shfl_down_sync(0xffffffff, part.second, distance)};
+    Op::merge(part, other);
+  }
+  return part;
+}
+
+// True in all threads of the last of `blocks` blocks that draw this ticket, which then sees what the others have written
+// before. The fence of one thread covers the writes of its block, which happen before the barrier in front of it.
+__device__ inline bool is_last_of(int64_t blocks, unsigned* ticket) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = true;
+    if (blocks > 1) {
+      __threadfence();
+      last = atomicInc(ticket, static_cast<unsigned>(blocks - 1)) == blocks - 1;
+      __threadfence();
+    }
+  }
+  __syncthreads();
+  return last;
+}
+
+// Calls f(i, lane) for i < n, each with `lanes` adjacent threads; with i >= n too, in threads whose warp still has others
+// to do: f may shuffle.
+template <class F>
+__device__ void for_each_channel(int n, int lanes, F f) {
+  const int lane = threadIdx.x % lanes, step = blockDim.x / lanes;
+  for (int first = 0; first < n; first += step) f(first + static_cast<int>(threadIdx.x) / lanes, lane);
+}
+
+// Entries in shared memory, spread such that threads that write `vector` adjacent ones meet no bank conflict.
+struct Entries {
+  double *first, *second;
+
+  PRECISEBN_HOST_DEVICE static int place(int i) { return i + i / 8; }
+  PRECISEBN_HOST_DEVICE static int places(int n) { return place(n) + 1; }
+  __device__ void set(int i, double2 value) const { first[place(i)] = value.x, second[place(i)] = value.y; }
+};
+
+// ---- The kernel ----------------------------------------------------------------------------------------------------
+
+struct Piece {
+  int group, rows;
+};
+
+// The samples of a slab, ordered by group: those of no group last.
+struct GroupOrder {
+  int group_of[kMaxSlabSamples];  // in the order of the tensor
+  int sample[kMaxSlabSamples];    // in the order of groups
+  int group[kMaxSlabSamples];
+
+  // Rank by counting: a slab has at most kMaxSlabSamples.
+  __device__ void fill(const Groups& groups, int64_t first_sample, int n) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) group_of[i] = groups[first_sample + i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+      const auto key = static_cast<unsigned>(group_of[i]);  // kNone is the largest
+      int rank = 0;
+      for (int j = 0; j < n; ++j) {
+        const auto other = static_cast<unsigned>(group_of[j]);
+        rank += other < key || (other == key && j < i);
+      }
+      sample[rank] = i;
+      group[rank] = group_of[i];
+    }
+    __syncthreads();
+  }
+};
+
+// Does values [first, last) of each of the thread's rows again, with the Op's careful way. Rare, so it is kept out of the
+// loop's registers.
+template <class Op>
+__device__ inline double2 reduce_again(const Op& op, const Geometry& at, const Slabs& slabs, int64_t slab,
+                                             int64_t column_block, int group, const int* order, int samples, int first,
+                                             int last) {
+  const Column<typename Op::Type> values(op, at, slabs[slab], column_block, order, samples);
+  return op.again(values, first, last, at.channel(column_block, threadIdx.x % at.block.columns, first), group);
+}
+
+// Reduces the values of one group in the block's slab: the result of channel c of the block goes to to[c].
+template <class Op>
+__device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t slab_index, int64_t column_block,
+                            int group, const int* order, int samples, const Entries& entries, double2* to) {
+  constexpr int kSize = Op::kSize, kRows = Op::kRows;
+  const Geometry& at = plan.geometry;
+  const Slab slab = plan.slabs[slab_index];
+  const int column = threadIdx.x % at.block.columns, thread_row = threadIdx.x / at.block.columns;
+  const int total = samples * slab.rows;
+
+  if (thread_row < at.block.thread_rows && column < at.columns_of_block(column_block)) {
+    const Column<typename Op::Type> values(op, at, slab, column_block, order, samples);
+    typename Op::Lanes lanes(op, at, column_block, column, group);
+    Walk walk = values.walk();
+#pragma unroll 1
+    for (int done = 0; done < values.rows; done += kRows) {
+      const int rows = min(kRows, values.rows - done);
+      Vec<typename Op::Type, kSize> x[Op::kInputs][kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t offset = values.offset(walk);
+#pragma unroll
+        for (int i = 0; i < Op::kInputs; ++i) {
+          x[i][r] = {};
+          if (r < rows) x[i][r] = x[i][r].load(values.inputs[i] + offset);
+        }
+        if (r + 1 < rows) walk.next();
+      }
+      walk.next();
+      if (rows == kRows) {
+        lanes.template add<true>(x, done, rows);
+      } else {
+        lanes.template add<false>(x, done, rows);
+      }
+    }
+
+    const int entry = (thread_row * at.block.columns + column) * plan.entries_of_thread();
+    unsigned failed = 0;
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) failed |= static_cast<unsigned>(lanes.failed(k)) << k;
+    if (plan.fold) {
+      entries.set(entry, lanes.fold(values.rows, op.mean_of(group, at.channel(column_block, column, 0))));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) {
+        entries.set(entry + k, lanes.finish(k, op.mean_of(group, at.channel(column_block, column, k))));
+      }
+    }
+    // Lanes whose float32 arithmetic has overflowed or underflowed are done again in float64.
+#pragma unroll 1
+    while (failed != 0) {
+      const int k = plan.fold ? 0 : __ffs(static_cast<int>(failed)) - 1;
+      const double2 result = reduce_again(op, at, plan.slabs, slab_index, column_block, group, order, samples, k,
+                                          plan.fold ? kSize : k + 1);
+      entries.set(entry + k, result);
+      failed = plan.fold ? 0 : failed & (failed - 1);
+    }
+  }
+  __syncthreads();
+
+  const int width = plan.entry_width(), all_columns = plan.entry_columns();
+  const int values_of_entry = plan.fold ? kSize : 1;
+  const int channels = at.channels_of_block(column_block);
+  for_each_channel(channels, plan.lanes_per_channel, [&](int channel, int lane) {
+    const int n = channel < channels ? width * at.block.thread_rows : 0;
+    const auto entry = [&](int i) -> Partial {
+      const int row = width == 1 ? i : i / width;
+      const int place = Entries::place(row * all_columns + channel * width + (i - row * width));
+      const int count = rows_of_thread(total, row, at.block.thread_rows) * values_of_entry;
+      return {static_cast<double>(count), entries.first[place], entries.second[place]};
+    };
+    const double2 result = Op::combine(n, lane, plan.lanes_per_channel, entry);
+    if (lane == 0 && channel < channels) to[channel] = result;
+  });
+}
+
+// Merges `n` partial results of each channel of a block, the i-th of which lie at from[i * stride + channel].
+template <class Op, class Count, class Result>
+__device__ void merge_partials(int channels, int lanes, const double2* from, int64_t stride, int64_t n, Count count,
+                               Result result) {
+  for_each_channel(channels, lanes, [&](int channel, int lane) {
+    Partial merged{0, 0, 0};
+    if (channel < channels) {
+      const int64_t begin = n * lane / lanes, end = n * (lane + 1) / lanes;
+#pragma unroll 1
+      for (int64_t i = begin; i < end; ++i) {
+        const double2 part = __ldcg(from + i * stride + channel);  // another block's: not from this one's L1
+        Op::merge(merged, {count(i), part.x, part.y});
+      }
+    }
+    merged = merge_over_lanes<Op>(merged, lanes);
+    if (lane == 0 && channel < channels) result(channel, merged);
+  });
+}
+
+// What a block does when its slab is reduced: nothing, unless it is the last of its cluster, of its channels, of all.
+// Not inlined, to keep its registers out of the way of the loop over the rows.
+template <class Op>
+__device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int64_t slab_index,
+                                         int64_t column_block, double2* partials, unsigned* tickets) {
+  const Geometry& at = plan.geometry;
+  const int64_t first_channel = column_block * at.block_channels;
+  const int channels = at.channels_of_block(column_block);
+  const auto values_before = [&](int64_t i) { return static_cast<double>(plan.slabs.rows_before(i) * at.inner); };
+  const auto emit = [&](int channel, const Partial& merged) { op.emit(0, first_channel + channel, merged); };
+  const int64_t cluster = slab_index / plan.fan_in, begin = cluster * plan.fan_in;
+  const int64_t size = min(plan.fan_in, plan.slabs.count - begin);
+  unsigned *const final_tickets = tickets + 1, *const cluster_tickets = final_tickets + at.column_blocks;
+  if (!is_last_of(size, cluster_tickets + column_block * plan.clusters + cluster)) return;
+  const auto count_of_slab = [&](int64_t i) { return values_before(begin + i + 1) - values_before(begin + i); };
+  const double2* const slab_results = partials + begin * at.channels + first_channel;
+  if (plan.clusters == 1) {
+    merge_partials<Op>(channels, plan.lanes_per_channel, slab_results, at.channels, size, count_of_slab, emit);
+  } else {
+    double2* const cluster_results = partials + plan.slabs.count * at.channels + first_channel;
+    merge_partials<Op>(channels, plan.lanes_per_channel, slab_results, at.channels, size, count_of_slab,
+                       [&](int channel, const Partial& merged) {
+                         cluster_results[cluster * at.channels + channel] = {merged.first, merged.second};
+                       });
+    if (!is_last_of(plan.clusters, final_tickets + column_block)) return;
+    const auto count_of_cluster = [&](int64_t i) {
+      return values_before((i + 1) * plan.fan_in) - values_before(i * plan.fan_in);
+    };
+    merge_partials<Op>(channels, plan.lanes_per_channel, cluster_results, at.channels, plan.clusters, count_of_cluster,
+                       emit);
+  }
+  const bool now = op.count_comes_last() ? is_last_of(at.column_blocks, tickets) : column_block == 0;
+  if (now && threadIdx.x == 0) op.emit_count(0, values_before(plan.slabs.count));
+}
+
+template <class Op>
+__global__ void __maxnreg__(kRegisters)
+    reduce(const __grid_constant__ Op op, const __grid_constant__ ReductionPlan plan, Groups groups, double2* partials,
+           Piece* pieces, unsigned* tickets) {
+  extern __shared__ double shared[];
+  __shared__ GroupOrder order;
+  const Geometry& at = plan.geometry;
+  const int64_t column_block = blockIdx.x % at.column_blocks, slab_index = blockIdx.x / at.column_blocks;
+  const int64_t first_channel = column_block * at.block_channels;
+  const Slab slab = plan.slabs[slab_index];
+  const int num_entries = static_cast<int>(blockDim.x) * plan.entries_of_thread();
+  const Entries entries{shared, shared + Entries::places(num_entries)};
+
+  if (plan.slots > 0) {
+    order.fill(groups, slab.first_sample, slab.samples);
+    int64_t piece = slab_index * plan.slots;
+    const int64_t end = piece + plan.slots;
+    for (int first = 0, last; first < slab.samples && order.group[first] != Groups::kNone; first = last, ++piece) {
+      const int group = order.group[first];
+      for (last = first + 1; last < slab.samples && order.group[last] == group;) ++last;
+      reduce_slab(op, plan, slab_index, column_block, group, order.sample + first, last - first, entries,
+                  partials + piece * at.channels + first_channel);
+      if (column_block == 0 && threadIdx.x == 0) pieces[piece] = {group, (last - first) * slab.rows};
+      __syncthreads();  // before the entries are written again
+    }
+    if (column_block == 0 && threadIdx.x == 0) {
+      for (; piece < end; ++piece) pieces[piece] = {Groups::kNone, 0};
+    }
+    return;
+  }
+
+  reduce_slab(op, plan, slab_index, column_block, 0, nullptr, slab.samples, entries,
+              partials + slab_index * at.channels + first_channel);
+
+  merge_slabs(op, plan, slab_index, column_block, partials, tickets);
+}
+
+// The pieces that blocks have left, merged: a block has 32 channels of one group, and 8 threads for each.
+template <class Op>
+__global__ void __launch_bounds__(256) merge_pieces(const __grid_constant__ Op op, int64_t channels, int64_t inner,
+                                                    int64_t num_pieces, const double2* partials, const Piece* pieces) {
+  constexpr int kParts = 8;
+  __shared__ Partial parts[kParts][32];
+  const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
+  const int64_t blocks = (channels + 31) / 32, channel = blockIdx.x % blocks * 32 + lane;
+  const int group = static_cast<int>(blockIdx.x / blocks);
+  Partial merged{0, 0, 0};
+  for (int64_t i = num_pieces * part / kParts, end = num_pieces * (part + 1) / kParts; i < end; ++i) {
+    const Piece piece = pieces[i];
+    if (piece.group != group || channel >= channels) continue;
+    const double2 values = partials[i * channels + channel];
+    Op::merge(merged, {static_cast<double>(piece.rows * inner), values.x, values.y});
+  }
+  parts[part][lane] = merged;
+  __syncthreads();
+  if (part != 0 || channel >= channels) return;
+  for (int i = 1; i < kParts; ++i) Op::merge(merged, parts[i][lane]);
+  op.emit(group, channel, merged);
+  if (channel == 0) op.emit_count(group, merged.count);
+}
+
+// ---- The launch ----------------------------------------------------------------------------------------------------
+
+// `view` is not empty; `op` has vectors of kSize values, to which its inputs are aligned.
+template <class Op>
+void launch_reduction(const OnDeviceOf& where, const Tensor& x, const View& view, const Groups& groups, const Op& op,
+                      const ReductionPlan& plan) {
+  const int64_t num_pieces = plan.slots * plan.slabs.count;
+  const auto in_double2 = static_cast<int64_t>(num_pieces * sizeof(Piece) + sizeof(double2) - 1) /
+                          static_cast<int64_t>(sizeof(double2));
+  const Workspace workspace(where, x, plan.partials() + in_double2, plan.tickets());
+  auto* const pieces = reinterpret_cast<Piece*>(workspace.partials + plan.partials());
+  const int entries = plan.geometry.block.threads * plan.entries_of_thread();
+  const size_t shared = 2 * sizeof(double) * Entries::places(entries);
+  STD_TORCH_CHECK(plan.blocks() < (int64_t{1} << 31), "precisebn: the tensor is too large");
+  reduce<<<static_cast<unsigned>(plan.blocks()), plan.geometry.block.threads, shared, where.stream>>>(
+      op, plan, groups, workspace.partials, pieces, workspace.tickets);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (plan.slots == 0) return;
+  const int64_t blocks = (view.channels + 31) / 32 * groups.count;
+  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "precisebn: there are too many groups");
+  merge_pieces<<<static_cast<unsigned>(blocks), 256, 0, where.stream>>>(op, view.channels, plan.geometry.inner,
+                                                                        num_pieces, workspace.partials, pieces);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Plans the reduction of a dense tensor and calls launch(size, plan), size a constant: how many values a thread loads at
+// once.
+template <class T, class Launch>
+void plan_and_launch(const View& view, bool is_aligned, const Groups& groups, int rows_at_once,
+                     int multiprocessors, const Launch& launch) {
+  const ReductionPlan plan = plan_reduction(view, is_aligned ? kVector<T> : 1, sizeof(T), rows_at_once,
+                                            groups.ids == nullptr ? 0 : groups.count, multiprocessors);
+  if (plan.geometry.vector == 1) {
+    launch(std::integral_constant<int, 1>{}, plan);
+  } else {
+    launch(std::integral_constant<int, kVector<T>>{}, plan);
+  }
+}
+
+}  // namespace precisebn::cuda

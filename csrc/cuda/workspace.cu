@@ -1,0 +1,61 @@
+#include "workspace.h"
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace precisebn::cuda {
+namespace {
+
+constexpr int64_t kPartials = 4 << 20 >> 4;  // 4 MiB hold every layer of a ResNet-50
+constexpr int64_t kTickets = 16 << 10;
+constexpr size_t kBytes = kPartials * sizeof(double2) + kTickets * sizeof(unsigned);
+
+// Null where there can be none; the caller then does without.
+void* buffer_of(int32_t device, cudaStream_t stream) {
+  static std::mutex mutex;
+  static auto& buffers = *new std::map<std::pair<int32_t, unsigned long long>, void*>;  // CUDA goes first at exit
+  unsigned long long id;
+  if (cudaStreamGetId(stream, &id) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  const std::lock_guard lock(mutex);
+  const auto [entry, is_new] = buffers.try_emplace({device, id}, nullptr);
+  if (is_new) {
+    // Not from torch's allocator: what is taken from it during the warm-up of a CUDA graph must not outlive that.
+    void* buffer = nullptr;
+    if (cudaMallocAsync(&buffer, kBytes, stream) == cudaSuccess &&
+        cudaMemsetAsync(buffer, 0, kBytes, stream) == cudaSuccess) {
+      entry->second = buffer;
+    } else {
+      cudaGetLastError();
+    }
+  }
+  return entry->second;
+}
+
+}  // namespace
+
+Workspace::Workspace(const OnDeviceOf& where, const Tensor& like, int64_t num_partials, int64_t num_tickets) {
+  cudaStreamCaptureStatus capture;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(where.stream, &capture));
+  void* memory = nullptr;
+  const bool fits = num_partials <= kPartials && num_tickets <= kTickets;
+  if (capture == cudaStreamCaptureStatusNone && num_tickets > 0 && fits) {
+    memory = buffer_of(where.device, where.stream);
+  }
+  if (memory != nullptr) {
+    partials = static_cast<double2*>(memory);
+    tickets = reinterpret_cast<unsigned*>(partials + kPartials);
+    return;
+  }
+  const int64_t ticket_bytes = num_tickets * static_cast<int64_t>(sizeof(unsigned));
+  const int64_t partial_bytes = num_partials * static_cast<int64_t>(sizeof(double2));
+  owner_ = torch::stable::new_empty(like, {partial_bytes + ticket_bytes}, ScalarType::Byte);
+  partials = mutable_data<double2>(*owner_);
+  tickets = reinterpret_cast<unsigned*>(partials + num_partials);
+  if (num_tickets > 0) STD_CUDA_CHECK(cudaMemsetAsync(tickets, 0, ticket_bytes, where.stream));
+}
+
+}  // namespace precisebn::cuda

@@ -1,0 +1,1 @@
+"""Examples that run as they are; benchmarks share their models and data."""

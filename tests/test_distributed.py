@@ -1,0 +1,452 @@
+"""Several ranks: real processes over gloo. One start of processes runs all scenarios; each test looks at one of them.
+
+A scenario runs on every rank with that rank's share of the data, and what it returns, or the exception that it raises,
+is written to a file. So a rank that hangs or dies shows as a file that is missing, in the scenario where it happened.
+"""
+
+import contextlib
+import datetime
+import io
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import state_of, values_of
+from torch import Tensor, nn
+
+from precisebn import InputError, RankFailedError, adapt_bn_stats, update_bn_stats
+from precisebn.distributed import Ranks, Tally
+
+SLOWEST_START_S = 120
+HANG_S = 30  # a collective that waits longer than this raises in gloo, so that a hang is a failure and not a wait
+
+Result = dict[str, Any]
+Scenario = Callable[[int, int], Result]
+
+
+def net(dtype: torch.dtype = torch.float32, bn: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), bn(6), nn.ReLU(), nn.Conv2d(6, 4, 3), bn(4)).to(dtype)
+
+
+def share(rank: int, sizes: list[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The mini-batches of one rank, of another location and scale on each."""
+    generator = torch.Generator().manual_seed(rank)
+    return [(rank + (1 + rank) * torch.randn(n, 3, 8, 8, generator=generator)).to(dtype) for n in sizes]
+
+
+# How many samples the mini-batches of each rank have; the last rank of two or three has none.
+UNEVEN = [[8, 5, 8, 3], [4, 4, 16, 2, 2, 8, 1], []]
+EVEN = [[8] * 4] * 3
+
+
+def sizes_of(world: int, uneven: bool) -> list[list[int]]:
+    return (UNEVEN[3 - world :] if uneven else EVEN)[:world]
+
+
+def recalibrated(
+    model: nn.Module, rank: int, world: int, uneven: bool = True, dtype: torch.dtype = torch.float32, **arguments: Any
+) -> Result:
+    report = update_bn_stats(model, share(rank, sizes_of(world, uneven)[rank], dtype), None, **arguments)
+    state_dict = {key.removeprefix("module."): value.clone() for key, value in model.state_dict().items()}
+    return {"values": values_of(model), "state_dict": state_dict, "report": report}
+
+
+# ---- Scenarios: what the processes do -----------------------------------------------------------------------------
+
+
+def even(rank: int, world: int) -> Result:
+    return recalibrated(net(), rank, world, uneven=False)
+
+
+def uneven(rank: int, world: int) -> Result:
+    return recalibrated(net(), rank, world)
+
+
+def uneven_float64(rank: int, world: int) -> Result:
+    return recalibrated(net(torch.float64), rank, world, dtype=torch.float64)
+
+
+def uneven_batch_mean(rank: int, world: int) -> Result:
+    return recalibrated(net(torch.float64), rank, world, dtype=torch.float64, estimator="batch-mean")
+
+
+def uneven_ddp(rank: int, world: int) -> Result:
+    ddp = nn.parallel.DistributedDataParallel(net())
+    result = recalibrated(ddp, rank, world)
+    ddp(torch.randn(2, 3, 8, 8)).sum().backward()  # in step again: gradients and buffers synchronize
+    return result
+
+
+def sync_batchnorm(rank: int, world: int) -> Result:
+    return recalibrated(net(bn=nn.SyncBatchNorm), rank, world)
+
+
+def adapted(rank: int, world: int) -> Result:
+    model = net(torch.float64).eval()
+    report = adapt_bn_stats(model, share(rank, sizes_of(world, True)[rank], torch.float64), prior=20.0)
+    return {"state_dict": model.state_dict(), "report": report}
+
+
+def this_process_alone(rank: int, world: int) -> Result:
+    return recalibrated(net(), rank, world, uneven=False, process_group=False)
+
+
+def sub_group(rank: int, world: int) -> Result:
+    group = dist.new_group([0, 1])
+    if rank > 1:
+        return {"error": raised(lambda: recalibrated(net(), rank, world, uneven=False, process_group=group))}
+    return recalibrated(net(), rank, world, uneven=False, process_group=group)
+
+
+def tolerance(rank: int, world: int) -> Result:
+    generator = torch.Generator().manual_seed(rank)
+    endless = (torch.randn(4, 3, 8, 8, generator=generator) for _ in range(10_000))
+    model = net()
+    report = update_bn_stats(model, endless, 10_000, tolerance=0.05)
+    return {"values": values_of(model), "report": report}
+
+
+def tolerance_with_uneven_data(rank: int, world: int) -> Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not reached
+        return recalibrated(net(), rank, world, tolerance=1e-9)
+
+
+def no_rank_has_data(rank: int, world: int) -> Result:
+    return unchanged(lambda model: update_bn_stats(model, [], None))
+
+
+def bar_on_rank_0_only(rank: int, world: int) -> Result:
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        recalibrated(net(), rank, world, uneven=False, progress=True)
+    return {"shown": shown.getvalue()}
+
+
+class Broken:
+    """A forward= that fails on rank 1 in the second mini-batch."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.calls = rank, 0
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        self.calls += 1
+        if self.rank == 1 and self.calls == 2:
+            raise ZeroDivisionError("on purpose")
+
+
+def model_fails_on_rank_1(rank: int, world: int) -> Result:
+    return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 4), 4, forward=Broken(rank)))
+
+
+def model_fails_on_rank_1_with_tolerance(rank: int, world: int) -> Result:
+    return unchanged(
+        lambda model: update_bn_stats(model, share(rank, [8] * 20), None, forward=Broken(rank), tolerance=1e-3)
+    )
+
+
+def short_loader_on_rank_0(rank: int, world: int) -> Result:
+    return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * (3 if rank == 0 else 5)), 5))
+
+
+def nan_on_rank_1(rank: int, world: int) -> Result:
+    batches = share(rank, [8] * 3)
+    if rank == 1:
+        batches[1][0, 0, 0, 0] = float("nan")
+    return unchanged(lambda model: update_bn_stats(model, batches, 3))
+
+
+def ctrl_c_on_rank_0(rank: int, world: int) -> Result:
+    def batches() -> Any:
+        yield from share(rank, [8] * 2)
+        if rank == 0:
+            raise KeyboardInterrupt
+
+    return unchanged(lambda model: update_bn_stats(model, batches(), None))
+
+
+def wrong_argument_on_rank_1(rank: int, world: int) -> Result:
+    return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 3), 0 if rank == 1 else 3))
+
+
+def other_modes(rank: int, world: int) -> Result:
+    return unchanged(lambda model: update_bn_stats(model, share(rank, [8]), 1), lambda model: model[4].train(rank != 0))
+
+
+def other_layers_of_the_same_size(rank: int, world: int) -> Result:
+    names = ["0", "1"] if rank == 0 else ["1", "2"]
+    batches = [torch.randn(4, 3)]
+    build = lambda: nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))  # noqa: E731
+    return unchanged(lambda model: update_bn_stats(model, batches, 1, modules=names), build=build)
+
+
+def tolerance_on_one_rank_only(rank: int, world: int) -> Result:
+    return unchanged(
+        lambda model: update_bn_stats(model, share(rank, [8] * 9), 9, tolerance=None if rank == 0 else 0.1)
+    )
+
+
+def other_lengths_with_tolerance(rank: int, world: int) -> Result:
+    return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 9), 9 + rank, tolerance=1e-9))
+
+
+def ranks_meet_again_after_failures(rank: int, world: int) -> Result:
+    return even(rank, world)
+
+
+SCENARIOS: list[Scenario] = [
+    even, uneven, uneven_float64, uneven_batch_mean, uneven_ddp, sync_batchnorm, adapted, this_process_alone, sub_group,
+    tolerance, tolerance_with_uneven_data, no_rank_has_data, bar_on_rank_0_only, model_fails_on_rank_1,
+    model_fails_on_rank_1_with_tolerance, short_loader_on_rank_0, nan_on_rank_1, ctrl_c_on_rank_0,
+    wrong_argument_on_rank_1, other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only,
+    other_lengths_with_tolerance, ranks_meet_again_after_failures,
+]  # fmt: skip
+
+
+def raised(call: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        call()
+    except BaseException as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def unchanged(
+    call: Callable[[nn.Module], Any],
+    prepare: Callable[[nn.Module], Any] = lambda model: None,
+    build: Callable[[], nn.Module] = net,
+) -> Result:
+    """What a call raises, how long it took, and whether the model is as before."""
+    model = build()
+    prepare(model)
+    before, start = state_of(model), time.monotonic()
+    error = raised(lambda: call(model))
+    return {"error": error, "seconds": time.monotonic() - start, "unchanged": state_of(model) == before}
+
+
+def run_scenarios(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=HANG_S),
+    )  # fmt: skip
+    for scenario in SCENARIOS:
+        torch.save(scenario(rank, world), f"{folder}/{scenario.__name__}.{rank}.part")
+        Path(f"{folder}/{scenario.__name__}.{rank}.part").rename(f"{folder}/{scenario.__name__}.{rank}")
+    dist.destroy_process_group()
+
+
+# ---- Tests: what came of it ---------------------------------------------------------------------------------------
+
+
+class Outcome:
+    """Results of all scenarios on some number of ranks."""
+
+    def __init__(self, world: int, folder: Path) -> None:
+        self.world = world
+        self.folder = folder
+        processes = mp.spawn(run_scenarios, args=(world, str(folder)), nprocs=world, join=False)
+        try:
+            deadline = time.monotonic() + SLOWEST_START_S
+            while not processes.join(timeout=1):
+                assert time.monotonic() < deadline, f"ranks hang; finished: {sorted(p.name for p in folder.iterdir())}"
+            self.trouble = "but all ranks ended well"
+        except Exception as error:
+            self.trouble = str(error)
+        finally:
+            for process in processes.processes:
+                process.kill()
+                process.join()
+
+    def of(self, scenario: Scenario) -> list[Result]:
+        """What each rank returned."""
+        paths = [self.folder / f"{scenario.__name__}.{rank}" for rank in range(self.world)]
+        for rank, path in enumerate(paths):
+            assert path.exists(), f"rank {rank} did not get through {scenario.__name__}: {self.trouble}"
+        return [torch.load(path, weights_only=False) for path in paths]
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    return Outcome(request.param, tmp_path_factory.mktemp(f"world{request.param}"))
+
+
+def single_process(model: nn.Module, world: int, uneven: bool = True, **arguments: Any) -> nn.Module:
+    """The model after one process has seen the mini-batches of all ranks."""
+    dtype = next(model.parameters()).dtype
+    batches = [b for rank, sizes in enumerate(sizes_of(world, uneven)) for b in share(rank, sizes, dtype)]
+    update_bn_stats(model, batches, None, **arguments)
+    return model
+
+
+def statistics(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state_dict.items() if "running" in key or "tracked" in key}
+
+
+@pytest.mark.parametrize("scenario", [even, uneven, uneven_ddp, sync_batchnorm, tolerance, uneven_batch_mean])
+def test_all_ranks_end_with_the_same_bits(ranks, scenario):
+    results = ranks.of(scenario)
+    assert all(result["values"] == results[0]["values"] for result in results)
+
+
+@pytest.mark.parametrize("scenario", [even, uneven, uneven_ddp, sync_batchnorm])
+def test_float32_statistics_are_those_of_one_process_to_the_last_place(ranks, scenario):
+    """Sums in float64 differ in their order; rounded to float32 that is one unit in the last place at most."""
+    expected = statistics(single_process(net(), ranks.world, scenario is not even).state_dict())
+    got = ranks.of(scenario)[0]["state_dict"]
+    for key, value in expected.items():
+        ulp = torch.nextafter(value.abs(), torch.tensor(torch.inf)) - value.abs() if value.is_floating_point() else 0
+        assert torch.all((got[key] - value).abs() <= ulp), key
+
+
+@pytest.mark.parametrize(("scenario", "estimator"), [(uneven_float64, "population"), (uneven_batch_mean, "batch-mean")])
+def test_float64_statistics_are_those_of_one_process_to_rounding(ranks, scenario, estimator):
+    expected = statistics(single_process(net(torch.float64), ranks.world, estimator=estimator).state_dict())
+    got = statistics(ranks.of(scenario)[0]["state_dict"])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_report_is_of_all_ranks(ranks):
+    batches = sizes_of(ranks.world, uneven=True)
+    for rank, result in enumerate(ranks.of(uneven)):
+        report = result["report"]
+        assert report.world_size == ranks.world
+        assert report.num_iters == len(batches[rank])
+        assert report.num_samples == sum(map(sum, batches))
+        assert [layer.num_batches for layer in report.layers] == [sum(map(len, batches))] * 2
+        assert report.to_dict()["layers"] == ranks.of(uneven)[0]["report"].to_dict()["layers"]
+        assert f"on {ranks.world} ranks" in str(report)
+
+
+def test_standard_errors_are_those_of_one_process_with_all_mini_batches(ranks):
+    """Exactly so as long as single mini-batches are compared: larger blocks are of one rank, so other ones here."""
+    model = net()
+    batches = [b for rank, sizes in enumerate(sizes_of(ranks.world, False)) for b in share(rank, sizes)]
+    one = update_bn_stats(model, batches, None)
+    for layer, expected in zip(ranks.of(even)[0]["report"].layers, one.layers, strict=True):
+        assert layer.mean_error == pytest.approx(expected.mean_error, rel=1e-9)
+        assert layer.var_error == pytest.approx(expected.var_error, rel=1e-9)
+
+
+def test_the_prior_is_weighed_against_the_samples_of_all_ranks(ranks):
+    model, expected = net(torch.float64), statistics(single_process(net(torch.float64), ranks.world).state_dict())
+    samples = sum(map(sum, sizes_of(ranks.world, uneven=True)))
+    for result in ranks.of(adapted):
+        assert result["report"].num_samples == samples
+        for key, value in statistics(result["state_dict"]).items():
+            if "running" in key:
+                mixed = (20 * model.state_dict()[key] + samples * expected[key]) / (20 + samples)
+                torch.testing.assert_close(value, mixed, rtol=1e-12, atol=1e-12)
+
+
+def test_process_group_false_is_this_process_alone(ranks):
+    for rank, result in enumerate(ranks.of(this_process_alone)):
+        alone = net()
+        update_bn_stats(alone, share(rank, EVEN[rank]), None)
+        assert result["values"] == values_of(alone)
+        assert result["report"].world_size == 1
+
+
+def test_a_group_of_some_ranks(ranks):
+    first, second, *others = ranks.of(sub_group)
+    assert first["values"] == second["values"]
+    assert first["report"].world_size == 2
+    expected = statistics(single_process(net(), 2, uneven=False).state_dict())
+    torch.testing.assert_close(statistics(first["state_dict"]), expected, rtol=1e-6, atol=1e-6)
+    for other in others:
+        assert other["error"][0] == "InputError"
+        assert "does not belong to the process_group" in other["error"][1]
+
+
+def test_tolerance_stops_all_ranks_at_the_same_step(ranks):
+    reports = [result["report"] for result in ranks.of(tolerance)]
+    assert len({report.num_iters for report in reports}) == 1
+    assert 8 <= reports[0].num_iters < 10_000
+    assert all(report.converged and report.max_error <= 0.05 for report in reports)
+
+
+def test_tolerance_with_uneven_data_uses_all_of_it(ranks):
+    for rank, result in enumerate(ranks.of(tolerance_with_uneven_data)):
+        assert result["values"] == ranks.of(uneven)[0]["values"]
+        assert result["report"].num_iters == len(sizes_of(ranks.world, uneven=True)[rank])
+        assert result["report"].converged is False
+
+
+def test_only_rank_0_shows_a_bar(ranks):
+    first, *others = [result["shown"] for result in ranks.of(bar_on_rank_0_only)]
+    assert "samples=32" in first
+    assert others == [""] * (ranks.world - 1)
+
+
+FAILURES = {
+    model_fails_on_rank_1: (1, "ZeroDivisionError", "on purpose"),
+    model_fails_on_rank_1_with_tolerance: (1, "ZeroDivisionError", "on purpose"),
+    short_loader_on_rank_0: (0, "InsufficientDataError", "ended after 3 mini-batches"),
+    nan_on_rank_1: (1, "NonFiniteStatisticsError", "layer '1'"),
+    ctrl_c_on_rank_0: (0, "KeyboardInterrupt", ""),
+    wrong_argument_on_rank_1: (1, "InputError", "num_iters=0"),
+}
+
+
+@pytest.mark.parametrize("scenario", FAILURES, ids=lambda scenario: scenario.__name__)
+def test_a_rank_that_fails_makes_every_rank_raise_and_no_model_changes(ranks, scenario):
+    failing, error, message = FAILURES[scenario]
+    for rank, result in enumerate(ranks.of(scenario)):
+        assert result["unchanged"]
+        assert result["seconds"] < HANG_S / 2
+        if rank == failing:
+            assert result["error"][0] == error
+            assert message in result["error"][1]
+        else:
+            assert result["error"][0] == "RankFailedError"
+            assert f"rank(s) {failing} of {ranks.world} failed" in result["error"][1]
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only, other_lengths_with_tolerance],
+    ids=lambda scenario: scenario.__name__,
+)
+def test_ranks_that_do_not_agree_all_raise_instead_of_waiting(ranks, scenario):
+    for result in ranks.of(scenario):
+        assert result["error"][0] == "InputError"
+        assert "ranks chose different BatchNorm layers, or have different arguments" in result["error"][1]
+        assert result["unchanged"]
+
+
+def test_no_data_on_any_rank_is_an_error_on_every_rank(ranks):
+    for result in ranks.of(no_rank_has_data):
+        assert result["error"][0] == "InsufficientDataError"
+        assert result["unchanged"]
+
+
+def test_after_failures_the_ranks_are_still_in_step(ranks):
+    for result in ranks.of(ranks_meet_again_after_failures):
+        assert result["values"] == ranks.of(even)[0]["values"]
+
+
+# ---- Without processes --------------------------------------------------------------------------------------------
+
+
+def test_one_process_without_torch_distributed_is_one_rank():
+    alone = Ranks()
+    assert (alone.size, alone.rank) == (1, 0)
+    tally = Tally(samples=5)
+    assert alone.meet(tally) == (tally, tally)
+    flat = torch.ones(3)
+    alone.all_reduce(flat)
+    assert torch.equal(flat, torch.ones(3))
+
+
+def test_errors_are_what_code_that_knows_torch_expects():
+    assert issubclass(RankFailedError, RuntimeError)
+    assert issubclass(InputError, ValueError)
