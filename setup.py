@@ -7,9 +7,8 @@ the build log says why and the wheel is py3-none-any.
 Environment:
     PRECISEBN_PURE=1            do not build them
     PRECISEBN_REQUIRE_NATIVE=1  fail where they cannot be built
-    PRECISEBN_CUDA=0            do not build the CUDA library; else it is built where torch is a CUDA build and nvcc is
-                                found, on the path or in CUDA_HOME
-    PRECISEBN_CUDA=1            fail where nvcc is not found
+    PRECISEBN_CUDA=0|1          never or always try to build the CUDA library; by default it is built where torch is a
+                                CUDA build and nvcc is found, on the path or in CUDA_HOME
     CXX                         the C++ compiler
 """
 
@@ -52,7 +51,7 @@ def extensions() -> list[Extension]:
         print("precisebn: PRECISEBN_PURE=1, installing without native kernels")
         return []
     found = [extension("precisebn._C_cpu", "csrc/cpu/*.cpp")]
-    if find_nvcc() and sorted(ROOT.glob("csrc/cuda/*.cu")):
+    if wants_cuda() and sorted(ROOT.glob("csrc/cuda/*.cu")):
         found.append(extension("precisebn._C_cuda", "csrc/cuda/*.cu"))
     return found
 
@@ -66,14 +65,20 @@ def extension(name: str, pattern: str) -> Extension:
     )
 
 
+def wants_cuda() -> bool:
+    choice = os.environ.get("PRECISEBN_CUDA")
+    if choice in ("0", "1"):
+        return choice == "1"
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.version.cuda is not None and find_nvcc() is not None
+
+
 def find_nvcc() -> str | None:
-    if os.environ.get("PRECISEBN_CUDA") == "0":
-        return None
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
-    if nvcc is None and os.environ.get("PRECISEBN_CUDA") == "1":
-        raise CompileError("precisebn: PRECISEBN_CUDA=1, but nvcc is neither on the path nor in CUDA_HOME")
-    return nvcc
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
 
 
 class BuildNative(build_ext):
@@ -135,7 +140,9 @@ def cuda_jobs(ext: Extension, objects: Path) -> list[tuple[list[str], Path]]:
     flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
     flags += [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *cpp_extension._get_cuda_arch_flags()]
     targets = [objects / f"{Path(source).stem}.cuda.o" for source in ext.sources]
-    nvcc = find_nvcc() or "nvcc"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise CompileError("nvcc is neither on the path nor in CUDA_HOME")
     return [
         ([nvcc, *flags, "-c", source, "-o", str(target)], target)
         for source, target in zip(ext.sources, targets, strict=True)
@@ -168,6 +175,8 @@ class PlainWheel(bdist_wheel):
         self.run_command("build")
         built = self.get_finalized_command("build_ext").get_outputs()
         self.root_is_pure = not any(Path(output).exists() for output in built)
+        if self.root_is_pure:
+            self.distribution.ext_modules = []  # else the files would go to where platform-dependent ones belong
         self.skip_build = True
         super().run()
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from precisebn._merge import merge
+
 Moments = tuple[Tensor, Tensor, Tensor]  # count [G], mean [G, C], m2 [G, C], all float64
 
 _CHUNK_VALUES = 2**19
@@ -21,19 +23,8 @@ def moments(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> Mome
     zeros = x.new_zeros(num_groups, x.shape[1], dtype=torch.float64)
     total = (zeros[:, 0].clone() if x.shape[1] else zeros.new_zeros(num_groups), zeros, zeros)
     for (values,), index in _chunks((x,), group):
-        total = merge(total, _moments_of_chunk(values, index, num_groups))
+        total = _merge(total, _moments_of_chunk(values, index, num_groups))
     return total[0].clone(), total[1].clone(), total[2].clone()
-
-
-def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of the union of two disjoint samples: equation 2.1 of Chan et al."""
-    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
-    count = count_a + count_b
-    share = (count_b / count.clamp(min=1)).unsqueeze(-1)
-    delta = mean_b - mean_a
-    # A factor of count_a or count_b that is 0 must meet delta before delta is squared: delta**2 may overflow.
-    m2 = m2_a + m2_b + delta * (share * count_a.unsqueeze(-1)) * delta
-    return count, mean_a + delta * share, m2
 
 
 def accumulate(
@@ -52,10 +43,10 @@ def accumulate(
         batch_mean.copy_(x_mean)
     if batch_var is not None:
         batch_var.copy_(x_m2 / batch_count)
-    merged = merge((count, mean.unsqueeze(0), m2.unsqueeze(0)), (batch_count, x_mean.unsqueeze(0), x_m2.unsqueeze(0)))
-    count.copy_(merged[0])
-    mean.copy_(merged[1][0])
-    m2.copy_(merged[2][0])
+    merged = merge(count, mean, m2, batch_count, x_mean, x_m2)
+    mean.copy_(merged.mean)
+    m2.copy_(merged.m2)
+    count.add_(batch_count)
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = None) -> Tensor:
@@ -82,6 +73,11 @@ def backward_apply(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group
     dx = torch.empty_like(x)
     bx_plus_c = torch.addcmul(_per_sample(c, x, group), _per_sample(b, x, group), x)
     return torch.addcmul(bx_plus_c, _per_sample(a, x, group), dy, out=dx)
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    """The moments of the union of two disjoint samples, group by group."""
+    return a[0] + b[0], *merge(a[0].unsqueeze(-1), a[1], a[2], b[0].unsqueeze(-1), b[1], b[2])
 
 
 def _moments_of_chunk(values: Tensor, index: Tensor, num_groups: int) -> Moments:

@@ -19,8 +19,6 @@ from precisebn.moments import Moments
 
 __all__ = ["batch_norm"]
 
-_ops = torch.ops.precisebn  # below the checks of precisebn.ops: batch_norm has made them, and tracing cannot
-
 
 @overload
 def batch_norm(
@@ -124,7 +122,9 @@ def _forward(
     xs: list[Tensor], weight: Tensor | None, bias: Tensor | None, eps: float, groups: list[Tensor], num_groups: int
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     groups_or_none: list[Tensor | None] = list(groups) or [None] * len(xs)
-    (count, mean, m2), *rest = [_ops.moments(x, g, num_groups) for x, g in zip(xs, groups_or_none, strict=True)]
+    (count, mean, m2), *rest = [
+        ops.unchecked.moments(x, g, num_groups) for x, g in zip(xs, groups_or_none, strict=True)
+    ]
     for more_count, more_mean, more_m2 in rest:
         mean, m2 = merge(count.unsqueeze(-1), mean, m2, more_count.unsqueeze(-1), more_mean, more_m2)
         count = count + more_count
@@ -135,7 +135,7 @@ def _forward(
     if bias is not None:
         shift = shift + bias
     scale, shift = scale.to(ops.compute_dtype(xs[0])), shift.to(ops.compute_dtype(xs[0]))
-    ys = [_ops.normalize(x, scale, shift, g) for x, g in zip(xs, groups_or_none, strict=True)]
+    ys = [ops.unchecked.normalize(x, scale, shift, g) for x, g in zip(xs, groups_or_none, strict=True)]
     return ys, count, mean, m2
 
 
@@ -170,7 +170,7 @@ def _backward(
     num_groups = count.shape[0]
     dys = [torch.zeros_like(x) if dy is None else dy for x, dy in zip(xs, grad_ys, strict=True)]
 
-    sums = [_ops.backward_reduce(dy, x, mean, g, num_groups) for dy, x, g in zip(dys, xs, groups, strict=True)]
+    sums = [ops.unchecked.backward_reduce(dy, x, mean, g, num_groups) for dy, x, g in zip(dys, xs, groups, strict=True)]
     sum_dy, sum_dy_xmu = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
     inverse_std = _inverse_std(count, m2, ctx.eps)
     n = count.clamp(min=1.0).unsqueeze(-1)
@@ -180,7 +180,7 @@ def _backward(
 
     dtype = ops.compute_dtype(xs[0])
     a, b, c = a.to(dtype), b.to(dtype), c.to(dtype)
-    grad_xs = [_ops.backward_apply(dy, x, a, b, c, g) for dy, x, g in zip(dys, xs, groups, strict=True)]
+    grad_xs = [ops.unchecked.backward_apply(dy, x, a, b, c, g) for dy, x, g in zip(dys, xs, groups, strict=True)]
     grad_weight = None if weight is None else _like(sum_dy_xmu * inverse_std, weight.dim(), weight.dtype)
     grad_bias = None if ctx.has_bias_of is None else _like(sum_dy, *ctx.has_bias_of)
     return grad_xs, grad_weight, grad_bias, None, [None] * len(xs) if ctx.grouped else [], None

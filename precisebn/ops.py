@@ -17,6 +17,7 @@ where the kernels cannot be loaded) or ``fallback``.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,18 +41,54 @@ _SCHEMAS = {
     "backward_apply": "(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor c, Tensor? group=None) -> Tensor",
 }
 
-_library = torch.library.Library("precisebn", "DEF")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # A kernel of a backend (CPU, CUDA) takes precedence over this one, which serves all backends that have none.
-    _library.impl(_name, getattr(_fallback, _name), "CompositeExplicitAutograd")
-_library.define("_cpu_capability() -> str")
+_DIFFERENTIABLE = ("moments", "normalize", "backward_reduce", "backward_apply")
 
-_moments = torch.ops.precisebn.moments.default
+
+def _define() -> torch.library.Library:
+    """Define the operators. A differentiable one stands twice: as itself, and with an underscore without derivative.
+
+    The bare one carries the kernels. torch runs derivatives that are written in Python in Python also where nobody
+    asks for them, which costs small tensors more than the work itself; so calls that need none go to the bare one.
+    """
+    library = torch.library.Library("precisebn", "DEF")
+    for name, schema in _SCHEMAS.items():
+        bare = f"_{name}" if name in _DIFFERENTIABLE else name
+        library.define(bare + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # A kernel of a backend (CPU, CUDA) takes precedence over this one, which serves all backends that have none.
+        library.impl(bare, getattr(_fallback, name), "CompositeExplicitAutograd")
+        if name in _DIFFERENTIABLE:
+            library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            library.impl(name, getattr(torch.ops.precisebn, bare).default, "CompositeExplicitAutograd")
+    library.define("_cpu_capability() -> str")
+    return library
+
+
+_library = _define()
+
+
+def _unchecked(name: str) -> Callable[..., Any]:
+    """An operator below the checks of the wrappers: the bare one unless a derivative may be asked for."""
+    differentiable = getattr(torch.ops.precisebn, name).default
+    bare = getattr(torch.ops.precisebn, f"_{name}").default
+
+    def call(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            return differentiable(*arguments)
+        return bare(*arguments)
+
+    return call
+
+
+class unchecked:
+    """The operators for callers that have checked their arguments, or are being traced and cannot."""
+
+    moments = staticmethod(_unchecked("moments"))
+    normalize = staticmethod(_unchecked("normalize"))
+    backward_reduce = staticmethod(_unchecked("backward_reduce"))
+    backward_apply = staticmethod(_unchecked("backward_apply"))
+
+
 _accumulate = torch.ops.precisebn.accumulate.default
-_normalize = torch.ops.precisebn.normalize.default
-_backward_reduce = torch.ops.precisebn.backward_reduce.default
-_backward_apply = torch.ops.precisebn.backward_apply.default
 
 
 class Backend(NamedTuple):
@@ -106,7 +143,7 @@ def moments(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> tupl
     ([2.0], [[2.0, 10.0]], [[2.0, 0.0]])
     """
     check_input("moments", x, group, num_groups)
-    result: tuple[Tensor, Tensor, Tensor] = _moments(x, group, num_groups)
+    result: tuple[Tensor, Tensor, Tensor] = unchecked.moments(x, group, num_groups)
     return result
 
 
@@ -164,7 +201,7 @@ def normalize(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = No
     _check_coefficients("normalize", x, group, scale=scale, shift=shift)
     _check_group("normalize", x, group, scale.shape[0])
     dtype = compute_dtype(x)
-    result: Tensor = _normalize(x, scale.to(dtype), shift.to(dtype), group)
+    result: Tensor = unchecked.normalize(x, scale.to(dtype), shift.to(dtype), group)
     return result
 
 
@@ -194,7 +231,7 @@ def backward_reduce(
     _check_dy("backward_reduce", dy, x)
     _check_coefficients("backward_reduce", x, group, num_groups, mean=mean)
     _check_group("backward_reduce", x, group, num_groups)
-    result: tuple[Tensor, Tensor] = _backward_reduce(dy, x, mean.double(), group, num_groups)
+    result: tuple[Tensor, Tensor] = unchecked.backward_reduce(dy, x, mean.double(), group, num_groups)
     return result
 
 
@@ -224,7 +261,7 @@ def backward_apply(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group
     _check_coefficients("backward_apply", x, group, a=a, b=b, c=c)
     _check_group("backward_apply", x, group, a.shape[0])
     dtype = compute_dtype(x)
-    result: Tensor = _backward_apply(dy, x, a.to(dtype), b.to(dtype), c.to(dtype), group)
+    result: Tensor = unchecked.backward_apply(dy, x, a.to(dtype), b.to(dtype), c.to(dtype), group)
     return result
 
 
@@ -344,6 +381,8 @@ for _name, _fake in (
     ("backward_apply", _backward_apply_fake),
 ):
     torch.library.register_fake(f"precisebn::{_name}", _fake)
+    if _name in _DIFFERENTIABLE:
+        torch.library.register_fake(f"precisebn::_{_name}", _fake)
 
 
 # ---- Derivatives --------------------------------------------------------------------------------------------------
@@ -354,14 +393,14 @@ for _name, _fake in (
 def _affine(x: Tensor, scale: Tensor, shift: Tensor | None, group: Tensor | None) -> Tensor:
     dtype = compute_dtype(x)
     scale = scale.to(dtype)
-    result: Tensor = _normalize(x, scale, torch.zeros_like(scale) if shift is None else shift.to(dtype), group)
+    result: Tensor = unchecked.normalize(x, scale, torch.zeros_like(scale) if shift is None else shift.to(dtype), group)
     return result
 
 
 def _products(a: Tensor, b: Tensor, like: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
     """``sum a`` and ``sum a * b`` per (group, channel), in the dtype of ``like (G, C)``."""
     origin = torch.zeros_like(like, dtype=torch.float64)
-    sum_a, sum_ab = _backward_reduce(a, b, origin, group, like.shape[0])
+    sum_a, sum_ab = unchecked.backward_reduce(a, b, origin, group, like.shape[0])
     return sum_a.to(like.dtype), sum_ab.to(like.dtype)
 
 

@@ -144,6 +144,7 @@ class Recording(AbstractContextManager["Recording"]):
         count, mean, m2 = layer.estimator.slot(layer.slot)
         num_channels, min_count = mean.numel(), 2 if self.kind == "batch-mean" else 0
         order, accumulate = self._execution_order, ops.accumulate
+        may_overflow = batch_var.dtype == torch.float16
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs.get("input")
@@ -168,6 +169,8 @@ class Recording(AbstractContextManager["Recording"]):
                 )
             order.setdefault(index)
             accumulate(x, count, mean, m2, batch_mean, batch_var)
+            if may_overflow:  # the layer would divide by Inf and hand zeros on: as bad as Inf in its input
+                m2.masked_fill_(batch_var.isinf(), float("inf"))
 
         return record
 

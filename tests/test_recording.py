@@ -214,3 +214,11 @@ def test_nothing_is_touched_if_a_layer_cannot_be_recorded():
     with pytest.raises(InputError, match="layer '1' keeps no running statistics"):
         Recording(model, {"0": model[0], "1": model[1]}, "population")
     assert state_of(model) == before
+
+
+def test_a_batch_whose_variance_overflows_half_precision_is_an_error_not_zeros_for_the_next_layer():
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(1)).half().train()
+    batches = [torch.randn(16, 1).half() for _ in range(9)]
+    batches[4] = (torch.randn(16, 1) * 400).half()  # variance 160,000, where float16 ends at 65,504; of all: 18,000
+    with pytest.raises(NonFiniteStatisticsError, match=r"layer '0'.* mini-batch 4 "):
+        update_bn_stats(model, batches, num_iters=None)

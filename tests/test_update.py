@@ -577,7 +577,7 @@ def test_statistics_too_large_for_half_precision_buffers_are_an_error():
     bn = nn.BatchNorm1d(1, dtype=torch.float16)
     before = state_of(bn)
     with pytest.raises(NonFiniteStatisticsError, match=r"overflow its torch\.float16 buffers"):
-        update_bn_stats(bn, [torch.tensor([[-1000.0], [1000.0]], dtype=torch.float16)], 1)
+        update_bn_stats(bn, [torch.full((2, 1), mean, dtype=torch.float16) for mean in (-300.0, 300.0)], 2)
     assert state_of(bn) == before
 
 

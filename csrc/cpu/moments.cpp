@@ -62,6 +62,6 @@ void moments_of(const Tensor& x, const std::optional<Tensor>& group, int64_t num
   std::copy(reduction.count().begin(), reduction.count().end(), count);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("moments", TORCH_BOX(&moments)); }
+STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("_moments", TORCH_BOX(&moments)); }
 
 }  // namespace precisebn

@@ -184,8 +184,23 @@ PRECISEBN_INLINE WideVec first_lanes(WideVec v, int n) {
 
 // ---- float16 and bfloat16 <-> float32 ----
 
-PRECISEBN_INLINE VecU32 zero_extend(HalfVecU16 v) { return __builtin_convertvector(v, VecU32); }
-PRECISEBN_INLINE HalfVecU16 truncate(VecU32 v) { return __builtin_convertvector(v, HalfVecU16); }
+// GCC takes two conversions of half the width and an insertion for __builtin_convertvector.
+PRECISEBN_INLINE VecU32 zero_extend(HalfVecU16 v) {
+#if defined(__AVX512F__)
+  return (VecU32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__)
+  return (VecU32)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, VecU32);
+#endif
+}
+PRECISEBN_INLINE HalfVecU16 truncate(VecU32 v) {
+#if defined(__AVX512F__)
+  return (HalfVecU16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, HalfVecU16);
+#endif
+}
 PRECISEBN_INLINE VecU32 select(VecU32 mask, VecU32 a, VecU32 b) { return (mask & a) | (~mask & b); }
 
 PRECISEBN_INLINE VecF to_float(HalfVecU16 v, BFloat16) { return (VecF)(zero_extend(v) << 16); }

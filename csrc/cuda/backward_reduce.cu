@@ -44,19 +44,20 @@ struct BackwardOp {
     __device__ void add(const Vec<T, size> (&values)[2][kRows], int, int) {
 #pragma unroll
       for (int k = 0; k < size; ++k) {
-        Real dy[kRows], products[kRows];
+        Real dy[kRows], products[kRows / 2];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          dy[r] = values[0][r][k];
-          products[r] = dy[r] * (values[1][r][k] - shift[k]);
+        for (int r = 0; r < kRows; ++r) dy[r] = values[0][r][k];
+#pragma unroll
+        for (int r = 0; r < kRows; r += 2) {
+          products[r / 2] = dy[r] * (values[1][r][k] - shift[k]) + dy[r + 1] * (values[1][r + 1][k] - shift[k]);
         }
+        sum_product[k] += sum_in_pairs<kRows / 2>(products);
         sum_dy[k] += sum_in_pairs<kRows>(dy);
-        sum_product[k] += sum_in_pairs<kRows>(products);
       }
     }
 
     // `mean`: that of the lane.
-    __device__ double2 finish(int k, double mean) const {
+    __device__ double2 finish(int k, int, double mean) const {
       const double lost = static_cast<double>(shift[k]) - mean;
       return {sum_dy[k], sum_product[k] + (lost == 0 ? 0 : lost * sum_dy[k])};
     }
@@ -66,7 +67,7 @@ struct BackwardOp {
       double2 sum{0, 0};
 #pragma unroll
       for (int k = 0; k < size; ++k) {
-        const double2 lane = finish(k, mean);
+        const double2 lane = finish(k, 0, mean);
         sum.x += lane.x;
         sum.y += lane.y;
       }

@@ -14,7 +14,7 @@
 namespace precisebn::cuda {
 
 template <class Op>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kThreads)
     map(const __grid_constant__ Op op, const __grid_constant__ MapPlan plan, Groups groups, int64_t inner) {
   using T = typename Op::Type;
   using Real = Compute<T>;

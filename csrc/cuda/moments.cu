@@ -1,21 +1,21 @@
 // moments: count, mean and m2 per (group, channel), by the reduction in reduce.h.
 //
 // What a thread does with its values. They come in batches of kRows rows, all loaded before the first is used. For each
-// of the values side by side (a "lane") the first value becomes the shift K, and of d = x - K a batch gives the mean b and
-// then q = sum (d - b)^2, from registers; batches merge by Chan's formula. All of it is float32 for input of up to 32
-// bits, and accurate, because:
+// of the values side by side (a "lane") the mean of the first batch becomes the shift K, and sums of d = x - K and of d * d
+// are all that is kept: about 5 instructions a value, where memory leaves time for 16. At the end,
+// m2 = sum d^2 - (sum d)^2 / n. The sums are float32 for input of up to 32 bits, and accurate, because:
 //
-//   d is small. K is a value of the same channel, close by. Where x and K are within a factor of 2, x - K is exact
-//   (Sterbenz); else its rounding is relative to d. So |mean| / std is taken out of the problem before anything is
-//   rounded, up to the 1e-7 * |mean| / std that the input itself cannot resolve.
-//   Nothing cancels. q is taken about the batch's own mean, so it does not matter how far K is from the others: an
-//   outlier as K costs 2^-24 K for each d, but its own share of m2 is K^2.
-//   Chains are short. A batch is summed in pairs (at most 4 additions), and a thread has at most 16 batches
-//   (partition.h): at worst about 20 roundings of 2^-24 in a row, 1.2e-6, and not all in the same direction; in
-//   practice some 1e-7. Everything after that, from the values of a thread to the result, is float64.
+//   d is small. K is the mean of some of the values. Where x and K are within a factor of 2, x - K is exact (Sterbenz);
+//   else its rounding is relative to d. So |mean| / std is taken out of the problem before anything is rounded.
+//   Little cancels. Whatever the data, the mean K of k out of n values is no further from the mean m of all n than
+//   (K - m)^2 <= var * (n - k) / k. Hence sum d^2 is at most n / k times m2, which is 16, as a thread has at most 16
+//   batches (partition.h): an outlier that comes first does no harm. For ordinary data it is 1 + 1 / k times.
+//   Chains are short. A batch is summed in pairs, and there are 16 batches: about 20 roundings of 2^-24 in a row. They
+//   go both ways, in practice by some 1e-7, and those of different threads are independent. Everything after that, from
+//   the sums of a thread to the result, is float64.
 //
-// The squares of d can leave the range of float32. Then m2 is not finite, or tiny although some d is not 0 (a constant
-// channel must not count), and the lane is done again in float64.
+// The squares of d can leave the range of float32. Then their sum is not finite, or tiny although some d is not 0 (a
+// constant channel must not count), and the lane is done again in float64, in two passes.
 #include "moments.h"
 
 #include <tuple>
@@ -27,14 +27,6 @@
 
 namespace precisebn::cuda {
 namespace {
-
-template <class T, int n>
-__device__ inline bool any_nonzero(const T (&values)[n]) {
-  bool any = false;
-#pragma unroll
-  for (int i = 0; i < n; ++i) any = any || values[i] != 0;
-  return any;
-}
 
 __device__ void write_as(ScalarType type, void* to, int64_t i, double value) {
   const auto single = static_cast<float>(value);
@@ -54,7 +46,7 @@ template <class T, int size>
 struct MomentsOp {
   using Type = T;
   using Real = Compute<T>;
-  static constexpr int kSize = size, kInputs = 1, kRows = size == 1 ? 8 : 4;
+  static constexpr int kSize = size, kInputs = 1, kRows = size == 8 ? 4 : 8;
 
   const T* inputs[1];
   int64_t channels;
@@ -68,69 +60,78 @@ struct MomentsOp {
   __device__ double mean_of(int, int64_t) const { return 0; }  // none is given
 
   struct Lanes {
-    Real shift[size], mean[size], m2[size];
-    unsigned suspects;  // a bit for each lane with a batch whose squares may have been lost
+    Real shift[size], sum[size], squares[size];
+    unsigned suspects = 0;  // a bit for each lane of which squares may have been lost
 
     __device__ Lanes(const MomentsOp&, const Geometry&, int64_t, int, int) {
 #pragma unroll
-      for (int k = 0; k < size; ++k) shift[k] = mean[k] = m2[k] = 0;
-      suspects = 0;
+      for (int k = 0; k < size; ++k) shift[k] = sum[k] = squares[k] = 0;
     }
 
     // `before` rows have been added; now `rows` more, which is kRows if `full`.
     template <bool full>
     __device__ void add(const Vec<T, size> (&x)[1][kRows], int before, int rows) {
       if (before == 0) {
+        const Real one_nth = full ? Real{1} / kRows : Real{1} / static_cast<Real>(rows);
 #pragma unroll
-        for (int k = 0; k < size; ++k) shift[k] = x[0][0][k];
+        for (int k = 0; k < size; ++k) {
+          Real d[kRows];  // from the first, so that K is exactly the value of a constant channel
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) d[r] = full || r < rows ? x[0][r][k] - x[0][0][k] : 0;
+          shift[k] = x[0][0][k] + sum_in_pairs<kRows>(d) * one_nth;
+        }
       }
-      const Real n = full ? Real{kRows} : static_cast<Real>(rows);
-      const Real one_nth = full ? Real{1} / kRows : 1 / n;
-      const Real weight = n / (static_cast<Real>(before) + n), square_weight = weight * static_cast<Real>(before);
+      Real smallest = INFINITY;
 #pragma unroll
       for (int k = 0; k < size; ++k) {
-        Real d[kRows], sums[kRows];
+        Real d[kRows], squares_of_pairs[kRows / 2];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          d[r] = x[0][r][k] - shift[k];
-          if (!full && r >= rows) d[r] = 0;
-          sums[r] = d[r];
-        }
-        const Real batch_mean = sum_in_pairs<kRows>(sums) * one_nth;
+        for (int r = 0; r < kRows; ++r) d[r] = full || r < rows ? x[0][r][k] - shift[k] : 0;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          Real deviation = d[r] - batch_mean;
-          if (!full && r >= rows) deviation = 0;
-          sums[r] = deviation * deviation;
-        }
-        const Real squares = sum_in_pairs<kRows>(sums);
-        if (kCanUnderflow && squares < kTiny) suspects |= static_cast<unsigned>(any_nonzero(d)) << k;
-        const Real delta = batch_mean - mean[k];
-        mean[k] += delta * weight;
-        m2[k] += squares + delta * square_weight * delta;
+        for (int r = 0; r < kRows / 2; ++r) squares_of_pairs[r] = d[2 * r] * d[2 * r] + d[2 * r + 1] * d[2 * r + 1];
+        const Real of_batch = sum_in_pairs<kRows / 2>(squares_of_pairs);
+        smallest = min(smallest, of_batch);
+        squares[k] += of_batch;
+        sum[k] += sum_in_pairs<kRows>(d);
       }
+      if (kCanUnderflow && smallest < kTiny) note_suspects<full>(x, rows);
     }
 
-    __device__ double mean_of(int k) const { return static_cast<double>(shift[k]) + static_cast<double>(mean[k]); }
-    __device__ double2 finish(int k, double) const { return {mean_of(k), m2[k]}; }
-
-    // All lanes as one: they are of one channel, and have `rows` values each.
-    __device__ double2 fold(int rows, double) const {
-      double sum = 0, between = 0, within = 0;
-#pragma unroll
-      for (int k = 1; k < size; ++k) sum += mean_of(k) - mean_of(0);
-      const double center = mean_of(0) + sum / size;
+    template <bool full>
+    __device__ void note_suspects(const Vec<T, size> (&x)[1][kRows], int rows) {
 #pragma unroll
       for (int k = 0; k < size; ++k) {
-        between += (mean_of(k) - center) * (mean_of(k) - center);
-        within += m2[k];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (full || r < rows) suspects |= static_cast<unsigned>(x[0][r][k] != shift[k]) << k;
+        }
       }
-      return {center, within + rows * between};
     }
 
     __device__ bool failed(int k) const {
       if constexpr (sizeof(Real) == 8) return false;
-      return !(m2[k] <= Real{0x1p127}) || (m2[k] < kTiny && (suspects >> k & 1));
+      return !(squares[k] <= Real{0x1p127}) || (squares[k] < kTiny && (suspects >> k & 1));
+    }
+
+    __device__ double2 finish(int k, int rows, double) const {
+      const double shift_error = static_cast<double>(sum[k]) / max(rows, 1);
+      const double m2 = squares[k] - sum[k] * shift_error;
+      return {shift[k] + shift_error, m2 < 0 ? 0 : m2};  // NaN stays
+    }
+
+    // All lanes as one: they are of one channel, and have `rows` values each.
+    __device__ double2 fold(int rows, double) const {
+      const double2 first = finish(0, rows, 0);
+      double between = 0, offset = 0, within = first.y;
+#pragma unroll
+      for (int k = 1; k < size; ++k) {  // the k-th lane merges with k lanes
+        const double2 lane = finish(k, rows, 0);
+        const double delta = lane.x - first.x - offset;
+        offset += delta * (1.0 / (k + 1));
+        between += delta * (static_cast<double>(k) / (k + 1)) * delta;
+        within += lane.y;
+      }
+      return {first.x + offset, within + rows * between};
     }
   };
 

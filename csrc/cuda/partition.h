@@ -24,9 +24,9 @@
 
 namespace precisebn::cuda {
 
-constexpr int kThreads = 256;     // a block has about this many threads
-constexpr int kMaxThreads = 320;  // and up to this many where planes of odd length do not fit otherwise
-constexpr int kMaxSlabSamples = 64;
+constexpr int kThreads = 256;        // a block has up to this many
+constexpr int kBlocksPerSm = 2;      // how many blocks of a reduction have room on a multiprocessor, by their registers
+constexpr int kMaxSlabSamples = 64;  // with groups, of which a block sorts its samples
 
 // A dense tensor (N, C, *): channels * length values a sample, as planes (NCHW) or as rows of channels (channels-last).
 struct View {
@@ -64,6 +64,11 @@ struct Slabs {
             static_cast<int>(more_rows < rows_per_slab ? more_rows : rows_per_slab)};
   }
 
+  PRECISEBN_HOST_DEVICE int64_t rows_of(int64_t slab) const {
+    const Slab at = (*this)[slab];
+    return static_cast<int64_t>(at.samples) * at.rows;
+  }
+
   // The rows of all slabs before this one, which may be `count`.
   PRECISEBN_HOST_DEVICE int64_t rows_before(int64_t slab) const {
     if (slab >= count) return samples * rows;
@@ -86,22 +91,37 @@ inline Slabs cut_rows(int64_t samples, int64_t rows, int64_t wanted, int64_t mos
   return slabs;
 }
 
-// Goes through the rows of a slab's samples in steps of `step` rows: one division at the start, none on the way.
+// Goes through the rows of a slab's samples in steps of `step` rows: a division and multiplications at the start, a few
+// additions on the way.
 class Walk {
  public:
-  PRECISEBN_HOST_DEVICE Walk(int start, int step, int rows)
-      : sample(start / rows), row(start % rows), rows_(rows), sample_step_(step / rows), row_step_(step % rows) {}
+  PRECISEBN_HOST_DEVICE Walk(int start, int step, int rows, int64_t row_stride, int64_t sample_stride)
+      : sample(start / rows),
+        row(start % rows),
+        offset(sample * sample_stride + row * row_stride),
+        rows_(rows),
+        sample_step_(step / rows),
+        row_step_(step % rows),
+        jump_(sample_step_ * sample_stride + row_step_ * row_stride),
+        carry_(sample_stride - rows * row_stride) {}
 
   PRECISEBN_HOST_DEVICE void next() {
     sample += sample_step_;
     row += row_step_;
-    if (row >= rows_) row -= rows_, ++sample;
+    offset += jump_;
+    if (row >= rows_) {
+      row -= rows_;
+      ++sample;
+      offset += carry_;
+    }
   }
 
   int sample, row;
+  int64_t offset;  // elements from row 0 of sample 0
 
  private:
   int rows_, sample_step_, row_step_;
+  int64_t jump_, carry_;
 };
 
 // How many of `total` rows the thread row `start` of `step` gets.
@@ -122,7 +142,7 @@ struct Block {
 inline Block cut_columns(int64_t total, int64_t unit, int64_t least, int64_t most) {
   Block best{};
   double best_use = -1;
-  most = std::max(unit, std::min<int64_t>(most, kMaxThreads));
+  most = std::max(unit, std::min<int64_t>(most, kThreads));
   for (int64_t columns = unit; columns <= most && columns < total + unit; columns += unit) {
     if (columns < least && columns < total) continue;
     const int64_t thread_rows = std::max<int64_t>(1, kThreads / columns);
@@ -195,9 +215,9 @@ struct ReductionPlan {
 // flight.
 inline ReductionPlan plan_reduction(const View& view, int vector, int element_size, int rows_at_once,
                                     int64_t num_groups, int multiprocessors) {
-  constexpr int64_t kLongPlane = 64;   // vectors
-  constexpr int kMostRounds = 16;      // a chain of float32 merges is no longer than this
-  constexpr int kBlocksPerSm = 9;      // three at a time, three times
+  constexpr int64_t kLongPlane = 64;    // vectors
+  constexpr int kMostRounds = 16;       // a chain of float32 merges is no longer than this
+  constexpr int kWaves = 3;             // blocks do not all take the same time
   const bool grouped = num_groups > 0;  // 0: no group vector
   const int64_t sample = view.channels * view.length;
 
@@ -212,7 +232,7 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   const int64_t unit = view.planes ? std::lcm(view.length, static_cast<int64_t>(at.vector)) / at.vector : 1;
   const bool whole_vectors = view.length % vector == 0;
   const bool long_planes = whole_vectors && view.length / vector >= kLongPlane;
-  if (view.planes && (long_planes || unit > kMaxThreads)) {
+  if (view.planes && (long_planes || unit > kThreads)) {
     at.vector = whole_vectors ? vector : 1;
     at.row_stride = at.inner = at.vector;
     at.sample_stride = sample;
@@ -230,7 +250,7 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
     const int64_t value_bytes = static_cast<int64_t>(at.inner) * element_size;
     const int64_t enough_rows = std::max<int64_t>(1, 32 / value_bytes);
     const int64_t line = 128 / (at.vector * element_size);
-    const int64_t most = enough_rows == 1 ? kMaxThreads : std::max(kThreads / enough_rows, line);
+    const int64_t most = enough_rows == 1 ? kThreads : std::max(kThreads / enough_rows, line);
     at.block = cut_columns(at.columns, unit, std::max(line, most / 2), most);
     at.block_stride = static_cast<int64_t>(at.block.columns) * at.vector;
     at.column_blocks = (at.columns + at.block.columns - 1) / at.block.columns;
@@ -245,7 +265,7 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
 
   const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once;
   const int64_t rounds = (samples * rows_per_sample + round - 1) / round;
-  const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm / at.column_blocks);
+  const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm * kWaves / at.column_blocks);
   const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
   plan.slabs = cut_rows(samples, rows_per_sample, wanted, grouped ? kMaxSlabSamples : samples);
 
@@ -276,7 +296,7 @@ struct MapPlan {
 };
 
 inline MapPlan plan_map(const View& view, int vector, int rows_at_once, int multiprocessors) {
-  constexpr int kMostRounds = 16, kBlocksPerSm = 16;
+  constexpr int kMostRounds = 16, kBlocksWanted = 16;  // of each multiprocessor
   MapPlan plan{};
   Geometry& at = plan.geometry;
   at.channels = view.channels;
@@ -291,7 +311,7 @@ inline MapPlan plan_map(const View& view, int vector, int rows_at_once, int mult
   plan.rows = view.batch * plan.rows_per_sample;
   const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once;
   const int64_t rounds = (plan.rows + round - 1) / round;
-  const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm / at.column_blocks);
+  const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksWanted / at.column_blocks);
   plan.rows_per_slab = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
   plan.slabs = (plan.rows + plan.rows_per_slab - 1) / plan.rows_per_slab;
   return plan;

@@ -21,9 +21,6 @@
 
 namespace precisebn::cuda {
 
-// Three blocks of kThreads on a multiprocessor.
-constexpr int kRegisters = 80;
-
 // What is known of the values of one channel, in a part of the tensor: two numbers, whose meaning is the Op's.
 struct Partial {
   double count, first, second;
@@ -33,7 +30,7 @@ struct Partial {
 template <class T>
 struct Column {
   const T* inputs[2];
-  const int* order;  // the samples to go through, relative to the slab's first; null: all
+  const int* order;  // the samples to go through, relative to the slab's first; null: all, as they are
   int64_t row_stride, sample_stride;
   int start, step, slab_rows, rows;  // rows: how many there are for this thread
 
@@ -53,10 +50,9 @@ struct Column {
     for (int i = 0; i < Op::kInputs; ++i) inputs[i] = op.inputs[i] + origin;
   }
 
-  __device__ Walk walk() const { return {start, step, slab_rows}; }
-  __device__ int64_t offset(const Walk& walk) const {
-    const int sample = order == nullptr ? walk.sample : order[walk.sample];
-    return sample * sample_stride + walk.row * row_stride;
+  __device__ Walk walk() const { return {start, step, slab_rows, row_stride, sample_stride}; }
+  __device__ int64_t offset(const Walk& at) const {
+    return order == nullptr ? at.offset : order[at.sample] * sample_stride + at.row * row_stride;
   }
 
   // Value by value, slowly.
@@ -187,15 +183,15 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
       Vec<typename Op::Type, kSize> x[Op::kInputs][kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t offset = values.offset(walk);
 #pragma unroll
-        for (int i = 0; i < Op::kInputs; ++i) {
-          x[i][r] = {};
-          if (r < rows) x[i][r] = x[i][r].load(values.inputs[i] + offset);
+        for (int i = 0; i < Op::kInputs; ++i) x[i][r] = {};
+        if (r < rows) {
+          const int64_t offset = values.offset(walk);
+#pragma unroll
+          for (int i = 0; i < Op::kInputs; ++i) x[i][r] = x[i][r].load(values.inputs[i] + offset);
         }
-        if (r + 1 < rows) walk.next();
+        walk.next();
       }
-      walk.next();
       if (rows == kRows) {
         lanes.template add<true>(x, done, rows);
       } else {
@@ -212,7 +208,7 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        entries.set(entry + k, lanes.finish(k, op.mean_of(group, at.channel(column_block, column, k))));
+        entries.set(entry + k, lanes.finish(k, values.rows, op.mean_of(group, at.channel(column_block, column, k))));
       }
     }
     // Lanes whose float32 arithmetic has overflowed or underflowed are done again in float64.
@@ -276,7 +272,7 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
   const int64_t size = min(plan.fan_in, plan.slabs.count - begin);
   unsigned *const final_tickets = tickets + 1, *const cluster_tickets = final_tickets + at.column_blocks;
   if (!is_last_of(size, cluster_tickets + column_block * plan.clusters + cluster)) return;
-  const auto count_of_slab = [&](int64_t i) { return values_before(begin + i + 1) - values_before(begin + i); };
+  const auto count_of_slab = [&](int64_t i) { return static_cast<double>(plan.slabs.rows_of(begin + i) * at.inner); };
   const double2* const slab_results = partials + begin * at.channels + first_channel;
   if (plan.clusters == 1) {
     merge_partials<Op>(channels, plan.lanes_per_channel, slab_results, at.channels, size, count_of_slab, emit);
@@ -298,7 +294,7 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
 }
 
 template <class Op>
-__global__ void __maxnreg__(kRegisters)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     reduce(const __grid_constant__ Op op, const __grid_constant__ ReductionPlan plan, Groups groups, double2* partials,
            Piece* pieces, unsigned* tickets) {
   extern __shared__ double shared[];
@@ -310,27 +306,29 @@ __global__ void __maxnreg__(kRegisters)
   const int num_entries = static_cast<int>(blockDim.x) * plan.entries_of_thread();
   const Entries entries{shared, shared + Entries::places(num_entries)};
 
-  if (plan.slots > 0) {
-    order.fill(groups, slab.first_sample, slab.samples);
-    int64_t piece = slab_index * plan.slots;
-    const int64_t end = piece + plan.slots;
-    for (int first = 0, last; first < slab.samples && order.group[first] != Groups::kNone; first = last, ++piece) {
-      const int group = order.group[first];
+  const bool grouped = plan.slots > 0;
+  if (grouped) order.fill(groups, slab.first_sample, slab.samples);
+
+  int64_t to = grouped ? slab_index * plan.slots : slab_index;
+  const bool describes = grouped && column_block == 0 && threadIdx.x == 0;
+  for (int first = 0, last = slab.samples; first < slab.samples; first = last, ++to) {
+    int group = 0;
+    if (grouped) {
+      group = order.group[first];
+      if (group == Groups::kNone) break;
       for (last = first + 1; last < slab.samples && order.group[last] == group;) ++last;
-      reduce_slab(op, plan, slab_index, column_block, group, order.sample + first, last - first, entries,
-                  partials + piece * at.channels + first_channel);
-      if (column_block == 0 && threadIdx.x == 0) pieces[piece] = {group, (last - first) * slab.rows};
-      __syncthreads();  // before the entries are written again
+      if (describes) pieces[to] = {group, (last - first) * slab.rows};
     }
-    if (column_block == 0 && threadIdx.x == 0) {
-      for (; piece < end; ++piece) pieces[piece] = {Groups::kNone, 0};
+    reduce_slab(op, plan, slab_index, column_block, group, grouped ? order.sample + first : nullptr, last - first,
+                entries, partials + to * at.channels + first_channel);
+    __syncthreads();  // before the entries are written again
+  }
+  if (grouped) {
+    if (describes) {
+      for (; to < (slab_index + 1) * plan.slots; ++to) pieces[to] = {Groups::kNone, 0};
     }
     return;
   }
-
-  reduce_slab(op, plan, slab_index, column_block, 0, nullptr, slab.samples, entries,
-              partials + slab_index * at.channels + first_channel);
-
   merge_slabs(op, plan, slab_index, column_block, partials, tickets);
 }
 
