@@ -101,7 +101,13 @@ def batch_norm(
             raise InputError(
                 f"batch_norm: {name} must be ({channels},) or ({num_groups}, {channels}), is {tuple(parameter.shape)}"
             )
-    ys, count, mean, m2 = torch.ops.precisebn.batch_norm(tensors, weight, bias, eps, groups, num_groups)
+    if torch.compiler.is_compiling():
+        ys, count, mean, m2 = torch.ops.precisebn.batch_norm(tensors, weight, bias, eps, groups, num_groups)
+    else:
+        outputs: tuple[Tensor, ...] = _BatchNorm.apply(  # type: ignore[no-untyped-call]
+            eps, num_groups, len(tensors), weight, bias, *tensors, *groups
+        )
+        *ys, count, mean, m2 = outputs
     moments = Moments(count, mean, m2) if groups else Moments(count[0], mean[0], m2[0])
     return (ys[0] if isinstance(xs, Tensor) else ys), moments
 
@@ -146,44 +152,131 @@ def _fake(
     return [torch.empty_like(x) for x in xs], mean.new_empty(num_groups), mean, torch.empty_like(mean)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    xs, weight, bias, ctx.eps, groups, _ = inputs
-    _, count, mean, m2 = output
-    ctx.mark_non_differentiable(count)
-    ctx.num_tensors, ctx.grouped = len(xs), bool(groups)
-    ctx.has_bias_of = None if bias is None else (bias.dim(), bias.dtype)
-    ctx.save_for_backward(*xs, *groups, weight, count, mean, m2)
-
-
-def _backward(
-    ctx: Any, grad_ys: list[Tensor | None], _: Tensor | None, grad_mean: Tensor, grad_m2: Tensor
-) -> tuple[Any, ...]:
+def _gradients(
+    xs: Sequence[Tensor],
+    groups: Sequence[Tensor | None],
+    statistics: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor | None,
+    eps: float,
+    grad_ys: Sequence[Tensor | None],
+    grad_moments: tuple[Tensor | None, Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[list[Tensor | None], Tensor, Tensor]:
     """Gradients by the chain rule through the batch's own mean and variance, in terms of the operators.
 
     With x^ = (x - mean) / std: ``dx = weight / std * (dy - avg(dy) - x^ * avg(dy * x^))``, which is ``a*dy + b*x + c``;
-    gradients of the returned mean and m2 add 1/n and 2 (x - mean) times themselves.
-    """
-    saved = ctx.saved_tensors
-    xs = saved[: ctx.num_tensors]
-    groups = saved[ctx.num_tensors : -4] if ctx.grouped else (None,) * ctx.num_tensors
-    weight, count, mean, m2 = saved[-4:]
-    num_groups = count.shape[0]
-    dys = [torch.zeros_like(x) if dy is None else dy for x, dy in zip(xs, grad_ys, strict=True)]
+    gradients of the returned mean and m2 add 1/n and 2 (x - mean) times themselves. Being made of differentiable
+    operators and of the returned statistics, this can be differentiated again.
 
-    sums = [ops.unchecked.backward_reduce(dy, x, mean, g, num_groups) for dy, x, g in zip(dys, xs, groups, strict=True)]
-    sum_dy, sum_dy_xmu = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-    inverse_std = _inverse_std(count, m2, ctx.eps)
+    Returns:
+        The gradients of those inputs that are ``needed``; and of weight and bias for each group, ``(G, C)``.
+    """
+    count, mean, m2 = statistics
+    grad_mean, grad_m2 = grad_moments
+    dys = [torch.zeros_like(x) if dy is None else dy for x, dy in zip(xs, grad_ys, strict=True)]
+    pieces = list(zip(dys, xs, groups, strict=True))
+    sums = [ops.unchecked.backward_reduce(dy, x, mean, g, count.shape[0]) for dy, x, g in pieces]
+    sum_dy, sum_dy_xmu = sums[0]
+    for more_dy, more_dy_xmu in sums[1:]:
+        sum_dy, sum_dy_xmu = sum_dy + more_dy, sum_dy_xmu + more_dy_xmu
+
+    inverse_std = _inverse_std(count, m2, eps)
     n = count.clamp(min=1.0).unsqueeze(-1)
+    grad_weight = sum_dy_xmu * inverse_std
     a = inverse_std if weight is None else inverse_std * weight
-    b = 2.0 * grad_m2 - a * inverse_std.square() * sum_dy_xmu / n
-    c = (grad_mean - a * sum_dy) / n - b * mean
+    b = -a * inverse_std * grad_weight / n
+    c = -a * sum_dy / n
+    if grad_m2 is not None:
+        b = b + 2.0 * grad_m2
+    if grad_mean is not None:
+        c = c + grad_mean / n
+    c = c - b * mean
 
     dtype = ops.compute_dtype(xs[0])
     a, b, c = a.to(dtype), b.to(dtype), c.to(dtype)
-    grad_xs = [ops.unchecked.backward_apply(dy, x, a, b, c, g) for dy, x, g in zip(dys, xs, groups, strict=True)]
-    grad_weight = None if weight is None else _like(sum_dy_xmu * inverse_std, weight.dim(), weight.dtype)
-    grad_bias = None if ctx.has_bias_of is None else _like(sum_dy, *ctx.has_bias_of)
-    return grad_xs, grad_weight, grad_bias, None, [None] * len(xs) if ctx.grouped else [], None
+    grad_xs = [
+        ops.unchecked.backward_apply(dy, x, a, b, c, g) if need else None
+        for (dy, x, g), need in zip(pieces, needed, strict=True)
+    ]
+    return grad_xs, grad_weight, sum_dy
+
+
+class _BatchNorm(torch.autograd.Function):
+    """The eager way. The one through torch.library, for graphs, costs half a millisecond a call to take lists apart."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        eps: float,
+        num_groups: int,
+        num_tensors: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        xs, groups = list(tensors[:num_tensors]), list(tensors[num_tensors:])
+        ys, count, mean, m2 = _forward(xs, weight, bias, eps, groups, num_groups)
+        _save(ctx, xs, groups, weight, bias, eps, (count, mean, m2))
+        ctx.set_materialize_grads(False)
+        return (*ys, count, mean, m2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *grad_ys, _, grad_mean, grad_m2 = grads
+        needed = ctx.needs_input_grad[5 : 5 + len(grad_ys)]
+        grad_xs, grad_weight, grad_bias = _backward_of(ctx, grad_ys, (grad_mean, grad_m2), needed)
+        no_groups = (None,) * (len(ctx.needs_input_grad) - 5 - len(grad_ys))
+        return None, None, None, grad_weight, grad_bias, *grad_xs, *no_groups
+
+
+def _save(
+    ctx: Any,
+    xs: Sequence[Tensor],
+    groups: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    statistics: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Keep what backward needs: the inputs, and tensors of the size of the statistics."""
+    ctx.mark_non_differentiable(statistics[0])
+    ctx.eps, ctx.num_tensors = eps, len(xs)
+    ctx.bias_is_like = None if bias is None else (bias.dim(), bias.dtype)
+    ctx.save_for_backward(*xs, *groups, weight, *statistics)
+
+
+def _backward_of(
+    ctx: Any,
+    grad_ys: Sequence[Tensor | None],
+    grad_moments: tuple[Tensor | None, Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """The gradients of inputs, weight and bias from what :func:`_save` kept."""
+    saved = ctx.saved_tensors
+    xs, groups = saved[: ctx.num_tensors], saved[ctx.num_tensors : -4] or (None,) * ctx.num_tensors
+    weight, *statistics = saved[-4:]
+    grad_xs, grad_weight, grad_bias = _gradients(
+        xs, groups, tuple(statistics), weight, ctx.eps, grad_ys, grad_moments, needed
+    )
+    return (
+        grad_xs,
+        None if weight is None else _like(grad_weight, weight.dim(), weight.dtype),
+        None if ctx.bias_is_like is None else _like(grad_bias, *ctx.bias_is_like),
+    )
+
+
+def _library_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    xs, weight, bias, eps, groups, _ = inputs
+    _save(ctx, xs, groups, weight, bias, eps, output[1:])
+
+
+def _library_backward(
+    ctx: Any, grad_ys: list[Tensor | None], _: Tensor | None, grad_mean: Tensor, grad_m2: Tensor
+) -> tuple[Any, ...]:
+    needed = (True,) * ctx.num_tensors
+    grad_xs, grad_weight, grad_bias = _backward_of(ctx, grad_ys, (grad_mean, grad_m2), needed)
+    num_groups = len(ctx.saved_tensors) - 4 - ctx.num_tensors
+    return grad_xs, grad_weight, grad_bias, None, [None] * num_groups, None
 
 
 def _inverse_std(count: Tensor, m2: Tensor, eps: float) -> Tensor:
@@ -203,4 +296,4 @@ _library.define(
 )
 _library.impl("batch_norm", _forward, "CompositeExplicitAutograd")
 torch.library.register_fake("precisebn::batch_norm", _fake)
-torch.library.register_autograd("precisebn::batch_norm", _backward, setup_context=_setup_context)
+torch.library.register_autograd("precisebn::batch_norm", _library_backward, setup_context=_library_setup_context)

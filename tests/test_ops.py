@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from precisebn import _fallback, ops
+from precisebn import Moments, _fallback, ops
 from precisebn.errors import InputError
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -1,7 +1,7 @@
-// accumulate: the moments of x, merged into running accumulators, and its mean and variance for the layer that x enters.
-// The kernel is that of moments: the block that has a channel's moments, in the same launch, merges them and writes all
-// that is wanted, so a layer costs one launch. The running count belongs to all channels; the very last block adds to it,
-// when the others have read it.
+// accumulate: the moments of x, merged into running accumulators, and its mean and variance for the layer that x
+// enters. The kernel is that of moments: the block that has a channel's moments, in the same launch, merges them and
+// writes all that is wanted, so a layer costs one launch. The running count belongs to all channels; the very last
+// block adds to it, when the others have read it.
 #include <torch/csrc/stable/library.h>
 
 #include "moments.h"
@@ -10,9 +10,10 @@ namespace precisebn::cuda {
 namespace {
 
 double* accumulator(const Tensor& t, const Tensor& x, int64_t size) {
-  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous() && t.scalar_type() == ScalarType::Double &&
-                      t.get_device_index() == x.get_device_index(),
-                  "precisebn::accumulate: count [1], mean [C] and m2 [C] must be contiguous float64 on the device of x");
+  STD_TORCH_CHECK(
+      t.numel() == size && t.is_contiguous() && t.scalar_type() == ScalarType::Double &&
+          t.get_device_index() == x.get_device_index(),
+      "precisebn::accumulate: count [1], mean [C] and m2 [C] must be contiguous float64 on the device of x");
   return mutable_data<double>(t);
 }
 

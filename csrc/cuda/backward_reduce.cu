@@ -2,8 +2,8 @@
 //
 // A thread adds up to 16 batches of kRows rows per lane, each batch summed in pairs, in float32 for input of up to 32
 // bits: chains of at most 20 additions; from there on in float64. x - K is taken about K, the mean rounded to float32,
-// which keeps what x has over the mean (see moments.cu); what the rounding of K leaves out, (K - mean) * sum dy, is added
-// in float64. A lane whose float32 sums overflow is done again in float64.
+// which keeps what x has over the mean (see moments.cu); what the rounding of K leaves out, (K - mean) * sum dy, is
+// added in float64. A lane whose float32 sums overflow is done again in float64.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -38,8 +38,8 @@ struct BackwardOp {
       }
     }
 
-    // Rows beyond `rows` are 0 in both inputs and add nothing: not even where the mean is NaN, which is that of a channel
-    // whose sum is NaN anyway.
+    // Rows beyond `rows` are 0 in both inputs and add nothing: not even where the mean is NaN, which is that of a
+    // channel whose sum is NaN anyway.
     template <bool full>
     __device__ void add(const Vec<T, size> (&values)[2][kRows], int, int) {
 #pragma unroll

@@ -1,10 +1,10 @@
 // One value out for each value in, with coefficients per (group, channel): the kernel of `normalize` and
 // `backward_apply`, which differ in the formula (an Op, see there).
 //
-// A thread owns one column of the rows of partition.h and walks down it, so its coefficients stay in registers; they are
-// loaded again only where the group changes. kRows independent 16-byte loads per input are in flight before the first is
-// used. In planes, a row is a whole sample, and adjacent threads still have adjacent vectors: every access is coalesced,
-// whatever the length of the planes, and a vector may hold the end of one plane and the start of the next.
+// A thread owns one column of the rows of partition.h and walks down it, so its coefficients stay in registers; they
+// are loaded again only where the group changes. kRows independent 16-byte loads per input are in flight before the
+// first is used. In planes, a row is a whole sample, and adjacent threads still have adjacent vectors: every access is
+// coalesced, whatever the length of the planes, and a vector may hold the end of one plane and the start of the next.
 #pragma once
 
 #include "partition.h"
@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads)
   using Real = Compute<T>;
   constexpr int kSize = Op::kSize, kRows = Op::kRows;
   const Geometry& at = plan.geometry;
-  const int64_t column_block = blockIdx.x % at.column_blocks, first_row = blockIdx.x / at.column_blocks * plan.rows_per_slab;
+  const int64_t column_block = blockIdx.x % at.column_blocks,
+                first_row = blockIdx.x / at.column_blocks * plan.rows_per_slab;
   const int column = threadIdx.x % at.block.columns, thread_row = threadIdx.x / at.block.columns;
   if (thread_row >= at.block.thread_rows || column >= at.columns_of_block(column_block)) return;
 
@@ -107,8 +108,7 @@ void launch_map(const Mapping& to, const Groups& groups, const Inputs& inputs, c
     };
     bool vectors = aligned(to.output.const_data_ptr());
     for (const Tensor& input : inputs) vectors = vectors && aligned(input.const_data_ptr());
-    const MapPlan plan =
-        plan_map(view, vectors ? kVector<T> : 1, Op<T, kVector<T>>::kRows, where.multiprocessors);
+    const MapPlan plan = plan_map(view, vectors ? kVector<T> : 1, Op<T, kVector<T>>::kRows, where.multiprocessors);
     if (plan.geometry.vector == 1) {
       launch(std::integral_constant<int, 1>{}, plan);
     } else {

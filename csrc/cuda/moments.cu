@@ -1,9 +1,9 @@
 // moments: count, mean and m2 per (group, channel), by the reduction in reduce.h.
 //
 // What a thread does with its values. They come in batches of kRows rows, all loaded before the first is used. For each
-// of the values side by side (a "lane") the mean of the first batch becomes the shift K, and sums of d = x - K and of d * d
-// are all that is kept: about 5 instructions a value, where memory leaves time for 16. At the end,
-// m2 = sum d^2 - (sum d)^2 / n. The sums are float32 for input of up to 32 bits, and accurate, because:
+// of the values side by side (a "lane") the mean of the first batch becomes the shift K, and sums of d = x - K and of d
+// * d are all that is kept: about 5 instructions a value, where memory leaves time for 16. At the end, m2 = sum d^2 -
+// (sum d)^2 / n. The sums are float32 for input of up to 32 bits, and accurate, because:
 //
 //   d is small. K is the mean of some of the values. Where x and K are within a factor of 2, x - K is exact (Sterbenz);
 //   else its rounding is relative to d. So |mean| / std is taken out of the problem before anything is rounded.
@@ -52,8 +52,8 @@ struct MomentsOp {
   int64_t channels;
   MomentsResult result;
 
-  // Squares below 2^-149 are lost; in a sum of at most 2^8 that is above this, they do not matter. Values of float16 are
-  // multiples of 2^-24 and lose nothing.
+  // Squares below 2^-149 are lost; in a sum of at most 2^8 that is above this, they do not matter. Values of float16
+  // are multiples of 2^-24 and lose nothing.
   static constexpr Real kTiny{0x1p-110};
   static constexpr bool kCanUnderflow = sizeof(Real) == 4 && !std::is_same_v<T, __half>;
 

@@ -1,16 +1,16 @@
 // How the kernels cut a tensor into blocks and threads. Plain arithmetic without CUDA or torch, so that every shape can
 // be checked on a machine without a GPU: that each value is visited once, by a thread that knows its channel.
 //
-// All kernels see the same picture. A sample is `rows` rows; a thread owns one column, `vector` adjacent values wide, and
-// walks down the rows. Which values are a row depends on the form:
+// All kernels see the same picture. A sample is `rows` rows; a thread owns one column, `vector` adjacent values wide,
+// and walks down the rows. Which values are a row depends on the form:
 //
 //   rows     (channels-last)      a row is the C channels of one position
 //   columns  (NCHW, short planes) a row is a whole sample, C planes after another: a thread sees the same few values of
 //                                 the same plane in every sample, so 7x7 planes cost no more than long ones
 //   planes   (NCHW, long planes)  a row is one vector of a plane; a block has a single column and a single channel
 //
-// The first two differ only in how many adjacent values are of one channel (`inner`: 1 or the plane's length), the third
-// only in its strides. So there is one kernel, and the forms differ in the numbers below.
+// The first two differ only in how many adjacent values are of one channel (`inner`: 1 or the plane's length), the
+// third only in its strides. So there is one kernel, and the forms differ in the numbers below.
 //
 // The cut depends on the shape, the alignment and the number of multiprocessors, never on what runs first: with the
 // order of merging fixed too, results have the same bits every time.
@@ -57,7 +57,8 @@ struct Slabs {
   int64_t count;
 
   PRECISEBN_HOST_DEVICE Slab operator[](int64_t slab) const {
-    const auto index = static_cast<unsigned>(slab), per_sample = static_cast<unsigned>(parts);  // blocks are fewer than 2^31
+    const auto index = static_cast<unsigned>(slab),
+               per_sample = static_cast<unsigned>(parts);  // blocks are fewer than 2^31
     const int64_t sample = index / per_sample * samples_per_slab, row = index % per_sample * rows_per_slab;
     const int64_t more_samples = samples - sample, more_rows = rows - row;
     return {sample, row, static_cast<int>(more_samples < samples_per_slab ? more_samples : samples_per_slab),
@@ -192,10 +193,10 @@ struct Geometry {
 struct ReductionPlan {
   Geometry geometry;
   Slabs slabs;
-  bool fold;              // all values of a thread are of one channel: they make one entry of the block's merge, not
-                          // `vector` entries
-  int lanes_per_channel;  // threads that merge one channel; a power of two, at most a warp
-  int slots;              // groups: how many of them a slab can hold. 0: there are no groups
+  bool fold;                 // all values of a thread are of one channel: they make one entry of the block's merge, not
+                             // `vector` entries
+  int lanes_per_channel;     // threads that merge one channel; a power of two, at most a warp
+  int slots;                 // groups: how many of them a slab can hold. 0: there are no groups
   int64_t fan_in, clusters;  // slabs are merged `fan_in` at a time into clusters, and these into the result
 
   int64_t blocks() const { return geometry.column_blocks * slabs.count; }
@@ -205,7 +206,8 @@ struct ReductionPlan {
   }
   int64_t tickets() const { return slots ? 0 : 1 + geometry.column_blocks * (1 + clusters); }
 
-  // A block's merge goes over `thread_rows` x `entry_columns` entries, of which each channel has `entry_width` in a row.
+  // A block's merge goes over `thread_rows` x `entry_columns` entries, of which each channel has `entry_width` in a
+  // row.
   PRECISEBN_HOST_DEVICE int entries_of_thread() const { return fold ? 1 : geometry.vector; }
   PRECISEBN_HOST_DEVICE int entry_columns() const { return geometry.block.columns * entries_of_thread(); }
   PRECISEBN_HOST_DEVICE int entry_width() const { return fold ? geometry.inner / geometry.vector : geometry.inner; }

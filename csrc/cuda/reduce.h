@@ -10,8 +10,8 @@
 // with what, and in which order, by the partition alone: no float atomics, and the same bits every time.
 //
 // With groups, samples of any order may be of any group, and only the device knows. A block orders the samples of its
-// slab by group, reduces one group after the other, and leaves a piece for each; a second, small kernel merges the pieces
-// of each group. A slab has few samples, so there are few pieces.
+// slab by group, reduces one group after the other, and leaves a piece for each; a second, small kernel merges the
+// pieces of each group. A slab has few samples, so there are few pieces.
 #pragma once
 
 #include "partition.h"
@@ -44,8 +44,8 @@ struct Column {
         step(at.block.thread_rows),
         slab_rows(slab.rows),
         rows(rows_of_thread(samples * slab.rows, start, step)) {
-    const int64_t origin = at.offset(column_block, threadIdx.x % at.block.columns) +
-                           slab.first_sample * sample_stride + slab.first_row * row_stride;
+    const int64_t origin = at.offset(column_block, threadIdx.x % at.block.columns) + slab.first_sample * sample_stride +
+                           slab.first_row * row_stride;
 #pragma unroll
     for (int i = 0; i < Op::kInputs; ++i) inputs[i] = op.inputs[i] + origin;
   }
@@ -89,8 +89,9 @@ __device__ Partial merge_over_lanes(Partial part, int lanes) {
   return part;
 }
 
-// True in all threads of the last of `blocks` blocks that draw this ticket, which then sees what the others have written
-// before. The fence of one thread covers the writes of its block, which happen before the barrier in front of it.
+// True in all threads of the last of `blocks` blocks that draw this ticket, which then sees what the others have
+// written before. The fence of one thread covers the writes of its block, which happen before the barrier in front of
+// it.
 __device__ inline bool is_last_of(int64_t blocks, unsigned* ticket) {
   __shared__ bool last;
   __syncthreads();
@@ -106,8 +107,8 @@ __device__ inline bool is_last_of(int64_t blocks, unsigned* ticket) {
   return last;
 }
 
-// Calls f(i, lane) for i < n, each with `lanes` adjacent threads; with i >= n too, in threads whose warp still has others
-// to do: f may shuffle.
+// Calls f(i, lane) for i < n, each with `lanes` adjacent threads; with i >= n too, in threads whose warp still has
+// others to do: f may shuffle.
 template <class F>
 __device__ void for_each_channel(int n, int lanes, F f) {
   const int lane = threadIdx.x % lanes, step = blockDim.x / lanes;
@@ -153,12 +154,12 @@ struct GroupOrder {
   }
 };
 
-// Does values [first, last) of each of the thread's rows again, with the Op's careful way. Rare, so it is kept out of the
-// loop's registers.
+// Does values [first, last) of each of the thread's rows again, with the Op's careful way. Rare, so it is kept out of
+// the loop's registers.
 template <class Op>
 __device__ inline double2 reduce_again(const Op& op, const Geometry& at, const Slabs& slabs, int64_t slab,
-                                             int64_t column_block, int group, const int* order, int samples, int first,
-                                             int last) {
+                                       int64_t column_block, int group, const int* order, int samples, int first,
+                                       int last) {
   const Column<typename Op::Type> values(op, at, slabs[slab], column_block, order, samples);
   return op.again(values, first, last, at.channel(column_block, threadIdx.x % at.block.columns, first), group);
 }
@@ -261,8 +262,8 @@ __device__ void merge_partials(int channels, int lanes, const double2* from, int
 // What a block does when its slab is reduced: nothing, unless it is the last of its cluster, of its channels, of all.
 // Not inlined, to keep its registers out of the way of the loop over the rows.
 template <class Op>
-__device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int64_t slab_index,
-                                         int64_t column_block, double2* partials, unsigned* tickets) {
+__device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int64_t slab_index, int64_t column_block,
+                                   double2* partials, unsigned* tickets) {
   const Geometry& at = plan.geometry;
   const int64_t first_channel = column_block * at.block_channels;
   const int channels = at.channels_of_block(column_block);
@@ -363,8 +364,8 @@ template <class Op>
 void launch_reduction(const OnDeviceOf& where, const Tensor& x, const View& view, const Groups& groups, const Op& op,
                       const ReductionPlan& plan) {
   const int64_t num_pieces = plan.slots * plan.slabs.count;
-  const auto in_double2 = static_cast<int64_t>(num_pieces * sizeof(Piece) + sizeof(double2) - 1) /
-                          static_cast<int64_t>(sizeof(double2));
+  const auto in_double2 =
+      static_cast<int64_t>(num_pieces * sizeof(Piece) + sizeof(double2) - 1) / static_cast<int64_t>(sizeof(double2));
   const Workspace workspace(where, x, plan.partials() + in_double2, plan.tickets());
   auto* const pieces = reinterpret_cast<Piece*>(workspace.partials + plan.partials());
   const int entries = plan.geometry.block.threads * plan.entries_of_thread();
@@ -381,11 +382,11 @@ void launch_reduction(const OnDeviceOf& where, const Tensor& x, const View& view
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Plans the reduction of a dense tensor and calls launch(size, plan), size a constant: how many values a thread loads at
-// once.
+// Plans the reduction of a dense tensor and calls launch(size, plan), size a constant: how many values a thread loads
+// at once.
 template <class T, class Launch>
-void plan_and_launch(const View& view, bool is_aligned, const Groups& groups, int rows_at_once,
-                     int multiprocessors, const Launch& launch) {
+void plan_and_launch(const View& view, bool is_aligned, const Groups& groups, int rows_at_once, int multiprocessors,
+                     const Launch& launch) {
   const ReductionPlan plan = plan_reduction(view, is_aligned ? kVector<T> : 1, sizeof(T), rows_at_once,
                                             groups.ids == nullptr ? 0 : groups.count, multiprocessors);
   if (plan.geometry.vector == 1) {

@@ -1,5 +1,5 @@
-// Values as they lie in memory and as they are computed with: vectors of 16 bytes, float32 arithmetic for all types up to
-// 32 bits, float64 for float64.
+// Values as they lie in memory and as they are computed with: vectors of 16 bytes, float32 arithmetic for all types up
+// to 32 bits, float64 for float64.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,9 @@ using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
-// What a thread loads or stores by one instruction: 16 bytes, or a single value. Kept as the words that were loaded, and
-// unpacked value by value where it is used: the compiler would keep each 16-bit value of an array in its own register.
+// What a thread loads or stores by one instruction: 16 bytes, or a single value. Kept as the words that were loaded,
+// and unpacked value by value where it is used: the compiler would keep each 16-bit value of an array in its own
+// register.
 template <class T, int n>
 struct Vec {
   static_assert(n == kVector<T>);
@@ -27,7 +28,9 @@ struct Vec {
   __device__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = words; }
 
   __device__ unsigned word(int i) const { return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w; }
-  __device__ void set_word(int i, unsigned word) { (i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w) = word; }
+  __device__ void set_word(int i, unsigned word) {
+    (i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w) = word;
+  }
 
   // k is known when this is compiled.
   __device__ Compute<T> operator[](int k) const {
@@ -48,7 +51,8 @@ struct Vec {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (std::is_same_v<T, double>) {
-        vec.set_word(i, static_cast<unsigned>(i % 2 == 0 ? __double2loint(values[i / 2]) : __double2hiint(values[i / 2])));
+        vec.set_word(i,
+                     static_cast<unsigned>(i % 2 == 0 ? __double2loint(values[i / 2]) : __double2hiint(values[i / 2])));
       } else if constexpr (std::is_same_v<T, float>) {
         vec.set_word(i, __float_as_uint(values[i]));
       } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -56,7 +60,8 @@ struct Vec {
         vec.set_word(i, __bfloat16_as_ushort(pair.x) | static_cast<unsigned>(__bfloat16_as_ushort(pair.y)) << 16);
       } else {
         const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-        vec.set_word(i, __half_as_ushort(__low2half(pair)) | static_cast<unsigned>(__half_as_ushort(__high2half(pair))) << 16);
+        vec.set_word(i, __half_as_ushort(__low2half(pair)) | static_cast<unsigned>(__half_as_ushort(__high2half(pair)))
+                                                                 << 16);
       }
     }
     return vec;

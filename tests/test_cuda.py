@@ -1,0 +1,543 @@
+"""The CUDA kernels against the fallback in float64 on the CPU; then what only a GPU has: streams, graphs, large memory.
+
+Skipped without a GPU. ``PRECISEBN_BACKEND=native`` makes sure that the kernels are what is tested; the tests named
+``sanitizer`` are few and small enough for compute-sanitizer (``-k sanitizer``).
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from precisebn import _fallback, functional, ops, update_bn_stats
+from precisebn.errors import InputError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "channels_last", "strided", "swapped", "expanded", "misaligned", "sliced"]
+SHAPES = [
+    (6, 5),
+    (1, 1),
+    (1, 7),
+    (300, 64),
+    (40, 1),
+    (5000, 3),
+    (9, 4096),
+    (4, 3, 1, 1),
+    (33, 1, 5),
+    (5, 7, 3),
+    (16, 8, 2, 2),
+    (64, 40, 7, 7),
+    (3, 2048, 7, 7),
+    (5, 30, 13, 13),
+    (4, 24, 17, 17),
+    (6, 33, 4, 5),
+    (40, 96, 14, 14),
+    (3, 20, 28, 28),
+    (2, 3, 55, 55),
+    (1, 64, 56, 56),
+    (2, 17, 56, 56),
+    (9, 12, 112, 112),
+    (2, 6, 3, 20, 30),
+    (2, 5, 2, 2, 2, 3),
+    (1, 1, 9, 9000),
+    (70, 2, 300),
+    (0, 5, 3, 3),
+    (4, 5, 0, 3),
+    (4, 0, 3, 3),
+]
+SOME_SHAPES = [(300, 64), (64, 40, 7, 7), (5, 30, 13, 13), (6, 3, 55, 55), (9, 12, 56, 56), (33, 2, 4, 6, 10)]
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x (for "expanded": of its first sample), in another memory layout."""
+    match layout:
+        case "channels_last":
+            return x.movedim(1, -1).contiguous().movedim(-1, 1)
+        case "strided":
+            return x.repeat_interleave(2, dim=-1)[..., ::2]
+        case "swapped":
+            return x.transpose(0, -1).contiguous().transpose(0, -1)
+        case "expanded":
+            return x[:1].expand(x.shape)
+        case "misaligned":  # dense, but not at a multiple of 16 bytes
+            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        case "sliced":  # channels of a wider channels-last tensor
+            wide = torch.cat([x, x], 1).movedim(1, -1).contiguous().movedim(-1, 1)
+            return wide[:, : x.shape[1]]
+    return x.contiguous()
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, mean: float = 3.0, seed: int = 0) -> Tensor:
+    """On the CPU: channels of different means and standard deviations, within the range of float16."""
+    generator = torch.Generator().manual_seed(seed)
+    channel = torch.arange(shape[1], dtype=torch.float64).reshape(1, -1, *(1 for _ in shape[2:])) % 50
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * (1 + channel) + mean * channel).to(dtype)
+
+
+def on_gpu(x: Tensor, layout: str = "contiguous") -> Tensor:
+    return laid_out(x.cuda(), layout)
+
+
+def groups_of(x: Tensor, num_groups: int = 3) -> Tensor:
+    return (torch.arange(len(x)) * 7 // 3) % num_groups
+
+
+def rtol_of(dtype: torch.dtype) -> float:
+    return 1e-11 if dtype == torch.float64 else 1e-6
+
+
+def check_moments(actual: tuple[Tensor, ...], x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> None:
+    count, mean, m2 = (t.cpu() for t in actual)
+    n, true_mean, true_m2 = _fallback.moments(x.cpu().double(), None if group is None else group.cpu(), num_groups)
+    rtol = rtol_of(x.dtype)
+    assert torch.equal(count, n)
+    assert ((m2 - true_m2).abs() <= rtol * true_m2 + 1e-300).all()
+    deviation = (true_m2 / n.clamp(min=1)[:, None]).sqrt()
+    assert ((mean - true_mean).abs() <= rtol * deviation + 1e-14 * true_mean.abs()).all()
+    assert (m2 >= 0).all()
+
+
+def accumulators(channels: int) -> list[Tensor]:
+    flat = torch.zeros(1 + 2 * channels, dtype=torch.float64, device="cuda")
+    return list(flat.split([1, channels, channels]))
+
+
+# ---- Every operator, shape, layout and dtype ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments(shape, layout, dtype):
+    x = on_gpu(tensor(shape, dtype), layout)
+    check_moments(ops.moments(x), x)
+    group = groups_of(x)
+    check_moments(ops.moments(x, group.cuda(), 3), x, group, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normalize_and_backward_apply(shape, layout, dtype):
+    x, dy = on_gpu(tensor(shape, dtype), layout), on_gpu(tensor(shape, dtype, seed=1))
+    a, b, c = (tensor((3, shape[1]), torch.float32, mean=0, seed=s) for s in range(3))
+    # One rounding of each product, of their sum, and of the result in its dtype.
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 0)
+
+    def check(actual: Tensor, terms: list[Tensor]) -> None:
+        assert actual.dtype == dtype
+        assert actual.stride() == torch.empty_like(x).stride()
+        result = actual.cpu().double()
+        bound = 2 * eps * sum(term.abs() for term in terms) + torch.finfo(dtype).tiny
+        expected = sum(terms).to(dtype).double()
+        assert ((result - expected).abs() <= bound).logical_or(result == expected).all()
+
+    x64, dy64 = x.cpu().double(), dy.cpu().double()
+    for group, k in ((None, 1), (groups_of(x), 3)):
+        a_, b_, c_ = (_fallback._per_sample(t[:k].double(), x64, group) for t in (a, b, c))
+        on_device = None if group is None else group.cuda()
+        coefficients = [t[:k].cuda() for t in (a, b, c)]
+        check(ops.normalize(x, *coefficients[:2], on_device), [a_ * x64, b_.expand_as(x64)])
+        check(ops.backward_apply(dy, x, *coefficients, on_device), [a_ * dy64, b_ * x64, c_.expand_as(x64)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_reduce(shape, layout, dtype):
+    x, dy = on_gpu(tensor(shape, dtype), layout), on_gpu(tensor(shape, dtype, mean=0.5, seed=1))
+    x64, dy64 = x.cpu().double(), dy.cpu().double()
+    for group, k in ((None, 1), (groups_of(x), 3)):
+        on_device = None if group is None else group.cuda()
+        _, mean, _ = _fallback.moments(x64, group, k)
+        actual = ops.backward_reduce(dy, x, mean.cuda(), on_device, k)
+        expected = _fallback.backward_reduce(dy64, x64, mean, group, k)
+        centered = x64 - _fallback._per_sample(mean, x64, group)
+        sizes = _fallback.backward_reduce(dy64.abs(), centered.abs(), torch.zeros_like(mean), group, k)
+        for one, other, size in zip(actual, expected, sizes, strict=True):
+            assert ((one.cpu() - other).abs() <= 5 * rtol_of(dtype) * size).all()
+
+
+@pytest.mark.parametrize("statistic_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize("shape", [(6, 5, 5), (40, 7, 7), (3, 56, 56), (600, 3, 3)])
+def test_accumulate(shape, layout, dtype, statistic_dtype):
+    channels = shape[0]
+    total, batches = accumulators(channels), [tensor((n, *shape), dtype, seed=n) for n in (4, 1, 9)]
+    for batch in batches:
+        # One with a stride, as a view of somebody's buffer may have.
+        mean = torch.full((2 * channels,), 7, dtype=statistic_dtype, device="cuda")[::2]
+        var = torch.full((channels,), 7, dtype=statistic_dtype, device="cuda")
+        ops.accumulate(on_gpu(batch, layout), *total, mean, var)
+        n, (true_mean,), (true_m2,) = _fallback.moments(batch.double())
+        torch.testing.assert_close(mean.cpu(), true_mean.to(statistic_dtype))
+        torch.testing.assert_close(var.cpu(), (true_m2 / n).to(statistic_dtype))
+    count, mean, m2 = total
+    check_moments((count, mean[None], m2[None]), torch.cat(batches))
+
+
+def test_accumulate_ignores_an_empty_batch():
+    total, mean = accumulators(3), torch.full((3,), 7.0, device="cuda")
+    ops.accumulate(torch.ones(2, 3, device="cuda"), *total)
+    before = [t.clone() for t in total]
+    ops.accumulate(torch.ones(0, 3, 4, 4, device="cuda"), *total, mean, mean.clone())
+    assert all(torch.equal(a, b) for a, b in zip(total, before, strict=True))
+    assert (mean == 7).all()
+
+
+# ---- Groups ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize("shape", [(200, 33), (129, 16, 7, 7), (70, 5, 3, 3), (50, 4, 40, 40)])
+@pytest.mark.parametrize("num_groups", [1, 2, 17, 300])
+def test_groups_of_any_order_and_number(num_groups, shape, layout):
+    x = on_gpu(tensor(shape), layout)
+    for group in (torch.randint(num_groups, shape[:1]), torch.arange(shape[0]) * num_groups // shape[0]):
+        check_moments(ops.moments(x, group.cuda(), num_groups), x, group, num_groups)
+        a, b = (tensor((num_groups, shape[1]), seed=s).cuda() for s in (1, 2))
+        expected = _fallback.normalize(x.double(), a.double(), b.double(), group.cuda())
+        torch.testing.assert_close(ops.normalize(x, a, b, group.cuda()).double(), expected, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_group_numbers_out_of_range_touch_nothing(layout):
+    x = on_gpu(tensor((8, 16, 6, 6)), layout)
+    group = torch.tensor([0, 1, -1, 5, 1, 2**40, -(2**40), 0])
+    valid = (group >= 0) & (group < 2)
+    check_moments(ops.moments(x, group.cuda(), 2), x[valid.cuda()], group[valid], 2)
+    ones = torch.ones(2, 16, device="cuda")
+    y = ops.normalize(x, ones, 0 * ones, group.cuda())
+    assert torch.equal(y[valid.cuda()], x[valid.cuda()])
+    assert y[~valid.cuda()].isnan().all()
+    sum_dy, _ = ops.backward_reduce(torch.ones_like(x), x, ones.double(), group.cuda(), 2)
+    assert (sum_dy == 72).all()
+
+
+def test_group_may_have_a_stride():
+    x, group = on_gpu(tensor((8, 4, 5, 5))), torch.tensor([0, 1, 1, 0, 1, 0, 0, 0])
+    strided = group.repeat_interleave(3).cuda()[::3]
+    check_moments(ops.moments(x, strided, 2), x, group, 2)
+
+
+# ---- Accuracy -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize("shape", SOME_SHAPES)
+@pytest.mark.parametrize("ratio", [1e3, 1e4])
+def test_variance_with_a_mean_of_many_deviations(ratio, shape, layout):
+    x = on_gpu((torch.randn(shape, dtype=torch.float64) + ratio).float(), layout)
+    check_moments(ops.moments(x), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize("shape", SOME_SHAPES)
+@pytest.mark.parametrize("value", [0.0, 1.1, -3.7e4, 1e-7, 3e38, 1e-40])
+def test_a_constant_channel_has_no_variance(value, shape, layout, dtype):
+    x = on_gpu(torch.full(shape, value, dtype=torch.float64).to(dtype), layout)
+    if not x.isfinite().all():
+        return
+    for result in (ops.moments(x), ops.moments(x, groups_of(x).cuda(), 3)):
+        _, mean, m2 = result
+        assert (m2 == 0).all()
+        assert (mean == x.double().flatten()[0]).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SOME_SHAPES)
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("where", ["value", "sample", "row"])
+def test_an_outlier_in_front_does_no_harm(where, size, shape, layout):
+    x = torch.randn(shape)
+    view = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    view[{"value": (0, slice(None), 0), "sample": 0, "row": (slice(None), slice(None), 0)}[where]] = size
+    x = on_gpu(x, layout)
+    check_moments(ops.moments(x), x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-18, 1e18, 1e30, 3e37])
+@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (2, 3, 60, 60), (70, 18), (40, 64, 14, 14)])
+def test_magnitudes_beyond_float32_squares(shape, scale, layout):
+    x = (tensor(shape, torch.float64, mean=0.0) / 50 * scale).float()
+    x[:, 1] = torch.randn(shape)[:, 1]  # next to a channel of ordinary size
+    x[:, 2] = 0
+    check_moments(ops.moments(on_gpu(x, layout)), x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (3, 5, 2, 2), (2, 3, 60, 60), (70, 18), (9, 16, 30, 30)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_inf_stay_in_their_channel(shape, bad, layout, dtype):
+    x = tensor(shape, dtype)
+    dirty = x.clone()
+    dirty[1, 1] = bad
+    others = [c for c in range(shape[1]) if c != 1]
+    x, dirty, dy = on_gpu(x, layout), on_gpu(dirty, layout), on_gpu(tensor(shape, dtype, seed=1), layout)
+    zeros = torch.zeros(1, shape[1], device="cuda", dtype=torch.float64)
+    for clean, spoiled in (
+        (ops.moments(x)[1:], ops.moments(dirty)[1:]),
+        (ops.backward_reduce(dy, x, zeros)[1:], ops.backward_reduce(dy, dirty, zeros)[1:]),
+    ):
+        for one, other in zip(clean, spoiled, strict=True):
+            assert not other[0, 1].isfinite()
+            assert torch.equal(one[0, others], other[0, others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_converts_exactly(dtype):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(2**12, 16).cuda()
+    one, zero = torch.ones(1, 16, device="cuda"), torch.zeros(1, 16, device="cuda")
+    y = ops.normalize(x, one, zero)
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y[~x.isnan()], x[~x.isnan()])
+    values = torch.cat([torch.randn(20000) * s for s in (1e-8, 1e-6, 1e-4, 1.0, 3e4, 1e38)])[None].cuda()
+    rounded = ops.normalize(torch.ones_like(values, dtype=dtype), torch.zeros_like(values), values)
+    assert torch.equal(rounded, values.to(dtype))
+
+
+# ---- What only a GPU has --------------------------------------------------------------------------------------------
+
+
+def all_operators(x: Tensor, dy: Tensor, group: Tensor) -> list[Tensor]:
+    mean = ops.moments(x)[1]
+    total = accumulators(x.shape[1])
+    ops.accumulate(x, *total)
+    coefficients = [tensor((3, x.shape[1]), seed=s).to(x.device) for s in range(3)]
+    return [
+        *ops.moments(x),
+        *ops.moments(x, group, 3),
+        *total,
+        *ops.backward_reduce(dy, x, mean),
+        *ops.backward_reduce(dy, x, mean.expand(3, -1), group, 3),
+        ops.normalize(x, *coefficients[:2], group),
+        ops.backward_apply(dy, x, *coefficients, group),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(64, 64, 28, 28), (33, 70, 7, 7), (32, 256, 7, 7), (5000, 40), (2, 3, 200, 200)])
+def test_the_same_bits_every_time(shape, layout, dtype):
+    x, dy = on_gpu(tensor(shape, dtype), layout), on_gpu(tensor(shape, dtype, seed=1), layout)
+    group = groups_of(x).cuda()
+    first = all_operators(x, dy, group)
+    for _ in range(20):
+        for a, b in zip(first, all_operators(x, dy, group), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_several_streams_at_once():
+    inputs = [on_gpu(tensor((16, 48, 28, 28), seed=s)) for s in range(4)]
+    expected = [ops.moments(x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results: list[list[tuple[Tensor, ...]]] = [[] for _ in inputs]
+    for _ in range(50):
+        for x, stream, result in zip(inputs, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                result.append(ops.moments(x))
+    torch.cuda.synchronize()
+    for result, right in zip(results, expected, strict=True):
+        for one in result:
+            assert all(torch.equal(a, b) for a, b in zip(one, right, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_cuda_graph_replays_beside_other_work(layout):
+    shape = (32, 64, 28, 28)
+    x, dy = on_gpu(tensor(shape), layout), on_gpu(tensor(shape, seed=1), layout)
+    group = groups_of(x).cuda()
+    total = accumulators(64)
+    coefficients = [torch.randn(3, 64, device="cuda") for _ in range(3)]
+
+    def run() -> list[Tensor]:
+        ops.accumulate(x, *total)
+        return [
+            *ops.moments(x),
+            *ops.moments(x, group, 3),
+            *ops.backward_reduce(dy, x, coefficients[0].double(), group, 3),
+            ops.normalize(x, *coefficients[:2], group),
+            ops.backward_apply(dy, x, *coefficients, group),
+        ]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for t in total:
+        t.zero_()
+    other = on_gpu(tensor(shape, seed=9), layout)
+    other_moments = ops.moments(other)
+    torch.cuda.synchronize()
+    for seed in range(2, 5):
+        fresh = tensor(shape, seed=seed)
+        x.copy_(fresh)
+        torch.cuda.synchronize()
+        graph.replay()
+        with torch.cuda.stream(side):  # on the stream whose buffers eager calls use
+            beside = [ops.moments(other) for _ in range(5)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for m in beside for a, b in zip(m, other_moments, strict=True))
+        check_moments(tuple(results[:3]), fresh)
+        check_moments(tuple(results[3:6]), fresh, group, 3)
+        expected = _fallback.normalize(x, *coefficients[:2], group)
+        torch.testing.assert_close(results[8], expected, rtol=1e-5, atol=1e-4)
+    assert total[0].item() == 3 * 32 * 28 * 28
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device only")
+def test_a_device_that_is_not_the_current_one():
+    x = tensor((8, 16, 14, 14))
+    with torch.cuda.device(0):
+        result = ops.moments(x.to("cuda:1"))
+    assert result[1].device == torch.device("cuda:1")
+    check_moments(result, x)
+
+
+def test_nothing_waits_for_the_device():
+    x = on_gpu(tensor((8, 16, 14, 14)))
+    dy, group, total = x.clone(), groups_of(x).cuda(), accumulators(16)
+    a = torch.ones(3, 16, device="cuda")
+    mean, var = torch.empty(16, device="cuda"), torch.empty(16, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.moments(x, group, 3)
+        ops.accumulate(x, *total, mean, var)
+        ops.normalize(x, a, a, group)
+        ops.backward_reduce(dy, x, a, group, 3)
+        ops.backward_apply(dy, x, a, a, a, group)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_than_2_to_the_31_elements(layout):
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of GPU memory")
+    shape = (33, 64, 1024, 1024)  # 2^31 + 2^26
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    x.normal_(3.0, 2.0)
+    count, mean, m2 = ops.moments(x)
+    assert count.item() == 33 * 2**20
+    sums = sum(sample.double().flatten(1).sum(1) for sample in x)
+    true_mean = sums / count
+    true_m2 = sum((sample.double() - true_mean[:, None, None]).square().flatten(1).sum(1) for sample in x)
+    torch.testing.assert_close(mean[0], true_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(m2[0], true_m2, rtol=1e-6, atol=0)
+    y = ops.normalize(x, torch.full((1, 64), 0.5, device="cuda"), torch.arange(64.0, device="cuda")[None])
+    for sample, result in ((x[0], y[0]), (x[-1], y[-1])):
+        expected = torch.addcmul(torch.arange(64.0, device="cuda")[:, None, None], sample, torch.tensor(0.5).cuda())
+        assert torch.equal(result, expected.bfloat16())
+
+
+def test_half_a_warp_of_blocks_over_the_end_of_the_grid():
+    """More blocks than one dimension of a grid had before it was 2^31: very many channels of few values."""
+    x = on_gpu(torch.randn(3, 70000, 24, 24))
+    count, mean, m2 = ops.moments(x)
+    assert count.item() == 3 * 576
+    var, true_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean[0], true_mean, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(m2[0] / count, var, rtol=1e-6, atol=0)
+
+
+# ---- torch around it ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["moments", "normalize", "backward_reduce", "backward_apply", "accumulate"])
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck(name):
+    x = torch.randn(4, 3, 2, 3, dtype=torch.float64, device="cuda", requires_grad=True)
+    dy, group = torch.randn_like(x, requires_grad=False), torch.tensor([0, 1, 1, 0]).cuda()
+    a = torch.randn(2, 3, dtype=torch.float64, device="cuda")
+    args = {
+        "moments": (x, group, 2),
+        "normalize": (x, a, a, group),
+        "backward_reduce": (dy, x, a, group, 2),
+        "backward_apply": (dy, x, a, a, a, group),
+        "accumulate": (x.detach(), *accumulators(3), torch.zeros(3).cuda(), torch.zeros(3).cuda()),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.precisebn, name).default, args)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_in_one_graph(mode):
+    def batch_norm(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.batch_norm(x, weight)[0].relu()
+
+    compiled = torch.compile(batch_norm, fullgraph=True, mode=mode)
+    for layout in ("contiguous", "channels_last"):
+        x, weight = on_gpu(tensor((6, 4, 5, 5)), layout), torch.rand(4, device="cuda")
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x, weight).clone(), batch_norm(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_batch_norm_and_its_gradients_are_torchs(layout, dtype):
+    x = on_gpu(torch.randn(16, 24, 14, 14).to(dtype), layout).requires_grad_()
+    dy = on_gpu(torch.randn(16, 24, 14, 14).to(dtype), layout)
+    weight, bias = (torch.rand(24, device="cuda", requires_grad=True) for _ in range(2))
+    ours, _ = functional.batch_norm(x, weight, bias)
+    theirs = nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+    gradients = [torch.autograd.grad(y, (x, weight, bias), dy) for y in (ours, theirs)]
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], **tolerance)
+    for one, other in zip(gradients[0][1:], gradients[1][1:], strict=True):  # sums of 3136 rounded values
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=0.2)
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 40, 3), nn.BatchNorm2d(40)
+    )
+
+
+def test_update_bn_stats_agrees_with_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    batches = [torch.randn(n, 3, 20, 20) * 2 + 5 for n in (8, 3, 8)]
+    on_cpu = small_model().train()
+    on_device = copy.deepcopy(on_cpu).cuda()
+    update_bn_stats(on_cpu, batches, 3)
+    update_bn_stats(on_device, batches, 3)
+    for one, other in zip(on_cpu.buffers(), on_device.buffers(), strict=True):
+        torch.testing.assert_close(one, other.cpu(), rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_devices_are_refused():
+    x = torch.ones(3, 2, device="cuda")
+    with pytest.raises(InputError, match="group is on cpu"):
+        ops.moments(x, torch.zeros(3, dtype=torch.int64), 1)
+    with pytest.raises(InputError, match="scale is on cpu"):
+        ops.normalize(x, torch.ones(1, 2), torch.ones(1, 2))
+
+
+# ---- For compute-sanitizer: every path of every kernel once, in little memory ---------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize("shape", [(5, 3), (9, 16, 7, 7), (3, 4, 24, 24), (66, 8, 2, 2), (24, 40, 14, 14)])
+def test_sanitizer(shape, layout, dtype):
+    x, dy = on_gpu(tensor(shape, dtype), layout), on_gpu(tensor(shape, dtype, seed=1), layout)
+    if shape[1] > 4:
+        x[0, 2] = float("nan")  # the slow path
+    group = groups_of(x, 5).cuda() - 1  # and samples of no group
+    results = all_operators(x, dy, group)
+    torch.cuda.synchronize()
+    assert torch.equal(results[0], torch.tensor([x.numel() / shape[1]], dtype=torch.float64, device="cuda"))
