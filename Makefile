@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 # Also reaches the environments that pip builds packages in.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Threads of OpenMP that wait by spinning take the cores from each other where other work runs too.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 BUILD_INPUTS := setup.py setup.cfg pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 

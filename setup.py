@@ -23,6 +23,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
@@ -47,13 +48,16 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 def extensions() -> list[Extension]:
     """What to build: the CPU library, and the CUDA library where there is something to build it from and with."""
-    if os.environ.get("PRECISEBN_PURE") == "1":
-        print("precisebn: PRECISEBN_PURE=1, installing without native kernels")
+    if is_pure():
         return []
     found = [extension("precisebn._C_cpu", "csrc/cpu/*.cpp")]
     if wants_cuda() and sorted(ROOT.glob("csrc/cuda/*.cu")):
         found.append(extension("precisebn._C_cuda", "csrc/cuda/*.cu"))
     return found
+
+
+def is_pure() -> bool:
+    return os.environ.get("PRECISEBN_PURE") == "1"
 
 
 def extension(name: str, pattern: str) -> Extension:
@@ -92,9 +96,8 @@ class BuildNative(build_ext):
         try:
             self.build_library(ext)
         except CompileError as error:
-            raise CompileError(
-                f"{error}\nprecisebn: installing without {ext.name}; PyTorch operators replace it"
-            ) from None
+            what = "a pure-Python install" if ext.name.endswith("_cpu") else "no CUDA kernels"
+            raise CompileError(f"{error}\nprecisebn: {what}: {ext.name} was not built; PyTorch replaces it") from None
 
     def build_library(self, ext: Extension) -> None:
         if os.name == "nt":
@@ -168,6 +171,15 @@ def run(command: list[str]) -> None:
         raise CompileError(f"{shlex.join(command)}\n{error.stdout}") from None
 
 
+class AnnouncePure(build_py):
+    """Says once, in the one command that every kind of install runs, that there are no kernels."""
+
+    def run(self) -> None:
+        if is_pure():
+            print("precisebn: a pure-Python install: PRECISEBN_PURE=1; PyTorch replaces the kernels", file=sys.stderr)
+        super().run()
+
+
 class PlainWheel(bdist_wheel):
     """Tags the wheel by what was built: nothing in it depends on the Python version."""
 
@@ -186,4 +198,5 @@ class PlainWheel(bdist_wheel):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": PlainWheel})
+    commands = {"build_py": AnnouncePure, "build_ext": BuildNative, "bdist_wheel": PlainWheel}
+    setup(ext_modules=extensions(), cmdclass=commands)
