@@ -17,6 +17,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,6 +45,9 @@ if platform.machine() in ("x86_64", "AMD64"):
         # GCC 12 warns of its own _mm512_undefined_ps() (GCC bug 105593).
         "-Wno-uninitialized", "-Wno-maybe-uninitialized",
     ]  # fmt: skip
+
+# Machine code for A100 and H100, and PTX that drivers compile for whatever is newer.
+CUDA_ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 
 
 def extensions() -> list[Extension]:
@@ -138,10 +142,8 @@ def cpu_jobs(ext: Extension, objects: Path) -> list[tuple[list[str], Path]]:
 
 
 def cuda_jobs(ext: Extension, objects: Path) -> list[tuple[list[str], Path]]:
-    from torch.utils import cpp_extension
-
     flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-    flags += [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *cpp_extension._get_cuda_arch_flags()]
+    flags += [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *CUDA_ARCHITECTURES]
     targets = [objects / f"{Path(source).stem}.cuda.o" for source in ext.sources]
     nvcc = find_nvcc()
     if nvcc is None:
