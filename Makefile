@@ -11,9 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Also for the environments that pip builds packages in: pip before 25.3 took PIP_CONSTRAINT there too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
-export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads of OpenMP that wait by spinning take the cores from each other where other work runs too.
 export OMP_WAIT_POLICY ?= PASSIVE
