@@ -100,6 +100,7 @@ class BuildNative(build_ext):
         try:
             self.build_library(ext)
         except CompileError as error:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build, of other sources
             what = "a pure-Python install" if ext.name.endswith("_cpu") else "no CUDA kernels"
             raise CompileError(f"{error}\nprecisebn: {what}: {ext.name} was not built; PyTorch replaces it") from None
 
@@ -115,7 +116,8 @@ class BuildNative(build_ext):
         cuda = ext.name.endswith("_cuda")
         if cuda and torch.version.cuda is None:
             raise CompileError("torch is not a CUDA build")
-        includes = [f"-isystem{path}" for path in cpp_extension.include_paths("cuda" if cuda else "cpu")]
+        paths = cpp_extension.include_paths("cuda" if cuda else "cpu")
+        includes = [argument for path in paths for argument in ("-isystem", path)]  # nvcc does not take them as one
         objects = Path(self.build_temp) / ext.name
         objects.mkdir(parents=True, exist_ok=True)
         jobs = cuda_jobs(ext, objects) if cuda else cpu_jobs(ext, objects)
