@@ -26,15 +26,16 @@ stage() {
 has() { "$python" -c "import $1" 2>/dev/null; }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
-stage build 150 "$python" setup.py build_ext --inplace --parallel 8
-stage backend 60 "$python" -c 'from precisebn import ops; b = ops.backend(); print(b); assert b.cuda == "native", b' ||
+stage build 110 "$python" setup.py build_ext --inplace --parallel 8
+stage backend 30 "$python" -c 'from precisebn import ops; b = ops.backend(); print(b); assert b.cuda == "native", b' ||
     exit 1 # nothing to test or to time
 
 pytest=("$python" -m pytest tests/test_cuda.py -q -p no:cacheprovider)
 has pytest_timeout || pytest+=(-o timeout=0 -W "ignore::pytest.PytestConfigWarning" -o addopts="--doctest-modules --strict-markers")
 workers=()
-has xdist && workers=(-n 4)
-stage tests 200 "${pytest[@]}" "${workers[@]}" -k "not sanitizer"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # of each worker
+has xdist && workers=(-n 8)
+stage tests 130 "${pytest[@]}" "${workers[@]}" -k "not sanitizer"
 
 if command -v compute-sanitizer >/dev/null; then
     # Without torch's cache every tensor is an allocation of its own, whose ends are then watched.
@@ -48,7 +49,7 @@ fi
 
 quick=()
 [ "${QUICK:-0}" = 1 ] && quick=(--quick)
-LINES_SHOWN=60 stage kernels 200 "$python" -m benchmarks.kernels_cuda --json "$out/kernels_cuda.json" "${quick[@]}"
+LINES_SHOWN=60 stage kernels 150 "$python" -m benchmarks.kernels_cuda --budget 100 --json "$out/kernels_cuda.json" "${quick[@]}"
 
 printf '\n%d s in all' "$SECONDS"
 if ((${#failed[@]})); then

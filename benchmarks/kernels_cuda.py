@@ -6,7 +6,7 @@ turns, and figures are medians over rounds. The calls of a round are enqueued wh
 between the events is that of the kernels, not of Python. ``floor`` is the bytes that must move over the bandwidth of a
 device-to-device copy measured in the same run.
 
-``python -m benchmarks.kernels_cuda [--quick] [--json FILE]``
+``python -m benchmarks.kernels_cuda [--quick] [--budget SECONDS] [--json FILE]``
 """
 
 import argparse
@@ -57,8 +57,10 @@ EPS = 1e-5
 Call = Callable[[int], Any]
 
 
-def run(quick: bool = False) -> dict[str, Any]:
-    """All rows, and the project's goals for them."""
+def run(quick: bool = False, budget: float = math.inf) -> dict[str, Any]:
+    """All rows, and the project's goals for them. After ``budget`` seconds no further activation is begun."""
+    deadline = time.perf_counter() + budget
+    update = update_row(iterations=5 if quick else 30, rounds=2 if quick else 5)
     bandwidth = copy_bandwidth()
     configurations = [
         (batch, shape, layout, dtype)
@@ -67,17 +69,21 @@ def run(quick: bool = False) -> dict[str, Any]:
         for layout in LAYOUTS
         for dtype in (["bfloat16"] if quick else DTYPES)
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    left_out = 0
     for configuration in configurations:
+        if time.perf_counter() > deadline:
+            left_out += 1
+            continue
         rows += activation(*configuration, bandwidth, rounds=3 if quick else 5)
         torch.cuda.empty_cache()
-    update = update_row(iterations=5 if quick else 30, rounds=2 if quick else 5)
     summary = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "backend": str(ops.backend()),
         "copy GB/s": bandwidth / 1e9,
         "update_bn_stats": update,
+        "activations left out": left_out,
         "goals": goals(rows, update),
     }
     return {"name": "kernels_cuda", "rows": rows, "summary": summary}
@@ -135,7 +141,10 @@ def contestants(x0: Tensor, dy0: Tensor, xs: list[Tensor], dys: list[Tensor]) ->
     (count,), (mean64,), (m2,) = ops.moments(x0)
     mean, inverse_std = mean64.float(), (m2 / count + EPS).rsqrt().float()
     weight, bias = torch.rand(channels, device="cuda"), torch.rand(channels, device="cuda")
-    total = torch.zeros(1 + 2 * channels, dtype=torch.float64, device="cuda").split([1, channels, channels])
+    total, total_mean, total_m2 = torch.zeros(1 + 2 * channels, dtype=torch.float64, device="cuda").split(
+        [1, channels, channels]
+    )
+    batch_mean, batch_var = torch.empty(2, channels, device="cuda")
     scale = (weight * inverse_std)[None]
     shift = bias[None] - mean * scale
     sum_dy, sum_dy_xmu = torch.rand(2, channels, device="cuda")
@@ -155,7 +164,7 @@ def contestants(x0: Tensor, dy0: Tensor, xs: list[Tensor], dys: list[Tensor]) ->
     return {
         "moments": lambda i: ops.moments(xs[i]),
         "torch stats": lambda i: torch.batch_norm_stats(xs[i], EPS),
-        "accumulate": lambda i: ops.accumulate(xs[i], *total, sum_dy, sum_dy_xmu),
+        "accumulate": lambda i: ops.accumulate(xs[i], total, total_mean, total_m2, batch_mean, batch_var),
         "normalize": lambda i: ops.normalize(xs[i], scale, shift),
         "torch elemt": lambda i: torch.batch_norm_elemt(xs[i], weight, bias, mean, inverse_std, EPS),
         "backward_reduce": lambda i: ops.backward_reduce(dys[i], xs[i], mean64[None]),
@@ -336,8 +345,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds: to see that all runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no row after that")
     arguments = parser.parse_args()
-    result = run(quick=arguments.quick)
+    result = run(quick=arguments.quick, budget=arguments.budget)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -36,6 +36,6 @@ Tensor backward_apply(const Tensor& dy, const Tensor& x, const Tensor& a, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("backward_apply", TORCH_BOX(&backward_apply)); }
+STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("_backward_apply", TORCH_BOX(&backward_apply)); }
 
 }  // namespace precisebn::cuda

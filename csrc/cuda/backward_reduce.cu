@@ -152,6 +152,6 @@ std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("backward_reduce", TORCH_BOX(&backward_reduce)); }
+STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("_backward_reduce", TORCH_BOX(&backward_reduce)); }
 
 }  // namespace precisebn::cuda

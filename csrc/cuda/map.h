@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kThreads)
 
   const int total = static_cast<int>(min(plan.rows_per_slab, plan.rows - first_row));
   const int rows = rows_of_thread(total, thread_row, at.block.thread_rows);
+  if (rows == 0) return;
   const int64_t first_value = at.offset(column_block, column);  // within a row
   int64_t row = first_row + thread_row;
   int64_t sample = 0, row_of_sample = 0;

@@ -1,9 +1,9 @@
 // moments: count, mean and m2 per (group, channel), by the reduction in reduce.h.
 //
 // What a thread does with its values. They come in batches of kRows rows, all loaded before the first is used. For each
-// of the values side by side (a "lane") the mean of the first batch becomes the shift K, and sums of d = x - K and of d
-// * d are all that is kept: about 5 instructions a value, where memory leaves time for 16. At the end, m2 = sum d^2 -
-// (sum d)^2 / n. The sums are float32 for input of up to 32 bits, and accurate, because:
+// of the values side by side (a "lane") the mean of the first batch becomes the shift K, and sums of d = x - K and of
+// its square are all that is kept: 10 instructions a value with the loads, where memory leaves time for 16. At the
+// end, m2 = sum(d^2) - sum(d)^2 / n. The sums are float32 for input of up to 32 bits, and accurate, because:
 //
 //   d is small. K is the mean of some of the values. Where x and K are within a factor of 2, x - K is exact (Sterbenz);
 //   else its rounding is relative to d. So |mean| / std is taken out of the problem before anything is rounded.
@@ -204,9 +204,9 @@ struct MomentsOp {
 
 std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups) {
   STD_TORCH_CHECK(x.dim() >= 2, "precisebn::moments: x must have at least 2 dimensions");
-  const auto make = x.numel() == 0 ? torch::stable::new_zeros : torch::stable::new_empty;
   const auto array = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
-    return make(x, size, ScalarType::Double, std::nullopt, std::nullopt, std::nullopt);
+    return x.numel() == 0 ? torch::stable::new_zeros(x, size, ScalarType::Double)
+                          : torch::stable::new_empty(x, size, ScalarType::Double);
   };
   const Tensor count = array({num_groups}), mean = array({num_groups, x.size(1)}), m2 = array({num_groups, x.size(1)});
   if (x.numel() > 0) {
@@ -235,6 +235,6 @@ void moments_of(const Tensor& x, const std::optional<Tensor>& group, int64_t num
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("moments", TORCH_BOX(&moments)); }
+STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("_moments", TORCH_BOX(&moments)); }
 
 }  // namespace precisebn::cuda

@@ -34,6 +34,6 @@ Tensor normalize(const Tensor& x, const Tensor& scale, const Tensor& shift, cons
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("normalize", TORCH_BOX(&normalize)); }
+STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("_normalize", TORCH_BOX(&normalize)); }
 
 }  // namespace precisebn::cuda
