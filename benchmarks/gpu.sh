@@ -10,7 +10,6 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
 export PRECISEBN_BACKEND=native PRECISEBN_REQUIRE_NATIVE=1
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
 failed=()
 
 # stage NAME SECONDS COMMAND...: runs it, keeps its output in $out/NAME.log, shows the end of it.

@@ -54,10 +54,10 @@ def settings(quick: bool) -> Iterator[Setting]:
         if quick:
             yield Setting(model, layout, dtype, batch=4, size=64, rounds=3, budget=5.0)
         elif dtype == "bfloat16":
-            yield Setting(model, layout, dtype, batch=8, size=224, rounds=9, budget=15.0)
+            yield Setting(model, layout, dtype, batch=8, size=224, rounds=9, budget=10.0)
         else:
             yield Setting(
-                model, layout, dtype, batch=32, size=224, rounds=11, budget=50.0 if model == "resnet50" else 25.0
+                model, layout, dtype, batch=32, size=224, rounds=11, budget=45.0 if model == "resnet50" else 20.0
             )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from precisebn import _fallback, functional, ops, update_bn_stats
 from precisebn.errors import InputError
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last", "strided", "swapped", "expanded", "misaligned", "sliced"]
