@@ -10,6 +10,7 @@ from precisebn.errors import (
     RankFailedError,
 )
 from precisebn.estimator import PopulationEstimator
+from precisebn.functional import batch_norm
 from precisebn.moments import Moments
 from precisebn.report import LayerReport, UpdateReport
 from precisebn.selection import get_bn_modules
@@ -28,6 +29,7 @@ __all__ = [
     "RankFailedError",
     "UpdateReport",
     "adapt_bn_stats",
+    "batch_norm",
     "get_bn_modules",
     "update_bn_stats",
 ]

@@ -98,6 +98,8 @@ def _moments_of_chunk(values: Tensor, index: Tensor, num_groups: int) -> Moments
 def _sum_by_group(per_sample: Tensor, index: Tensor, num_groups: int) -> Tensor:
     """Add the rows of ``per_sample`` that share a group."""
     # index_put_ adds in a fixed order. On CUDA index_add_ does not: it uses atomics.
+    if num_groups == 1:
+        return per_sample.sum(0, keepdim=True)
     total = per_sample.new_zeros(num_groups, *per_sample.shape[1:])
     return total.index_put_((index,), per_sample, accumulate=True)
 

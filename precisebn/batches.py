@@ -1,12 +1,13 @@
 """What a data loader yields: how to call a model on it, move it to a device, and count its samples."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from precisebn.errors import BatchFormatError
+from precisebn.errors import BatchFormatError, InputError
 
 __all__ = ["ForwardFn", "call_model", "common_device", "move_to", "num_samples"]
 
@@ -44,16 +45,33 @@ def move_to(batch: Any, device: torch.device | str) -> Any:
     (transformers' BatchEncoding, PyG's Data, packed sequences).
     """
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if callable(getattr(batch, "to", None)):
+        # A copy to the host that does not block may be read before it is there.
+        return batch.to(device, non_blocking=torch.device(device).type != "cpu")
+    if not isinstance(batch, Mapping | list) and callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: move_to(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move_to(value, device) for value in batch))
+        moved = {key: move_to(value, device) for key, value in batch.items()}
+        return batch if all(moved[key] is batch[key] for key in moved) else _rebuilt(batch, moved)
     if isinstance(batch, list | tuple):
-        return type(batch)(move_to(value, device) for value in batch)
+        items = [move_to(value, device) for value in batch]
+        return batch if all(a is b for a, b in zip(items, batch, strict=True)) else _rebuilt(batch, items)
     return batch
+
+
+def _rebuilt(batch: Any, items: Any) -> Any:
+    """A container of the batch's own type with other items in it."""
+    kind = type(batch)
+    try:
+        if isinstance(batch, Mapping):
+            copied = copy.copy(batch)
+            copied.update(items)  # type: ignore[attr-defined]
+            return copied
+        return kind(*items) if hasattr(batch, "_fields") else kind(items)
+    except Exception as error:
+        raise InputError(
+            f"a mini-batch holds a {kind.__name__}, which cannot be rebuilt on another device: {error}. Move "
+            "mini-batches in the loader, or in forward="
+        ) from error
 
 
 def common_device(model: nn.Module) -> torch.device | None:
@@ -67,13 +85,17 @@ def num_samples(batch: Any) -> int:
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
     if isinstance(batch, Mapping):
-        return num_samples(next((value for value in batch.values() if _holds(value, _is_any)), None))
+        return num_samples(next((value for value in batch.values() if _holds(value, _has_dimensions)), None))
     if isinstance(batch, list | tuple) and batch:
-        is_list_of_samples = all(isinstance(item, Mapping) for item in batch) or not isinstance(
-            batch[0], Tensor | Mapping | list | tuple
-        )
-        return len(batch) if is_list_of_samples else num_samples(batch[0])
+        return len(batch) if _is_list_of_samples(batch) else num_samples(batch[0])
     return 1
+
+
+def _is_list_of_samples(batch: Any) -> bool:
+    """Detection's form: a list with one mapping, or one image without a batch dimension, for each sample."""
+    if all(isinstance(item, Tensor) for item in batch):
+        return isinstance(batch, list) and len({item.dim() for item in batch}) == 1 and batch[0].dim() == 3
+    return all(isinstance(item, Mapping) for item in batch) or not isinstance(batch[0], Tensor | Mapping | list | tuple)
 
 
 def _is_input_and_labels(batch: Any) -> bool:
@@ -97,8 +119,8 @@ def _holds(item: Any, wanted: Callable[[Tensor], bool]) -> bool:
     return False
 
 
-def _is_any(tensor: Tensor) -> bool:
-    return True
+def _has_dimensions(tensor: Tensor) -> bool:
+    return tensor.dim() > 0
 
 
 def _describe(batch: Any) -> str:

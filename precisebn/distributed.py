@@ -6,6 +6,7 @@ then the statistics merge by two all-reduces of one flat float64 buffer each, so
 number of ranks and all ranks end with the same bits.
 """
 
+import logging
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from precisebn.errors import InputError, RankFailedError
 
 __all__ = ["ProcessGroup", "Ranks", "Tally"]
+
+_logger = logging.getLogger(__name__)
 
 ProcessGroup = Any
 """``torch.distributed.ProcessGroup``, which not every build of torch has."""
@@ -53,6 +56,8 @@ class Ranks:
         if process_group not in (None, False) and not available:
             raise InputError("process_group was given, but torch.distributed is not initialized: init_process_group")
         self.group: ProcessGroup = None
+        self.device: torch.device | None = None
+        """An accelerator of this rank, for backends that reduce nothing else; whoever knows the model sets it."""
         self.size, self.rank = 1, 0
         if process_group is False or not available:
             return
@@ -98,9 +103,21 @@ class Ranks:
         numbers = table[:, 1:]
         return Tally(*map(int, numbers.sum(0).tolist())), Tally(*map(int, numbers.amax(0).tolist()))
 
+    def tell_failure(self) -> None:
+        """Let the other ranks, which wait at their next sync point, know that this one is about to raise."""
+        if self.size == 1:
+            return
+        _logger.exception("rank %d of %d failed; telling the others", self.rank, self.size)
+        try:
+            self.meet(Tally(), failed=True)
+        except Exception:  # they are gone, or too slow for the group's timeout: the failure itself matters more
+            _logger.warning("rank %d could not tell the other ranks of its failure", self.rank)
+
     def _wire_device(self, device: torch.device) -> torch.device:
         """Where the backend can reduce: the tensor's own device if it can, else what the backend works on."""
         backends = str(dist.get_backend_config(self.group))
         if f"{device.type}:" in backends:
             return device
-        return torch.device("cpu") if "cpu:" in backends else torch.device("cuda", torch.cuda.current_device())
+        if "cpu:" in backends or self.device is None:
+            return torch.device("cpu")
+        return self.device

@@ -12,7 +12,7 @@ correlated data", 1989). So the assumption left is that correlation dies out wit
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -54,6 +54,10 @@ class Population:
     var: Tensor
     mean_error: Tensor
     var_error: Tensor
+
+    def cpu(self) -> "Population":
+        """The same on the CPU."""
+        return Population(*(getattr(self, field.name).cpu() for field in fields(self)))
 
 
 class PopulationEstimator:
@@ -131,6 +135,11 @@ class PopulationEstimator:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where the buffers live."""
+        return self._current.device
+
+    @property
     def population(self) -> "_FlatMoments":
         """Moments of all values of all mini-batches that have ended."""
         self._take_in()
@@ -199,7 +208,7 @@ class PopulationEstimator:
         own = self.population
         averaging = self.kind == "batch-mean"
         if all_reduce is None:
-            average = (self._average_mean, self._average_var) if averaging else None
+            average = (self._average_mean.clone(), self._average_var.clone()) if averaging else None
             return own.count.clone(), own.mean.clone(), own.m2, self.num_batches.clone(), average
         num_batches = _per_channel(self.num_batches, self.layer_of_channel)
         averages = (num_batches * self._average_mean, num_batches * self._average_var) if averaging else ()

@@ -115,7 +115,12 @@ def backend() -> Backend:
     >>> backend().cpu in ("native", "fallback")
     True
     """
-    return _backend
+    cpu_detail = _cpu_failure or torch.ops.precisebn._cpu_capability()
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        cuda, cuda_detail = "unavailable", "torch has no CUDA device"
+    else:
+        cuda, cuda_detail = "fallback" if _cuda_failure else "native", _cuda_failure
+    return Backend("fallback" if _cpu_failure else "native", cpu_detail, cuda, cuda_detail)
 
 
 def moments(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -488,29 +493,25 @@ def _load(name: str) -> str:
     return ""
 
 
-def _choose_backend() -> Backend:
+def _load_libraries() -> tuple[str, str]:
+    """Load what there is. Returns why the CPU and the CUDA kernels are not in use, empty where they are.
+
+    Does not ask whether there is a CUDA device: that would initialize CUDA, and a process that has done so cannot fork
+    workers that use it.
+    """
     choice = os.environ.get("PRECISEBN_BACKEND", "auto")
     if choice not in ("auto", "native", "fallback"):
         raise InputError(f"PRECISEBN_BACKEND must be auto, native or fallback, but is {choice!r}")
-    has_cuda = torch.version.cuda is not None and torch.cuda.is_available()
-    no_cuda = "" if has_cuda else "torch has no CUDA device"
     if choice == "fallback":
-        reason = "PRECISEBN_BACKEND=fallback"
-        return Backend("fallback", reason, "fallback" if has_cuda else "unavailable", no_cuda or reason)
-
+        return "PRECISEBN_BACKEND=fallback", "PRECISEBN_BACKEND=fallback"
     cpu_failure = _load("_C_cpu.so")
-    cuda_failure = no_cuda or _load("_C_cuda.so")
-    if choice == "native" and (cpu_failure or (has_cuda and cuda_failure)):
+    cuda_failure = "torch has no CUDA" if torch.version.cuda is None else _load("_C_cuda.so")
+    if choice == "native" and (cpu_failure or (torch.version.cuda is not None and cuda_failure)):
         raise ImportError(
             f"PRECISEBN_BACKEND=native, but {cpu_failure or cuda_failure}. Reinstall precisebn where a C++ compiler is "
             "available, or unset PRECISEBN_BACKEND"
         )
-    return Backend(
-        "fallback" if cpu_failure else "native",
-        cpu_failure or torch.ops.precisebn._cpu_capability(),
-        "unavailable" if not has_cuda else "fallback" if cuda_failure else "native",
-        cuda_failure,
-    )
+    return cpu_failure, cuda_failure
 
 
-_backend = _choose_backend()
+_cpu_failure, _cuda_failure = _load_libraries()

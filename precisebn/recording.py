@@ -64,6 +64,7 @@ class Recording(AbstractContextManager["Recording"]):
             self.estimators.append(PopulationEstimator([stats[n][0].numel() for n in names], kind=kind, device=device))
             place.update((name, (self.estimators[-1], slot)) for slot, name in enumerate(names))
         self.layers = [RecordedLayer(name, layer, *stats[name], *place[name]) for name, layer in layers.items()]
+        self._written: set[str] = set()
         self._execution_order: dict[int, None] = {}
         self._undo = ExitStack()
 
@@ -81,7 +82,11 @@ class Recording(AbstractContextManager["Recording"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._undo.close()
+        self._undo.__exit__(kind, error, traceback)
+
+    def writes_statistics(self, layer: RecordedLayer) -> bool:
+        """False for a layer whose own forward was never seen to write running statistics: nothing is known of it."""
+        return _normalizes_its_input(layer.module) or layer.name in self._written
 
     @property
     def num_levels(self) -> int:
@@ -95,7 +100,7 @@ class Recording(AbstractContextManager["Recording"]):
             NonFiniteStatisticsError: a layer on the CPU met NaN or Inf. (On other devices :meth:`check_finite` at the
                 end tells the same: asking every time would make the host wait for the device.)
         """
-        on_cpu = [estimator for estimator in self.estimators if estimator.layer_of_channel.device.type == "cpu"]
+        on_cpu = [estimator for estimator in self.estimators if estimator.device.type == "cpu"]
         finite = all(estimator.current_is_finite() for estimator in on_cpu)
         for estimator in self.estimators:
             estimator.end_batch()
@@ -157,6 +162,8 @@ class Recording(AbstractContextManager["Recording"]):
                     f"layer {layer.name!r} ({type(module).__name__}) takes tensors (N, {num_channels}, *), got shape "
                     f"{tuple(x.shape)}; check the mini-batch, or say how the model takes it: forward="
                 )
+            if x.device != mean.device:
+                raise InputError(f"layer {layer.name!r} is on {mean.device}, but its input on {x.device}; pass device=")
             if not x.is_floating_point():
                 raise InputError(
                     f"layer {layer.name!r} ({type(module).__name__}) takes floating-point tensors, got {x.dtype}; "
@@ -185,15 +192,22 @@ class Recording(AbstractContextManager["Recording"]):
             # What it would find in training, but for NaN, of which a momentum of 1 leaves 0 * NaN.
             batch_mean.copy_(layer.running_mean).nan_to_num_()
             batch_var.copy_(layer.running_var).nan_to_num_()
+            module._buffers["running_mean"], module._buffers["running_var"] = batch_mean, batch_var
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             n = 0 if x is None else x.numel() // num_channels
-            if n == 0:
+            # Some layers write into their buffers, some put new tensors in their place, some do neither.
+            new_mean, new_var = module._buffers["running_mean"], module._buffers["running_var"]
+            if n == 0 or new_mean is None or new_var is None:
                 return
+            if layer.name not in self._written and not (
+                torch.equal(new_mean, layer.running_mean) and torch.equal(new_var, layer.running_var)
+            ):
+                self._written.add(layer.name)
             self._execution_order.setdefault(index)
             num_values = count.new_full((1,), n)
-            merged = merge(count, mean, m2, num_values, batch_mean.double(), batch_var.double() * (n - 1))
+            merged = merge(count, mean, m2, num_values, new_mean.double(), new_var.double() * (n - 1))
             mean.copy_(merged.mean)
             m2.copy_(merged.m2)
             count.add_(num_values)
@@ -201,12 +215,15 @@ class Recording(AbstractContextManager["Recording"]):
         return before, after
 
 
+_TIMM_FORWARDS = ("BatchNormAct2d.forward", "SyncBatchNormAct.forward")
+
+
 def _normalizes_its_input(layer: _BatchNorm) -> bool:
     """Whether a layer's forward is known to normalize the very tensor that it is called with."""
     forward = type(layer).forward
     return "forward" not in vars(layer) and (
         forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        or (forward.__module__, forward.__qualname__) == ("timm.layers.norm_act", "BatchNormAct2d.forward")
+        or (forward.__module__ == "timm.layers.norm_act" and forward.__qualname__ in _TIMM_FORWARDS)
     )
 
 
@@ -257,20 +274,32 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Give every buffer its place and its value back at the end.
 
     Recorded layers have scratch buffers in the place of theirs, and other layers keep state too: InstanceNorm, spectral
-    norm, BatchNorm layers that were not chosen.
+    norm, BatchNorm layers that were not chosen. A buffer that a forward has registered stays if all went well, like the
+    attributes that go with it, and goes if not.
     """
-    places = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
+    places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     tensors = {t for _, buffers in places for t in buffers.values() if t is not None}
-    # Inference tensors cannot change; uninitialized ones, of lazy modules, have nothing to keep yet.
-    values = [(t, t._version, t.clone()) for t in tensors if not is_lazy(t) and not t.is_inference()]
+    values = [(t, t._version, t.clone()) for t in tensors if _can_be_kept(t)]
+    failed = True
     try:
         yield
+        failed = False
     finally:
         for place, buffers in places:
+            registered = {} if failed else {k: v for k, v in place.items() if buffers.get(k) is None}
             place.clear()
-            place.update(buffers)
+            place.update(buffers | registered)
+        # First those that are known to have changed: that takes no memory, of which there may be none left.
         for tensor, version, value in values:
-            if tensor._version != version or not torch.equal(tensor, value):  # .data changes without a new version
+            if tensor._version != version:
                 if tensor.shape != value.shape:  # torch.ao's observers resize theirs
                     tensor.resize_(value.shape)
                 tensor.copy_(value)
+        for tensor, version, value in values:  # .data changes without a new version
+            if tensor._version == version and tensor.device.type == "cpu" and not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+
+def _can_be_kept(tensor: Tensor) -> bool:
+    """Inference tensors cannot change, uninitialized and meta ones have nothing to keep; sparse ones are constants."""
+    return not (is_lazy(tensor) or tensor.is_inference() or tensor.is_meta or tensor.layout != torch.strided)

@@ -22,8 +22,9 @@ class LayerReport:
         max_mean_drift: the same, in the worst channel.
         var_drift: ``log`` of the old over the new ``var + eps``, root mean square over channels: 0.1 means that the
             variances were off by about 10%.
-        mean_error: standard error of the new mean, in the units of ``mean_drift``; NaN below 8 mini-batches.
-        var_error: standard error of the new variance, relative to ``var + eps``; NaN below 8 mini-batches.
+        mean_error: standard error of the new mean, in the units of ``mean_drift``, root mean square over channels; NaN
+            below 8 mini-batches.
+        var_error: standard error of the new variance relative to ``var + eps``, likewise.
     """
 
     name: str
@@ -76,8 +77,11 @@ class UpdateReport:
 
     @property
     def max_drift(self) -> float:
-        """The largest drift of a mean, in standard deviations, of any channel of any layer; NaN without layers."""
-        return largest(layer.max_mean_drift for layer in self.layers)
+        """The largest drift of a mean, in standard deviations, of any channel of any layer; NaN without layers.
+
+        Infinite where the old statistics were NaN.
+        """
+        return largest(math.inf if math.isnan(layer.max_mean_drift) else layer.max_mean_drift for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON (NaN and Inf, which JSON has not, become None)."""

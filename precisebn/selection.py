@@ -1,10 +1,12 @@
 """Which layers: find BatchNorm layers in a model, and choose among them by mode, name, pattern or instance."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from precisebn.errors import InputError
 
@@ -14,6 +16,7 @@ ModuleSelection = str | nn.Module | Iterable[str | nn.Module]
 """``"training"``, ``"all"``, or modules, qualified names and glob patterns, one or several."""
 
 # Path components that wrappers put between a layer's name and what the user calls it.
+_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -33,7 +36,7 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
 
 def find_bn(model: nn.Module) -> dict[str, _BatchNorm]:
     """All BatchNorm layers by qualified name, in the order of ``named_modules``, without the names of wrappers."""
-    return {_plain(name): layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    return {name: layer for name, layer in _named_modules(model) if isinstance(layer, _BatchNorm)}
 
 
 def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _BatchNorm]:
@@ -56,7 +59,7 @@ def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _BatchNor
     wanted = [modules] if isinstance(modules, str | nn.Module) else list(modules)
     if not wanted:
         raise InputError("modules= is empty, so there is nothing to recalibrate; 'all' selects every BatchNorm layer")
-    names = {_plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    names = dict(_named_modules(model, remove_duplicate=False))
     chosen: set[str] = set()
     for item in wanted:
         matched = _matches(item, found, names)
@@ -70,7 +73,9 @@ def _matches(item: object, found: Mapping[str, _BatchNorm], names: Mapping[str, 
     """Names of the layers that one item of a selection stands for."""
     if isinstance(item, str):
         inside = set(names[item].modules()) if item in names else set()
-        inside.update(module for name, module in names.items() if fnmatchcase(name, item))
+        for name, module in names.items():
+            if fnmatchcase(name, item):
+                inside.update(module.modules())
         return {name for name, layer in found.items() if layer in inside}
     if isinstance(item, nn.Module):
         inside = set(item.modules())
@@ -86,5 +91,16 @@ def _nothing_selected(item: str | nn.Module, model: nn.Module, found: Mapping[st
     return f"modules={shown} selects no BatchNorm layer of {type(model).__name__}; it has {len(found)}: {some}"
 
 
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
+def _named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules`` with the names that layers have without wrappers around the model or its parts."""
+    wrapped: set[str] = set()  # qualified names of modules that only wrap their child `module`
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, _WRAPPERS):
+            wrapped.add(f"{name}.module".lstrip("."))
+        parts = name.split(".")
+        kept = [
+            part
+            for i, part in enumerate(parts)
+            if part not in _WRAPPER_COMPONENTS and ".".join(parts[: i + 1]) not in wrapped
+        ]
+        yield ".".join(kept), module

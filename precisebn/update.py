@@ -80,7 +80,8 @@ def update_bn_stats(
         process_group: ranks whose data counts. None: all ranks, where torch.distributed is initialized; all of them
             must call. False: this process alone. Ranks may have different numbers of mini-batches, or none (with
             ``num_iters=None`` or ``tolerance``); all end with the same statistics, bit for bit. SyncBatchNorm layers
-            normalize with the mini-batch of their rank.
+            normalize with the mini-batch of their rank. A model whose forward communicates by itself (FSDP, a layer
+            of your own with an all-reduce in it) needs the same number of mini-batches on every rank.
 
     Returns:
         What changed and how certain it is: :class:`UpdateReport`.
@@ -182,8 +183,8 @@ class _Run:
         ranks = Ranks(self.process_group)
         try:
             self._check_arguments()
-            if self.device is None:
-                self.device = common_device(self.model)
+            self.device = self.device if self.device is not None else common_device(self.model)
+            ranks.device = next((p.device for p in _tensors(self.model) if p.device.type != "cpu"), None)
             batches = iter(self.data_loader)
             layers, batches = self._choose_layers(batches)
             self._agree_on_layers(ranks, layers)
@@ -193,12 +194,16 @@ class _Run:
                 self._consume(batches, recording, ranks)
                 recording.check_finite()
                 total, most = ranks.meet(self._tally(recording))
+            changes = self._changes(ranks, recording, total, most)
+            report = self._checked_report(ranks, changes)
+            ranks.meet(Tally())  # every rank has got this far, so every rank may write
         except RankFailedError:
             raise
         except BaseException:
-            ranks.meet(Tally(), failed=True)  # the other ranks wait at their next sync point: let them raise too
+            ranks.tell_failure()
             raise
-        return self._finish(ranks, recording, total, most)
+        _write(changes)
+        return report
 
     def _check_arguments(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -277,7 +282,7 @@ class _Run:
     def _agree_on_layers(self, ranks: Ranks, layers: dict[str, _BatchNorm]) -> None:
         channels = {name: layer.num_features for name, layer in layers.items()}
         # Ranks that check the tolerance at different steps would wait for each other for ever.
-        arguments = (self.estimator, self.tolerance, None if self.tolerance is None else self.num_iters)
+        arguments = (self.estimator, self.prior, self.tolerance, None if self.tolerance is None else self.num_iters)
         fingerprint = zlib.crc32(repr((channels, arguments)).encode())
         own = Tally(layers=len(layers), channels=sum(channels.values()), fingerprint=fingerprint)
         total, most = ranks.meet(own)
@@ -353,32 +358,40 @@ class _Run:
     def _tally(self, recording: Recording, unfinished: bool = False) -> Tally:
         return Tally(samples=self.samples, levels=recording.num_levels, unfinished=int(unfinished))
 
-    def _finish(self, ranks: Ranks, recording: Recording, total: Tally, most: Tally) -> UpdateReport:
-        """Merge the ranks, and replace the statistics of all layers, or of none. No rank waits for another any more."""
+    def _changes(self, ranks: Ranks, recording: Recording, total: Tally, most: Tally) -> "list[_Change]":
+        """Merge the ranks, and work out the new statistics of every layer that was reached."""
         self.samples = total.samples
-        populations = dict(zip(recording.estimators, _populations(recording, ranks, most), strict=True))
+        populations = {
+            estimator: population.cpu()
+            for estimator, population in zip(recording.estimators, _populations(recording, ranks, most), strict=True)
+        }
         changes: list[_Change] = []
-        for layer in recording.layers:
-            change = _Change.of(layer, populations[layer.estimator], self.prior, self.samples)
-            if change.num_batches == 0:
-                self.skipped[layer.name] = "no mini-batch reached it"
+        for layer, old in zip(recording.layers, _old_statistics(recording, ranks, self.prior), strict=True):
+            population = populations[layer.estimator]
+            if population.num_batches[layer.slot] == 0:
+                self.skipped[layer.name] = "no mini-batch reached it through its __call__"
+            elif self.iterations and not recording.writes_statistics(layer):
+                self.skipped[layer.name] = "its own forward does not write running statistics in training mode"
             else:
-                changes.append(change)
-        if not changes:
-            if self.iterations == 0:
-                raise InsufficientDataError("no rank's data loader gave a mini-batch")
-            warnings.warn("no BatchNorm layer was called through its __call__: nothing was recalibrated", stacklevel=4)
+                changes.append(_Change.of(layer, population, old, self.prior, self.samples))
+        if not changes and self.samples == 0 and self.iterations == 0:
+            raise InsufficientDataError("no rank's data loader gave a mini-batch")
+        return changes
+
+    def _checked_report(self, ranks: Ranks, changes: "list[_Change]") -> UpdateReport:
+        """The report, with a warning where it is not what was asked for: before writing, for it may be an error."""
         report = self._report(ranks, [change.report() for change in changes])
-        if self.tolerance is not None and not report.converged:  # before writing: the user may have made it an error
+        if not changes:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
+            warnings.warn(f"no BatchNorm layer was recalibrated ({reasons})", stacklevel=4)
+        if self.tolerance is not None and not report.converged:
             worst = report.max_error
             known = f"is {worst:.3g}" if not math.isnan(worst) else f"takes at least {MIN_BLOCKS} mini-batches to know"
             warnings.warn(
-                f"tolerance={self.tolerance:g} was not reached in {self.iterations} mini-batches: the largest "
-                f"standard error {known}. The "
-                "statistics are updated all the same; give more data for certainty",
+                f"tolerance={self.tolerance:g} was not reached in {self.iterations} mini-batches: the largest standard "
+                f"error {known}. The statistics are updated all the same; give more data for certainty",
                 stacklevel=4,
             )
-        _write(changes)
         return report
 
     def _report(self, ranks: Ranks, layers: list[LayerReport]) -> UpdateReport:
@@ -400,6 +413,7 @@ class _Change:
     """The new statistics of one layer, float64 and in the dtype of its buffers, beside the old."""
 
     layer: RecordedLayer
+    old: tuple[Tensor, Tensor]
     mean: Tensor
     var: Tensor
     new_mean: Tensor
@@ -410,7 +424,9 @@ class _Change:
     var_error: float
 
     @staticmethod
-    def of(layer: RecordedLayer, population: Population, prior: float, samples: int) -> "_Change":
+    def of(
+        layer: RecordedLayer, population: Population, old: tuple[Tensor, Tensor], prior: float, samples: int
+    ) -> "_Change":
         """What a population means for one layer, the old statistics counting as ``prior`` samples.
 
         Raises:
@@ -418,18 +434,21 @@ class _Change:
         """
         sizes, slot = layer.estimator.num_channels, layer.slot
         mean, var = population.mean.split(sizes)[slot], population.var.split(sizes)[slot]
-        old_mean, old_var = layer.running_mean, layer.running_var
         if prior > 0:
+            if not all(bool(tensor.isfinite().all()) for tensor in old):
+                raise NonFiniteStatisticsError(
+                    f"the present statistics of layer {layer.name!r} hold NaN or Inf: no prior; pass prior=0"
+                )
             weight = prior / (prior + samples) if math.isfinite(prior) else 1.0
-            mean, var = torch.lerp(mean, old_mean.double(), weight), torch.lerp(var, old_var.double(), weight)
-        new_mean, new_var = mean.to(old_mean.dtype), var.to(old_var.dtype)
+            mean, var = torch.lerp(mean, old[0], weight), torch.lerp(var, old[1], weight)
+        new_mean, new_var = mean.to(layer.running_mean.dtype), var.to(layer.running_var.dtype)
         if not bool(torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()):
             raise NonFiniteStatisticsError(
-                f"the new statistics of layer {layer.name!r} overflow its {old_var.dtype} buffers (largest variance "
-                f"{var.max().item():.3g}); keep BatchNorm layers in float32. The model is as it was"
+                f"the new statistics of layer {layer.name!r} overflow its {layer.running_var.dtype} buffers (largest "
+                f"variance {var.max().item():.3g}); keep BatchNorm layers in float32. The model is as it was"
             )
         return _Change(
-            layer, mean, var, new_mean, new_var, int(population.count[slot]), int(population.num_batches[slot]),
+            layer, old, mean, var, new_mean, new_var, int(population.count[slot]), int(population.num_batches[slot]),
             float(population.mean_error[slot]), float(population.var_error[slot]),
         )  # fmt: skip
 
@@ -437,8 +456,8 @@ class _Change:
         """Compare with the statistics that the layer still has."""
         eps = self.layer.module.eps
         var = self.var + eps
-        mean_drift = (self.layer.running_mean.double() - self.mean).abs() / var.sqrt()
-        var_drift = ((self.layer.running_var.double().clamp(min=0.0) + eps) / var).log()
+        mean_drift = (self.old[0] - self.mean).abs() / var.sqrt()
+        var_drift = ((self.old[1].clamp(min=0.0) + eps) / var).log()
         return LayerReport(
             name=self.layer.name,
             num_channels=self.mean.numel(),
@@ -461,6 +480,20 @@ def _populations(recording: Recording, ranks: Ranks, most: Tally) -> list[Popula
         all_reduce = ranks.all_reduce if ranks.size > 1 else None
         results.append(estimator.result(eps, all_reduce=all_reduce, num_levels=most.levels))
     return results
+
+
+def _old_statistics(recording: Recording, ranks: Ranks, prior: float) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance that each layer has, float64 on the CPU; as a prior, their averages over the ranks.
+
+    Ranks that trained together have slightly different running averages, and must not end with different statistics.
+    """
+    sizes = [layer.running_mean.numel() for layer in recording.layers]
+    stats = [stat.double().cpu() for layer in recording.layers for stat in (layer.running_mean, layer.running_var)]
+    if prior > 0 and ranks.size > 1:
+        flat = torch.cat(stats).div_(ranks.size)
+        ranks.all_reduce(flat)
+        stats = list(flat.split([size for size in sizes for _ in range(2)]))
+    return list(zip(stats[0::2], stats[1::2], strict=True))
 
 
 def _write(changes: list[_Change]) -> None:

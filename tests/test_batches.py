@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from precisebn import BatchFormatError, adapt_bn_stats, update_bn_stats
+from precisebn import BatchFormatError, InputError, adapt_bn_stats, update_bn_stats
 from precisebn.batches import call_model, common_device, move_to, num_samples
 
 IMAGE, LABELS, FLOAT_TARGET, MASK = torch.randn(4, 3, 8, 8), torch.arange(4), torch.randn(4, 1), torch.ones(4).bool()
@@ -187,3 +187,43 @@ def test_samples_are_counted_in_the_report_whatever_the_form():
     )
     assert report.num_samples == 12
     torch.testing.assert_close(bn.running_mean, IMAGE.mean((0, 2, 3)) / 2)
+
+
+class AttributeDict(dict):
+    """A mapping that answers to any attribute, as configuration libraries have."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_a_container_in_which_nothing_moves_is_handed_on_as_it_is():
+    batch = [AttributeDict(x=torch.zeros(2)), (torch.ones(1), "label")]
+    assert move_to(batch, "cpu") is batch
+
+
+def test_a_container_keeps_its_type_where_something_moves():
+    moved = move_to(AttributeDict(x=torch.zeros(2), y="label"), "meta")
+    assert type(moved) is AttributeDict
+    assert moved.x.device.type == "meta"
+    assert moved.y == "label"
+
+
+def test_a_container_that_cannot_be_rebuilt_says_so():
+    class Images(list):
+        def __init__(self, images, sizes):
+            super().__init__(images)
+
+    with pytest.raises(InputError, match=r"Images.*cannot be rebuilt"):
+        move_to(Images([torch.zeros(2)], [1]), "meta")
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        (([torch.rand(3, 8, 8)] * 5, [{}] * 5), 5),  # torchvision's detection: images of any size, targets
+        ({"step": torch.tensor(3), "x": torch.rand(5, 3)}, 5),
+        ([torch.rand(5, 3, 8, 8), torch.zeros(5).long()], 5),
+        ((torch.rand(5, 3), torch.rand(5, 3)), 5),
+    ],
+)
+def test_samples_are_counted_in_any_form_of_batch(batch, samples):
+    assert num_samples(batch) == samples

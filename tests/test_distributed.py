@@ -94,6 +94,24 @@ def adapted(rank: int, world: int) -> Result:
     return {"state_dict": model.state_dict(), "report": report}
 
 
+def shifted_by_rank(model: nn.Module, shift: float) -> None:
+    model[1].running_mean.add_(shift)
+
+
+def adapted_from_different_averages(rank: int, world: int) -> Result:
+    model = net(torch.float64).eval()
+    shifted_by_rank(model, float(rank))  # as training leaves them: each rank's own running averages
+    adapt_bn_stats(model, share(rank, sizes_of(world, True)[rank], torch.float64), prior=20.0)
+    return {"state_dict": model.state_dict()}
+
+
+def nan_in_the_prior_of_rank_1(rank: int, world: int) -> Result:
+    return unchanged(
+        lambda model: adapt_bn_stats(model, share(rank, [8] * 3), prior=20.0),
+        prepare=lambda model: shifted_by_rank(model, float("nan") if rank == 1 else 0.0),
+    )
+
+
 def this_process_alone(rank: int, world: int) -> Result:
     return recalibrated(net(), rank, world, uneven=False, process_group=False)
 
@@ -202,8 +220,9 @@ def ranks_meet_again_after_failures(rank: int, world: int) -> Result:
 
 
 SCENARIOS: list[Scenario] = [
-    even, uneven, uneven_float64, uneven_batch_mean, uneven_ddp, sync_batchnorm, adapted, this_process_alone, sub_group,
-    tolerance, tolerance_with_uneven_data, no_rank_has_data, bar_on_rank_0_only, model_fails_on_rank_1,
+    even, uneven, uneven_float64, uneven_batch_mean, uneven_ddp, sync_batchnorm, adapted,
+    adapted_from_different_averages, nan_in_the_prior_of_rank_1, this_process_alone, sub_group, tolerance,
+    tolerance_with_uneven_data, no_rank_has_data, bar_on_rank_0_only, model_fails_on_rank_1,
     model_fails_on_rank_1_with_tolerance, short_loader_on_rank_0, nan_on_rank_1, ctrl_c_on_rank_0,
     wrong_argument_on_rank_1, other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only,
     other_lengths_with_tolerance, ranks_meet_again_after_failures,
@@ -346,6 +365,24 @@ def test_the_prior_is_weighed_against_the_samples_of_all_ranks(ranks):
             if "running" in key:
                 mixed = (20 * model.state_dict()[key] + samples * expected[key]) / (20 + samples)
                 torch.testing.assert_close(value, mixed, rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_with_different_running_averages_end_with_the_same_statistics(ranks):
+    expected = statistics(ranks.of(adapted)[0]["state_dict"])
+    samples = sum(map(sum, sizes_of(ranks.world, uneven=True)))
+    first, *others = (statistics(result["state_dict"]) for result in ranks.of(adapted_from_different_averages))
+    for other in others:
+        assert all(torch.equal(other[key], value) for key, value in first.items())
+    average = sum(range(ranks.world)) / ranks.world
+    moved = expected["1.running_mean"] + average * 20 / (20 + samples)
+    torch.testing.assert_close(first["1.running_mean"], moved, rtol=1e-12, atol=1e-12)
+
+
+def test_a_prior_that_is_nan_on_one_rank_is_an_error_on_all(ranks):
+    for result in ranks.of(nan_in_the_prior_of_rank_1):
+        assert result["error"][0] == "NonFiniteStatisticsError"
+        assert "prior=0" in result["error"][1]
+        assert result["unchanged"]
 
 
 def test_process_group_false_is_this_process_alone(ranks):

@@ -198,3 +198,15 @@ def test_remembers_the_batch_in_which_a_channel_first_met_nan():
     x[1, 1] = float("nan")
     feed(estimator, [[torch.ones(3, 2), torch.ones(3, 1)], [x, torch.ones(3, 1)], [x, torch.ones(3, 1)]])
     assert estimator.first_nonfinite.tolist() == [-1, 1, -1]
+
+
+@pytest.mark.parametrize("kind", ["population", "batch-mean"])
+def test_a_result_does_not_change_when_more_data_comes(kind):
+    estimator = PopulationEstimator([1], kind=kind)
+    feed(estimator, [[torch.randn(4, 1)], [torch.randn(4, 1)]])
+    result = estimator.result(NO_EPS)
+    mean, var = result.mean.clone(), result.var.clone()
+    feed(estimator, [[torch.randn(4, 1) + 9]])
+    estimator.result(NO_EPS)
+    assert torch.equal(result.mean, mean)
+    assert torch.equal(result.var, var)

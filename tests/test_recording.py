@@ -222,3 +222,74 @@ def test_a_batch_whose_variance_overflows_half_precision_is_an_error_not_zeros_f
     batches[4] = (torch.randn(16, 1) * 400).half()  # variance 160,000, where float16 ends at 65,504; of all: 18,000
     with pytest.raises(NonFiniteStatisticsError, match=r"layer '0'.* mini-batch 4 "):
         update_bn_stats(model, batches, num_iters=None)
+
+
+class PutsNewTensors(nn.BatchNorm1d):
+    """A hand-written forward that replaces its buffers instead of writing into them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            mean, var = input.mean(0), input.var(0)
+            self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
+            self.running_var = (1 - self.momentum) * self.running_var + self.momentum * var
+        return input
+
+
+class NeverWrites(nn.BatchNorm1d):
+    """Batch statistics only, whatever the mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.batch_norm(input, None, None, self.weight, self.bias, True)
+
+
+def test_a_forward_that_replaces_its_buffers_is_recalibrated_in_place():
+    layer, batches = PutsNewTensors(2), [torch.randn(32, 2) * 3 + 7 for _ in range(4)]
+    own = layer.running_mean
+    update_bn_stats(layer, batches, None)
+    whole = torch.cat(batches)
+    torch.testing.assert_close(layer.running_mean, whole.mean(0))
+    torch.testing.assert_close(layer.running_var, whole.var(0, unbiased=False))
+    assert layer.running_mean is own
+
+
+def test_a_forward_that_writes_no_statistics_is_listed_and_left_alone():
+    layer = NeverWrites(2)
+    with pytest.warns(UserWarning, match="does not write running statistics"):
+        report = update_bn_stats(layer, [torch.randn(32, 2) * 3 + 7] * 4, None)
+    assert not report.layers
+    assert layer.running_mean.eq(0).all()
+    assert layer.running_var.eq(1).all()
+
+
+def test_a_sparse_buffer_is_no_obstacle():
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(2)
+            self.register_buffer("adjacency", torch.eye(4).to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.adjacency @ x)
+
+    assert update_bn_stats(Graph(), [torch.randn(4, 2)] * 3, None).layers[0].count == 12
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_buffer_that_a_forward_registers_stays_unless_the_run_fails(fails):
+    class Grows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if "offset" not in self._buffers:
+                self.register_buffer("offset", torch.zeros(2))
+            return self.bn(x + self.offset)
+
+    model = Grows()
+    if fails:
+        with pytest.raises(NonFiniteStatisticsError):
+            update_bn_stats(model, [torch.full((4, 2), float("nan"))], None)
+    else:
+        update_bn_stats(model, [torch.randn(4, 2)], None)
+    assert ("offset" in model._buffers) is not fails

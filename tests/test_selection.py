@@ -6,6 +6,7 @@ from conftest import state_of
 from torch import nn
 
 from precisebn import InputError, get_bn_modules, update_bn_stats
+from precisebn.selection import find_bn, select_bn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,3 +127,13 @@ def test_get_bn_modules_finds_subclasses_and_lazy_layers():
 
     layers = [Own(2), nn.SyncBatchNorm(2), nn.LazyBatchNorm3d()]
     assert get_bn_modules(nn.ModuleList([*layers, nn.InstanceNorm2d(2), nn.GroupNorm(1, 2)])) == layers
+
+
+def test_a_pattern_selects_the_layers_inside_what_it_matches():
+    model = nn.ModuleDict({name: nn.Sequential(nn.BatchNorm1d(2)) for name in ("layer1", "layer2", "head")})
+    assert list(select_bn(model, "layer[12]")) == ["layer1.0", "layer2.0"]
+
+
+def test_names_are_those_without_wrappers():
+    model = nn.Sequential(nn.BatchNorm1d(2), torch.optim.swa_utils.AveragedModel(nn.Sequential(nn.BatchNorm1d(2))))
+    assert list(find_bn(nn.DataParallel(model))) == ["0", "1.0"]
