@@ -202,7 +202,8 @@ class Recording(AbstractContextManager["Recording"]):
             if n == 0 or new_mean is None or new_var is None:
                 return
             if layer.name not in self._written and not (
-                torch.equal(new_mean, layer.running_mean) and torch.equal(new_var, layer.running_var)
+                torch.equal(new_mean, layer.running_mean.nan_to_num())
+                and torch.equal(new_var, layer.running_var.nan_to_num())
             ):
                 self._written.add(layer.name)
             self._execution_order.setdefault(index)
