@@ -1,9 +1,12 @@
-"""Batch normalization over groups: the differentiable function that training-mode modules are made of.
+"""Batch normalization over groups: the two differentiable functions that all modules are made of.
 
-One function normalizes a tensor, or several tensors that share statistics, each (group, channel) with its own mean and
-variance (Ioffe & Szegedy 2015, arXiv 1502.03167; its gradient is that of algorithm 1). Several tensors are not
+:func:`batch_norm` normalizes a tensor, or several tensors that share statistics, each (group, channel) with its own
+mean and variance (Ioffe & Szegedy 2015, arXiv 1502.03167; its gradient is that of algorithm 1). Several tensors are not
 concatenated: their Moments merge. Forward reads each input twice and writes the output; backward reads input and
 gradient twice and writes one gradient; besides the inputs only tensors of size (groups, channels) are kept for it.
+
+:func:`frozen_batch_norm` normalizes with statistics that are given: batch normalization at test time, or with frozen
+layers. Forward reads the input and writes the output once, and the input is kept only for the gradient of ``weight``.
 """
 
 from collections.abc import Sequence
@@ -13,11 +16,11 @@ import torch
 from torch import Tensor
 
 from precisebn import ops
-from precisebn._merge import merge
+from precisebn._merge import merge, merge_rows
 from precisebn.errors import InputError
 from precisebn.moments import Moments
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "frozen_batch_norm"]
 
 
 @overload
@@ -29,6 +32,7 @@ def batch_norm(
     eps: float = ...,
     group: Tensor | Sequence[Tensor] | None = ...,
     num_groups: int = ...,
+    shared_statistics: bool = ...,
 ) -> tuple[Tensor, Moments]: ...
 @overload
 def batch_norm(
@@ -39,6 +43,7 @@ def batch_norm(
     eps: float = ...,
     group: Tensor | Sequence[Tensor] | None = ...,
     num_groups: int = ...,
+    shared_statistics: bool = ...,
 ) -> tuple[list[Tensor], Moments]: ...
 def batch_norm(
     xs: Tensor | Sequence[Tensor],
@@ -48,6 +53,7 @@ def batch_norm(
     eps: float = 1e-5,
     group: Tensor | Sequence[Tensor] | None = None,
     num_groups: int = 1,
+    shared_statistics: bool = False,
 ) -> tuple[Tensor | list[Tensor], Moments]:
     """Normalize every (group, channel) by the mean and biased variance of its values; return also their Moments.
 
@@ -62,6 +68,8 @@ def batch_norm(
         eps: added to the variance.
         group: int64 ``(N,)``, the group of each sample, for each tensor of ``xs``; None puts all in group 0.
         num_groups: G.
+        shared_statistics: normalize all groups together, by the mean and variance of all values; the groups then only
+            tell weights, biases and the returned Moments apart.
 
     Returns:
         The normalized tensor, or a list of them as ``xs`` is one, of the inputs' dtype and memory format; and the
@@ -69,7 +77,8 @@ def batch_norm(
         The Moments are differentiable too.
 
     Raises:
-        InputError: unsupported shapes, dtypes, groups, or a single value per channel without groups.
+        InputError: unsupported shapes, dtypes, groups, or a single value per channel in all. (A group of a single value
+            per channel has variance 0: it is normalized to its bias.)
 
     Example:
         >>> y, moments = batch_norm(torch.tensor([[1.0], [3.0]]), eps=0.0)
@@ -92,7 +101,7 @@ def batch_norm(
                 f"{tensors[0].device}"
             )
     channels = tensors[0].shape[1]
-    if not groups and channels and sum(x.numel() for x in tensors) == channels:
+    if channels and sum(x.numel() for x in tensors) == channels:
         raise InputError(
             f"batch_norm: one value per channel has no variance to normalize by; xs is {tuple(tensors[0].shape)}"
         )
@@ -102,10 +111,12 @@ def batch_norm(
                 f"batch_norm: {name} must be ({channels},) or ({num_groups}, {channels}), is {tuple(parameter.shape)}"
             )
     if torch.compiler.is_compiling():
-        ys, count, mean, m2 = torch.ops.precisebn.batch_norm(tensors, weight, bias, eps, groups, num_groups)
+        ys, count, mean, m2 = torch.ops.precisebn.batch_norm(
+            tensors, weight, bias, eps, groups, num_groups, shared_statistics
+        )
     else:
         outputs: tuple[Tensor, ...] = _BatchNorm.apply(  # type: ignore[no-untyped-call]
-            eps, num_groups, len(tensors), weight, bias, *tensors, *groups
+            eps, num_groups, shared_statistics, len(tensors), weight, bias, *tensors, *groups
         )
         *ys, count, mean, m2 = outputs
     moments = Moments(count, mean, m2) if groups else Moments(count[0], mean[0], m2[0])
@@ -125,7 +136,13 @@ def _groups_of(tensors: list[Tensor], group: Tensor | Sequence[Tensor] | None, s
 
 
 def _forward(
-    xs: list[Tensor], weight: Tensor | None, bias: Tensor | None, eps: float, groups: list[Tensor], num_groups: int
+    xs: list[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    groups: list[Tensor],
+    num_groups: int,
+    shared: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     groups_or_none: list[Tensor | None] = list(groups) or [None] * len(xs)
     (count, mean, m2), *rest = [
@@ -134,19 +151,38 @@ def _forward(
     for more_count, more_mean, more_m2 in rest:
         mean, m2 = merge(count.unsqueeze(-1), mean, m2, more_count.unsqueeze(-1), more_mean, more_m2)
         count = count + more_count
-    scale = _inverse_std(count, m2, eps)
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
+    _, center, inverse_std = _normalization(count, mean, m2, eps, shared)
+    scale = inverse_std if weight is None else inverse_std * weight
+    shift = -center * scale
     if bias is not None:
         shift = shift + bias
     scale, shift = scale.to(ops.compute_dtype(xs[0])), shift.to(ops.compute_dtype(xs[0]))
+    if shift.shape[0] == 1:
+        groups_or_none = [None] * len(xs)
+    else:
+        scale = scale.expand_as(shift)
     ys = [ops.unchecked.normalize(x, scale, shift, g) for x, g in zip(xs, groups_or_none, strict=True)]
     return ys, count, mean, m2
 
 
+def _normalization(count: Tensor, mean: Tensor, m2: Tensor, eps: float, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Number of values, mean and inverse standard deviation to normalize by: of each group, or of all, in one row."""
+    n = count.unsqueeze(-1)
+    if shared and count.shape[0] > 1:
+        n, (mean, m2) = n.sum(0, keepdim=True), merge_rows(n, mean, m2)
+        mean, m2 = mean.unsqueeze(0), m2.unsqueeze(0)
+    n = n.clamp(min=1.0)
+    return n, mean, (m2 / n + eps).rsqrt()
+
+
 def _fake(
-    xs: list[Tensor], weight: Tensor | None, bias: Tensor | None, eps: float, groups: list[Tensor], num_groups: int
+    xs: list[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    groups: list[Tensor],
+    num_groups: int,
+    shared: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     mean = xs[0].new_empty(num_groups, xs[0].shape[1], dtype=torch.float64)
     return [torch.empty_like(x) for x in xs], mean.new_empty(num_groups), mean, torch.empty_like(mean)
@@ -158,15 +194,17 @@ def _gradients(
     statistics: tuple[Tensor, Tensor, Tensor],
     weight: Tensor | None,
     eps: float,
+    shared: bool,
     grad_ys: Sequence[Tensor | None],
     grad_moments: tuple[Tensor | None, Tensor | None],
     needed: Sequence[bool],
 ) -> tuple[list[Tensor | None], Tensor, Tensor]:
     """Gradients by the chain rule through the batch's own mean and variance, in terms of the operators.
 
-    With x^ = (x - mean) / std: ``dx = weight / std * (dy - avg(dy) - x^ * avg(dy * x^))``, which is ``a*dy + b*x + c``;
-    gradients of the returned mean and m2 add 1/n and 2 (x - mean) times themselves. Being made of differentiable
-    operators and of the returned statistics, this can be differentiated again.
+    With x^ = (x - mean) / std: ``dx = (w * dy - avg(w * dy) - x^ * avg(w * dy * x^)) / std``, averages being taken over
+    what was normalized together, which is ``a*dy + b*x + c``; gradients of the returned mean and m2 add 1/n and
+    2 (x - mean) times themselves. Being made of differentiable operators and of the returned statistics, this can be
+    differentiated again.
 
     Returns:
         The gradients of those inputs that are ``needed``; and of weight and bias for each group, ``(G, C)``.
@@ -175,25 +213,27 @@ def _gradients(
     grad_mean, grad_m2 = grad_moments
     dys = [torch.zeros_like(x) if dy is None else dy for x, dy in zip(xs, grad_ys, strict=True)]
     pieces = list(zip(dys, xs, groups, strict=True))
-    sums = [ops.unchecked.backward_reduce(dy, x, mean, g, count.shape[0]) for dy, x, g in pieces]
+    n, center, inverse_std = _normalization(count, mean, m2, eps, shared)
+    about = center.expand_as(mean)
+    sums = [ops.unchecked.backward_reduce(dy, x, about, g, count.shape[0]) for dy, x, g in pieces]
     sum_dy, sum_dy_xmu = sums[0]
     for more_dy, more_dy_xmu in sums[1:]:
         sum_dy, sum_dy_xmu = sum_dy + more_dy, sum_dy_xmu + more_dy_xmu
 
-    inverse_std = _inverse_std(count, m2, eps)
-    n = count.clamp(min=1.0).unsqueeze(-1)
     grad_weight = sum_dy_xmu * inverse_std
+    total_w, total_b = (grad_weight, sum_dy) if weight is None else (weight * grad_weight, weight * sum_dy)
+    if shared:
+        total_w, total_b = total_w.sum(0, keepdim=True), total_b.sum(0, keepdim=True)
     a = inverse_std if weight is None else inverse_std * weight
-    b = -a * inverse_std * grad_weight / n
-    c = -a * sum_dy / n
+    b = -inverse_std * inverse_std * total_w / n
+    c = -inverse_std * total_b / n - b * center
     if grad_m2 is not None:
-        b = b + 2.0 * grad_m2
+        b, c = b + 2.0 * grad_m2, c - 2.0 * grad_m2 * mean
     if grad_mean is not None:
-        c = c + grad_mean / n
-    c = c - b * mean
+        c = c + grad_mean / count.clamp(min=1.0).unsqueeze(-1)
 
     dtype = ops.compute_dtype(xs[0])
-    a, b, c = a.to(dtype), b.to(dtype), c.to(dtype)
+    a, b, c = (t.expand_as(mean).to(dtype) for t in (a, b, c))
     grad_xs = [
         ops.unchecked.backward_apply(dy, x, a, b, c, g) if need else None
         for (dy, x, g), need in zip(pieces, needed, strict=True)
@@ -209,24 +249,25 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any,
         eps: float,
         num_groups: int,
+        shared: bool,
         num_tensors: int,
         weight: Tensor | None,
         bias: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         xs, groups = list(tensors[:num_tensors]), list(tensors[num_tensors:])
-        ys, count, mean, m2 = _forward(xs, weight, bias, eps, groups, num_groups)
-        _save(ctx, xs, groups, weight, bias, eps, (count, mean, m2))
+        ys, count, mean, m2 = _forward(xs, weight, bias, eps, groups, num_groups, shared)
+        _save(ctx, xs, groups, weight, bias, eps, shared, (count, mean, m2))
         ctx.set_materialize_grads(False)
         return (*ys, count, mean, m2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *grad_ys, _, grad_mean, grad_m2 = grads
-        needed = ctx.needs_input_grad[5 : 5 + len(grad_ys)]
+        needed = ctx.needs_input_grad[6 : 6 + len(grad_ys)]
         grad_xs, grad_weight, grad_bias = _backward_of(ctx, grad_ys, (grad_mean, grad_m2), needed)
-        no_groups = (None,) * (len(ctx.needs_input_grad) - 5 - len(grad_ys))
-        return None, None, None, grad_weight, grad_bias, *grad_xs, *no_groups
+        no_groups = (None,) * (len(ctx.needs_input_grad) - 6 - len(grad_ys))
+        return None, None, None, None, grad_weight, grad_bias, *grad_xs, *no_groups
 
 
 def _save(
@@ -236,11 +277,12 @@ def _save(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    shared: bool,
     statistics: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Keep what backward needs: the inputs, and tensors of the size of the statistics."""
     ctx.mark_non_differentiable(statistics[0])
-    ctx.eps, ctx.num_tensors = eps, len(xs)
+    ctx.eps, ctx.shared, ctx.num_tensors = eps, shared, len(xs)
     ctx.bias_is_like = None if bias is None else (bias.dim(), bias.dtype)
     ctx.save_for_backward(*xs, *groups, weight, *statistics)
 
@@ -256,7 +298,7 @@ def _backward_of(
     xs, groups = saved[: ctx.num_tensors], saved[ctx.num_tensors : -4] or (None,) * ctx.num_tensors
     weight, *statistics = saved[-4:]
     grad_xs, grad_weight, grad_bias = _gradients(
-        xs, groups, tuple(statistics), weight, ctx.eps, grad_ys, grad_moments, needed
+        xs, groups, tuple(statistics), weight, ctx.eps, ctx.shared, grad_ys, grad_moments, needed
     )
     return (
         grad_xs,
@@ -266,8 +308,8 @@ def _backward_of(
 
 
 def _library_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    xs, weight, bias, eps, groups, _ = inputs
-    _save(ctx, xs, groups, weight, bias, eps, output[1:])
+    xs, weight, bias, eps, groups, _, shared = inputs
+    _save(ctx, xs, groups, weight, bias, eps, shared, output[1:])
 
 
 def _library_backward(
@@ -276,11 +318,7 @@ def _library_backward(
     needed = (True,) * ctx.num_tensors
     grad_xs, grad_weight, grad_bias = _backward_of(ctx, grad_ys, (grad_mean, grad_m2), needed)
     num_groups = len(ctx.saved_tensors) - 4 - ctx.num_tensors
-    return grad_xs, grad_weight, grad_bias, None, [None] * num_groups, None
-
-
-def _inverse_std(count: Tensor, m2: Tensor, eps: float) -> Tensor:
-    return (m2 / count.clamp(min=1.0).unsqueeze(-1) + eps).rsqrt()
+    return grad_xs, grad_weight, grad_bias, None, [None] * num_groups, None, None
 
 
 def _like(per_group: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -288,9 +326,150 @@ def _like(per_group: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     return (per_group if dim == 2 else per_group.sum(0)).to(dtype)
 
 
+def frozen_batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    group: Tensor | None = None,
+) -> Tensor:
+    """Normalize by a given mean and variance: ``y = (x - mean) / sqrt(var + eps) * weight + bias``.
+
+    ``torch.nn.functional.batch_norm(..., training=False)``, in one pass over memory forward and, where only ``x`` needs
+    a gradient, one backward that does not need ``x``. In a graph (torch.compile, torch.export) it is plain arithmetic,
+    so that compilers fuse it with what stands beside it. Differentiable, twice, in x, weight and bias.
+
+    Args:
+        x: ``(N, C, *)``.
+        mean: ``(C,)``, or ``(G, C)`` for an own one per group; a constant, as are the variance and eps.
+        var: likewise.
+        weight: ``(C,)`` or ``(G, C)``; None is 1.
+        bias: likewise; None is 0.
+        eps: added to the variance.
+        group: int64 ``(N,)``, the group of each sample; needed where any of the others has groups.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``x``. The arithmetic is that of float32, or of float64 for
+        float64 ``x``.
+
+    Raises:
+        InputError: unsupported shapes, dtypes or groups.
+
+    Example:
+        >>> frozen_batch_norm(torch.tensor([[5.0]]), torch.tensor([1.0]), torch.tensor([4.0]), eps=0.0)
+        tensor([[2.]])
+    """
+    if torch.compiler.is_compiling():
+        return _plain_affine(x, *_scale_and_shift(x, mean, var, weight, bias, eps), group)
+    _check_frozen(x, mean, var, weight, bias, group)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        y: Tensor = _FrozenBatchNorm.apply(x, mean, var, weight, bias, eps, group)  # type: ignore[no-untyped-call]
+        return y
+    scale, shift = _rows(*_scale_and_shift(x, mean, var, weight, bias, eps))
+    normalized: Tensor = ops.unchecked.normalize(x, scale, shift, group if len(shift) > 1 else None)
+    return normalized
+
+
+def _check_frozen(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, group: Tensor | None
+) -> None:
+    rows = 1
+    for name, value in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.dim() not in (1, 2) or x.dim() < 2 or value.shape[-1] != x.shape[1]:
+            raise InputError(
+                f"frozen_batch_norm: {name} is {tuple(value.shape)}, must be (C,) or (G, C) for x (N, C, *), which is "
+                f"{tuple(x.shape)}"
+            )
+        if value.device != x.device:
+            raise InputError(f"frozen_batch_norm: {name} is on {value.device}, but x on {x.device}")
+        if value.dim() == 2:
+            if group is None or rows not in (1, value.shape[0]):
+                raise InputError(
+                    f"frozen_batch_norm: {name} {tuple(value.shape)} has {value.shape[0]} groups, "
+                    + ("but group is not given" if group is None else f"others have {rows}")
+                )
+            rows = value.shape[0]
+    ops.check_input("frozen_batch_norm", x, group if rows > 1 else None, rows)
+
+
+def _scale_and_shift(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The two coefficients, in the dtype of the arithmetic, each ``(C,)`` or ``(G, C)``."""
+    dtype = ops.compute_dtype(x)
+    scale = (var.to(dtype) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    mean = mean.to(dtype)
+    return scale, -mean * scale if bias is None else torch.addcmul(bias.to(dtype), mean, scale, value=-1)
+
+
+def _rows(scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as ``(G, C)``."""
+    return (scale.expand_as(shift), shift) if shift.dim() == 2 else (scale.unsqueeze(0), shift.unsqueeze(0))
+
+
+def _plain_affine(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None) -> Tensor:
+    """``scale * x + shift`` in terms that every compiler knows."""
+    shape = (-1, x.shape[1], *(1 for _ in x.shape[2:]))
+    scale, shift = ((t[group] if group is not None and t.dim() == 2 else t).reshape(shape) for t in (scale, shift))
+    return (x.to(scale.dtype) * scale + shift).to(x.dtype)
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """The eager way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: Tensor | None,
+    ) -> Tensor:
+        scale, shift = _rows(*_scale_and_shift(x, mean, var, weight, bias, eps))
+        group = group if len(shift) > 1 else None
+        y: Tensor = ops.unchecked.normalize(x, scale, shift, group)
+        ctx.eps, ctx.num_groups, ctx.bias_is_like = eps, len(shift), None if bias is None else (bias.dim(), bias.dtype)
+        if any(ctx.needs_input_grad[3:5]):
+            ctx.save_for_backward(group, None, x, mean, var, weight)
+        else:
+            ctx.save_for_backward(group, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        group, scale, *rest = ctx.saved_tensors
+        need_x, _, _, need_weight, need_bias = ctx.needs_input_grad[:5]
+        dx = grad_weight = grad_bias = None
+        if rest:
+            x, mean, var, weight = rest
+            inverse_std = (var.double() + ctx.eps).rsqrt()
+            about = mean.double().expand(ctx.num_groups, -1)
+            sum_dy, sum_dy_xmu = ops.unchecked.backward_reduce(dy, x, about, group, ctx.num_groups)
+            if need_weight:
+                grad_weight = _like(sum_dy_xmu * inverse_std, weight.dim(), weight.dtype)
+            if need_bias:
+                grad_bias = _like(sum_dy, *ctx.bias_is_like)
+            scale = inverse_std if weight is None else inverse_std * weight
+            scale = scale.expand(ctx.num_groups, -1).to(ops.compute_dtype(dy))
+        if need_x:
+            dx = ops.unchecked.normalize(dy, scale, torch.zeros_like(scale), group)
+        return dx, None, None, grad_weight, grad_bias, None, None
+
+
 _library = torch.library.Library("precisebn", "FRAGMENT")
 _library.define(
-    "batch_norm(Tensor[] xs, Tensor? weight, Tensor? bias, float eps, Tensor[] group, int num_groups) "
+    "batch_norm(Tensor[] xs, Tensor? weight, Tensor? bias, float eps, Tensor[] group, int num_groups, "
+    "bool shared_statistics) "
     "-> (Tensor[] ys, Tensor count, Tensor mean, Tensor m2)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )

@@ -135,8 +135,8 @@ def test_passes_opcheck():
     x, z = torch.randn(4, 3, 2, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     groups = [torch.tensor([0, 1, 0, 1]), torch.tensor([1, 0])]
     operator = torch.ops.precisebn.batch_norm.default
-    torch.library.opcheck(operator, ([x, z], torch.randn(3, requires_grad=True), None, 1e-5, groups, 2))
-    torch.library.opcheck(operator, ([x], None, torch.randn(1, 3, requires_grad=True), 1e-5, [], 1))
+    torch.library.opcheck(operator, ([x, z], torch.randn(3, requires_grad=True), None, 1e-5, groups, 2, True))
+    torch.library.opcheck(operator, ([x], None, torch.randn(1, 3, requires_grad=True), 1e-5, [], 1, False))
 
 
 def test_keeps_only_inputs_and_small_tensors_for_backward():

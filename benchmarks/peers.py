@@ -1,0 +1,65 @@
+"""Peers beyond torch: who is installed, and who needs help to be imported.
+
+What is not installed is left out and named in the result, so that the same command runs anywhere.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+_kept: list[torch.library.Library] = []  # a Library takes its operators along when it is collected
+
+
+def installed(name: str) -> ModuleType | None:
+    """The module, or None where it, or what it needs, is not installed."""
+    if name.partition(".")[0] in ("torchvision", "timm"):
+        _help_torchvision()
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def missing(names: Iterable[str]) -> str:
+    """``"apex: not installed"`` and so on; empty where nothing is missing."""
+    return ", ".join(f"{name}: not installed" for name in names if installed(name) is None)
+
+
+def _help_torchvision() -> None:
+    """Define operators that torchvision registers fake kernels for when it is imported.
+
+    Beside a CPU build of torch, torchvision's compiled operators are often not there, and the import fails.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+        _kept.append(library)
+
+
+def batch_norm_peers(channels: int, layout: str, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Batch norm layers in training mode of the packages that are installed, by name."""
+    found: dict[str, Callable[[Tensor], Tensor]] = {"nn.BatchNorm2d": nn.BatchNorm2d(channels, device=device)}
+    timm_layers = installed("timm.layers")
+    if timm_layers is not None:
+        found["timm BatchNormAct2d"] = timm_layers.BatchNormAct2d(channels, apply_act=False, device=device)
+    apex = installed("apex.parallel") if device == "cuda" else None
+    if apex is not None:
+        found["apex SyncBatchNorm"] = _apex(apex, channels, layout)
+    return found
+
+
+def _apex(apex: ModuleType, channels: int, layout: str) -> Callable[[Tensor], Tensor]:
+    """apex's layer on one rank; its channel_last takes (N, H, W, C)."""
+    if layout == "contiguous":
+        layer: nn.Module = apex.SyncBatchNorm(channels).cuda()
+        return layer
+    last = apex.SyncBatchNorm(channels, channel_last=True).cuda()
+    return lambda x: last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

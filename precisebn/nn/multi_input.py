@@ -1,0 +1,58 @@
+"""MultiInputSequential: a head that is shared by several inputs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from precisebn.errors import InputError
+from precisebn.nn.concat import ConcatSharedBN
+from precisebn.nn.domain import DomainSpecificBN
+
+__all__ = ["MultiInputSequential"]
+
+
+class MultiInputSequential(nn.Sequential):
+    """Runs its layers over a list of tensors, layer by layer: every tensor goes through each before any goes on.
+
+    Layers that normalize several tensors together or by their position, :class:`ConcatSharedBN` and
+    :class:`DomainSpecificBN`, and containers of this class get the whole list; every other layer is called on one
+    tensor after the other, in order (so a :class:`CycleBatchNormList` makes one cycle). With a single tensor it is
+    :class:`torch.nn.Sequential`. ("Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 5.2, for heads that are
+    shared by feature levels.) Parameters and state dict are those of ``nn.Sequential``.
+
+    Shape:
+        A list or tuple of tensors, to a list; or a tensor, to a tensor.
+
+    Raises:
+        InputError: the input is neither; or a layer that takes the whole list lies inside one that does not.
+
+    Example:
+        >>> import torch
+        >>> head = MultiInputSequential(nn.Conv2d(8, 8, 3, padding=1), ConcatSharedBN(8), nn.ReLU())
+        >>> levels = [torch.randn(2, 8, size, size) for size in (16, 8, 4)]
+        >>> [tuple(y.shape) for y in head(levels)]
+        [(2, 8, 16, 16), (2, 8, 8, 8), (2, 8, 4, 4)]
+    """
+
+    def forward(self, xs: Any) -> Any:
+        """Run all layers over a list of tensors, or over one tensor."""
+        if isinstance(xs, Tensor):
+            return super().forward(xs)  # type: ignore[no-untyped-call]
+        if not isinstance(xs, Sequence) or not all(isinstance(x, Tensor) for x in xs):
+            raise InputError(f"MultiInputSequential takes a tensor or a list of tensors, got {type(xs).__name__}")
+        ys = list(xs)
+        for name, layer in self.named_children():
+            if isinstance(layer, _TAKE_LISTS):
+                ys = layer(ys)
+                continue
+            if any(isinstance(part, _TAKE_LISTS) for part in layer.modules()):
+                raise InputError(
+                    f"layer {name!r} ({type(layer).__name__}) of MultiInputSequential holds a layer that takes all "
+                    "tensors at once, but is itself called on one at a time; make it a MultiInputSequential too"
+                )
+            ys = [layer(y) for y in ys]
+        return ys
+
+
+_TAKE_LISTS = (ConcatSharedBN, DomainSpecificBN, MultiInputSequential)
