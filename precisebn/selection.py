@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from precisebn.errors import InputError
 
-__all__ = ["ModuleSelection", "find_bn", "get_bn_modules", "select_bn"]
+__all__ = ["ModuleSelection", "find_bn", "get_bn_modules", "matching", "named_modules", "select_bn"]
 
 ModuleSelection = str | nn.Module | Iterable[str | nn.Module]
 """``"training"``, ``"all"``, or modules, qualified names and glob patterns, one or several."""
@@ -36,7 +36,7 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
 
 def find_bn(model: nn.Module) -> dict[str, _BatchNorm]:
     """All BatchNorm layers by qualified name, in the order of ``named_modules``, without the names of wrappers."""
-    return {name: layer for name, layer in _named_modules(model) if isinstance(layer, _BatchNorm)}
+    return {name: layer for name, layer in named_modules(model) if isinstance(layer, _BatchNorm)}
 
 
 def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _BatchNorm]:
@@ -59,17 +59,17 @@ def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _BatchNor
     wanted = [modules] if isinstance(modules, str | nn.Module) else list(modules)
     if not wanted:
         raise InputError("modules= is empty, so there is nothing to recalibrate; 'all' selects every BatchNorm layer")
-    names = dict(_named_modules(model, remove_duplicate=False))
+    names = dict(named_modules(model, remove_duplicate=False))
     chosen: set[str] = set()
     for item in wanted:
-        matched = _matches(item, found, names)
+        matched = matching(item, found, names)
         if not matched:
             raise InputError(_nothing_selected(item, model, found))
         chosen |= matched
     return {name: layer for name, layer in found.items() if name in chosen}
 
 
-def _matches(item: object, found: Mapping[str, _BatchNorm], names: Mapping[str, nn.Module]) -> set[str]:
+def matching(item: object, found: Mapping[str, _BatchNorm], names: Mapping[str, nn.Module]) -> set[str]:
     """Names of the layers that one item of a selection stands for."""
     if isinstance(item, str):
         inside = set(names[item].modules()) if item in names else set()
@@ -91,7 +91,7 @@ def _nothing_selected(item: str | nn.Module, model: nn.Module, found: Mapping[st
     return f"modules={shown} selects no BatchNorm layer of {type(model).__name__}; it has {len(found)}: {some}"
 
 
-def _named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules`` with the names that layers have without wrappers around the model or its parts."""
     wrapped: set[str] = set()  # qualified names of modules that only wrap their child `module`
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
