@@ -9,6 +9,7 @@ __all__ = [
     "NonFiniteStatisticsError",
     "RankFailedError",
     "BatchFormatError",
+    "CycleError",
 ]
 
 
@@ -37,3 +38,7 @@ class NonFiniteStatisticsError(PreciseBNError, ArithmeticError):
 
 class RankFailedError(PreciseBNError, RuntimeError):
     """Another rank failed, so no rank changed its model."""
+
+
+class CycleError(PreciseBNError, RuntimeError):
+    """A CycleBatchNormList was not called once on every domain."""

@@ -402,11 +402,16 @@ def _scale_and_shift(
 ) -> tuple[Tensor, Tensor]:
     """The two coefficients, in the dtype of the arithmetic, each ``(C,)`` or ``(G, C)``."""
     dtype = ops.compute_dtype(x)
-    scale = (var.to(dtype) + eps).rsqrt()
+    mean, var = _cast(mean, dtype), _cast(var, dtype)
+    scale = (var + eps).rsqrt()
     if weight is not None:
-        scale = scale * weight.to(dtype)
-    mean = mean.to(dtype)
-    return scale, -mean * scale if bias is None else torch.addcmul(bias.to(dtype), mean, scale, value=-1)
+        scale = scale * _cast(weight, dtype)
+    return scale, -mean * scale if bias is None else torch.addcmul(_cast(bias, dtype), mean, scale, value=-1)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which an exported graph keeps even where it does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _rows(scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -418,7 +423,7 @@ def _plain_affine(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None)
     """``scale * x + shift`` in terms that every compiler knows."""
     shape = (-1, x.shape[1], *(1 for _ in x.shape[2:]))
     scale, shift = ((t[group] if group is not None and t.dim() == 2 else t).reshape(shape) for t in (scale, shift))
-    return (x.to(scale.dtype) * scale + shift).to(x.dtype)
+    return _cast(_cast(x, scale.dtype) * scale + shift, x.dtype)
 
 
 class _FrozenBatchNorm(torch.autograd.Function):

@@ -17,7 +17,7 @@ from precisebn.errors import InputError
 from precisebn.functional import frozen_batch_norm
 from precisebn.moments import Moments
 
-__all__ = ["PopulationNorm", "Recorder"]
+__all__ = ["PopulationNorm", "Recorder", "in_backward", "update_running_statistics"]
 
 Recorder = Callable[[Moments, int | None], None]
 """Takes the Moments ``(C,)`` of one slot, by its number, or ``(K, C)`` of all of them (None)."""
@@ -110,11 +110,10 @@ class PopulationNorm(_NormBase):
         return x
 
     def track(self, moments: Moments, slot: int | None = None) -> None:
-        """Update the running statistics from the Moments of a mini-batch, as torch does; in training only.
+        """Update the running statistics from the Moments of a mini-batch; in training only.
 
-        ``running = (1 - momentum) * running + momentum * batch``, the batch's variance being unbiased. A slot that got
-        fewer than two values per channel, which have no variance, stays as it is. So do all while a backward runs: a
-        forward in there is a repetition by activation checkpointing, and its mini-batch has been counted.
+        Not while a backward runs: a forward in there is a repetition by activation checkpointing, and its mini-batch
+        has been counted.
 
         Args:
             moments: of one slot ``(C,)``, or of all ``(K, C)``.
@@ -124,19 +123,11 @@ class PopulationNorm(_NormBase):
             self._recorder(moments, slot)
             return
         mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        if not self.training or mean is None or var is None or batches is None or _in_backward():
+        if not self.training or mean is None or var is None or batches is None or in_backward():
             return
-        with torch.no_grad():
-            if slot is not None:
-                mean, var, batches = mean[slot], var[slot], batches[slot]
-            count = moments.count
-            tracked = count > 1
-            batches.add_(tracked)
-            unbiased = moments.m2 / (count - 1).clamp(min=1.0).unsqueeze(-1)
-            momentum = 1.0 / batches.clamp(min=1) if self.momentum is None else self.momentum
-            share = (tracked * momentum).unsqueeze(-1)
-            mean.lerp_(moments.mean.to(mean.dtype), share.to(mean.dtype))
-            var.lerp_(unbiased.to(var.dtype), share.to(var.dtype))
+        if slot is not None:
+            mean, var, batches = mean[slot], var[slot], batches[slot]
+        update_running_statistics(moments, mean, var, batches, self.momentum)
 
     def _shown(self) -> str:
         return f"{type(self).__name__}({self.num_features})"
@@ -152,5 +143,31 @@ class PopulationNorm(_NormBase):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
 
-def _in_backward() -> bool:
+def update_running_statistics(
+    moments: Moments, mean: Tensor, var: Tensor, num_batches: Tensor, momentum: float | None
+) -> None:
+    """Update running statistics as torch does: ``running = (1 - momentum) * running + momentum * batch``.
+
+    The batch's variance is unbiased. Statistics of fewer than two values per channel, which have no variance, are left
+    out.
+
+    Args:
+        moments: of the mini-batch, ``(C,)`` or ``(K, C)``.
+        mean: running mean, of the same shape, updated in place, as are the next two.
+        var: running variance.
+        num_batches: ``()`` or ``(K,)``.
+        momentum: None is the average over all mini-batches.
+    """
+    with torch.no_grad():
+        tracked = moments.count > 1
+        num_batches.add_(tracked)
+        unbiased = moments.m2 / (moments.count - 1).clamp(min=1.0).unsqueeze(-1)
+        share = tracked * (1.0 / num_batches.clamp(min=1) if momentum is None else momentum)
+        share = share.unsqueeze(-1).to(mean.dtype)
+        mean.lerp_(moments.mean.to(mean.dtype), share)
+        var.lerp_(unbiased.to(var.dtype), share)
+
+
+def in_backward() -> bool:
+    """Whether this runs inside a backward; never while being traced."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

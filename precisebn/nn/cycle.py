@@ -1,0 +1,206 @@
+"""CycleBatchNormList: one BatchNorm after the other, for a layer that is called on several domains in turn."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from precisebn.errors import CycleError, InputError
+from precisebn.functional import batch_norm, frozen_batch_norm
+from precisebn.nn._base import in_backward, update_running_statistics
+
+__all__ = ["CycleBatchNormList", "one_cycle"]
+
+
+class CycleBatchNormList(nn.Module):
+    r"""Domain-specific BatchNorm by order of calls: call k of a cycle uses BatchNorm k; weight and bias are shared.
+
+    .. math::
+        y = \frac{x - \mathrm{mean}_k}{\sqrt{\mathrm{var}_k + \epsilon}} \cdot \mathrm{weight} + \mathrm{bias},
+        \quad k = 0, 1, \dots, \mathrm{length} - 1, 0, 1, \dots
+
+    detectron2's class of the same name, with its constructor and state dict ("Rethinking 'Batch' in BatchNorm",
+    arXiv 2105.07576, section 5.2 and table 5, row 4), normalization and affine being one pass here.
+
+    Use it in a head that is called on feature levels one by one, in the same order and number every time, and cannot be
+    changed. Where it can, :class:`DomainSpecificBN` is told the domain and cannot lose count.
+
+    What goes wrong with counting raises :class:`CycleError` rather than mixing statistics up: a backward, or a forward
+    in another mode, that comes after an unfinished cycle. That a cycle ran twice can only be known where it is said
+    which code runs it once: :func:`one_cycle` around that code. A deep copy, or one loaded by pickle, starts a cycle
+    afresh. Under activation checkpointing the repeated forwards of training neither count nor update statistics.
+
+    Args:
+        length: BatchNorms in a cycle.
+        bn_class: their class; called with ``affine=False`` and the keyword arguments.
+        **kwargs: as ``num_features``, which is needed; ``affine`` is that of the shared weight and bias.
+
+    Shape:
+        What ``bn_class`` takes, to the same.
+
+    State dict:
+        ``0.running_mean`` and so on, ``weight``, ``bias``: detectron2's. A plain BatchNorm's checkpoint fills all.
+
+    Raises:
+        CycleError: see above.
+
+    Example:
+        >>> bn = CycleBatchNormList(2, num_features=8)
+        >>> levels = [torch.randn(4, 8, 6, 6), torch.randn(4, 8, 3, 3)]
+        >>> [tuple(bn(level).shape) for level in levels]
+        [(4, 8, 6, 6), (4, 8, 3, 3)]
+        >>> [int(member.num_batches_tracked) for member in bn]
+        [1, 1]
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, length: int, bn_class: type[nn.Module] = nn.BatchNorm2d, **kwargs: Any) -> None:
+        super().__init__()
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise InputError(f"length={length!r} must be a whole number, 1 or more")
+        if "num_features" not in kwargs:
+            raise InputError(
+                "CycleBatchNormList needs num_features= as a keyword: CycleBatchNormList(length, num_features=C)"
+            )
+        affine = kwargs.pop("affine", True)
+        self.length = length
+        for k in range(length):
+            self.add_module(str(k), bn_class(**kwargs, affine=False))
+        for name, fill in (("weight", torch.ones), ("bias", torch.zeros)):
+            own = fill(kwargs["num_features"], device=kwargs.get("device"), dtype=kwargs.get("dtype"))
+            self.register_parameter(name, nn.Parameter(own) if affine else None)
+        self._pos = 0
+        self._left_at = 0  # where an earlier cycle was left when the mode changed
+        self._calls: int | None = None  # since one_cycle began
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return islice(self.children(), self.length)
+
+    def __getitem__(self, k: int) -> nn.Module:
+        return self.get_submodule(str(range(self.length)[k]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize by the next BatchNorm of the cycle."""
+        if self._left_at:
+            raise CycleError(
+                f"{self._shown()} changed between training and evaluation after {self._left_at} of {self.length} "
+                "calls; call it on every domain, in order, every time, and reset() after an exception"
+            )
+        repeated = in_backward()
+        if repeated and not self.training:
+            raise CycleError(
+                f"{self._shown()} in evaluation mode is called inside a backward, where activation checkpointing "
+                "repeats forwards in another order: which statistics to use is unknown. Do without checkpointing there"
+            )
+        y = self._normalize(self[0 if repeated else self._pos], x, repeated)
+        if not repeated:
+            self._pos = (self._pos + 1) % self.length
+            if self._calls is not None:
+                self._calls += 1
+            if y.requires_grad and not torch.compiler.is_compiling():
+                y.register_hook(self._check_finished)
+        return y
+
+    def reset(self) -> None:
+        """Start a cycle afresh: the next call uses BatchNorm 0."""
+        self._pos = self._left_at = 0
+
+    def train(self, mode: bool = True) -> "CycleBatchNormList":
+        """As every module's; a cycle that is under way then raises at the next call."""
+        if mode != self.training:
+            self._left_at = self._pos
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """Whether there is an affine; the members show the rest."""
+        return f"affine={self.weight is not None}"
+
+    def _normalize(self, member: nn.Module, x: Tensor, repeated: bool) -> Tensor:
+        if not _is_plain(member):
+            y: Tensor = member(x)
+            if self.weight is None:
+                return y
+            zero, one = torch.zeros_like(self.weight), torch.ones_like(self.weight)
+            return frozen_batch_norm(y, zero, one, self.weight, self.bias, eps=0.0)
+        assert isinstance(member, _BatchNorm)  # plain
+        member._check_input_dim(x)
+        mean, var = member.running_mean, member.running_var
+        if not member.training and mean is not None and var is not None:
+            return frozen_batch_norm(x, mean, var, self.weight, self.bias, eps=member.eps)
+        y, moments = batch_norm(x, self.weight, self.bias, eps=member.eps)
+        tracked = member.num_batches_tracked
+        if member.training and not repeated and mean is not None and var is not None and tracked is not None:
+            update_running_statistics(moments, mean, var, tracked, member.momentum)
+        return y
+
+    def _check_finished(self, grad: Tensor) -> None:
+        if self._pos:
+            raise CycleError(
+                f"a backward has begun after {self._pos} of {self.length} calls of {self._shown()} in a cycle; call it "
+                "on every domain, in order, every time, and reset() after an exception"
+            )
+
+    def _shown(self) -> str:
+        return f"CycleBatchNormList({self.length})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pos": 0, "_left_at": 0, "_calls": None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Let a plain BatchNorm's checkpoint fill every member."""
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            if prefix + name in state_dict:
+                value = state_dict.pop(prefix + name)
+                state_dict.update({f"{prefix}{k}.{name}": value.clone() for k in range(self.length)})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@contextmanager
+def one_cycle(model: nn.Module) -> Iterator[None]:
+    """Say that within this block every CycleBatchNormList of a model runs through once, or not at all.
+
+    Cycles start afresh at its beginning, also after an earlier forward that was interrupted.
+
+    Raises:
+        CycleError: at the end, if one was left unfinished or ran more than once; it names the layer and gives the
+        counts.
+
+    Example:
+        >>> head = nn.Sequential(CycleBatchNormList(2, num_features=8))
+        >>> with one_cycle(head):
+        ...     head(torch.randn(4, 8, 6, 6)).shape
+        Traceback (most recent call last):
+        precisebn.errors.CycleError: layer '0' (CycleBatchNormList(2)) was called 1 times, not 2; call it on every ...
+    """
+    cycles = {name: layer for name, layer in model.named_modules() if isinstance(layer, CycleBatchNormList)}
+    for layer in cycles.values():
+        layer.reset()
+        layer._calls = 0
+    try:
+        yield
+        for name, layer in cycles.items():
+            if layer._calls not in (0, layer.length):
+                raise CycleError(
+                    f"layer {name!r} ({layer._shown()}) was called {layer._calls} times, not {layer.length}; call it "
+                    "on every domain, in order, once"
+                )
+    finally:
+        for layer in cycles.values():
+            layer.reset()
+            layer._calls = None
+
+
+def _is_plain(member: nn.Module) -> bool:
+    """Whether calling a member would do nothing but torch's batch normalization: no own forward, no hooks."""
+    return type(member).forward is _BatchNorm.forward and not (
+        member._forward_hooks or member._forward_pre_hooks or member._backward_hooks or member._backward_pre_hooks
+    )

@@ -1,0 +1,127 @@
+"""use_domain: tell the layers of a network which domain their input is from, past forwards that cannot pass it on.
+
+The domain is a context variable (PEP 567), so that it nests, and threads and asyncio tasks do not see each other's.
+Compiled code cannot look at it while it is traced: it asks an operator, each time it runs, and so one graph serves all
+domains.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from precisebn.errors import InputError
+
+__all__ = ["Domain", "check_domain", "current_domain", "use_domain"]
+
+Domain = int | Tensor
+"""The number of a domain, from 0; or one for each sample, int64 ``(N,)``."""
+
+_current: ContextVar[Domain | None] = ContextVar("precisebn_domain", default=None)
+
+
+@contextmanager
+def use_domain(domain: Domain) -> Iterator[None]:
+    """Within this block, domain-specific layers that are not told otherwise take their input to be from this domain.
+
+    Works around any network: ``nn.Sequential``, DistributedDataParallel, a compiled model. Blocks nest, the inner one
+    counts; threads and asyncio tasks each have their own. Put it around compiled code, not inside. What runs on other
+    threads does not see it and says so: the replicas of DataParallel, and forwards that activation checkpointing
+    repeats in the backward of a CUDA model (on the CPU, put ``backward()`` inside the block too).
+
+    Args:
+        domain: its number, from 0; or one for each sample of the mini-batch, int64 ``(N,)``.
+
+    Raises:
+        InputError: the domain is neither.
+
+    Example:
+        >>> from precisebn.nn import DomainSpecificBN
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), DomainSpecificBN(8, num_domains=2))
+        >>> with use_domain(1):
+        ...     model(torch.randn(16, 4)).shape
+        torch.Size([16, 8])
+        >>> model[1].num_batches_tracked
+        tensor([0, 1])
+    """
+    check_domain("use_domain", domain)
+    token = _current.set(domain)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def check_domain(who: str, domain: object, num_domains: int | None = None) -> None:
+    """Raise InputError unless this is a domain, and in range as far as the device need not be waited for."""
+    if isinstance(domain, Tensor):
+        if domain.dtype != torch.int64 or domain.dim() != 1:
+            raise InputError(
+                f"{who}: a tensor of domains must be int64 (N,), one number for each sample, but is {domain.dtype} of "
+                f"shape {tuple(domain.shape)}; for a single domain pass int(domain)"
+            )
+        if num_domains is not None and domain.numel():
+            if domain.device.type == "cpu" and not torch.compiler.is_compiling():
+                lowest, highest = (int(bound) for bound in domain.aminmax())
+                if lowest < 0 or highest >= num_domains:
+                    raise InputError(
+                        f"{who}: domains must be from 0 to {num_domains - 1}, but go from {lowest} to {highest}"
+                    )
+            else:
+                in_range = ((domain >= 0) & (domain < num_domains)).all()
+                torch._assert_async(in_range, f"{who}: domains must be from 0 to {num_domains - 1}")
+    elif isinstance(domain, bool) or not isinstance(domain, int | torch.SymInt):
+        raise InputError(
+            f"{who}: a domain is a whole number, or an int64 tensor (N,) with one for each sample, not "
+            f"{type(domain).__name__}: {domain!r}"
+        )
+    elif domain < 0 or (num_domains is not None and domain >= num_domains):
+        allowed = "0 or more" if num_domains is None else f"from 0 to {num_domains - 1}"
+        raise InputError(f"{who}: the domain must be {allowed}, but is {domain}")
+
+
+def current_domain(who: str, x: Tensor, num_domains: int) -> Domain:
+    """The domain that :func:`use_domain` has set; in a graph, as a tensor with one number for each sample of ``x``.
+
+    Raises:
+        InputError: none is set, or it is out of range.
+    """
+    if torch.compiler.is_compiling():
+        vector: Tensor = torch.ops.precisebn.current_domain(x, num_domains, who)
+        return vector
+    domain = _current.get()
+    if domain is None:
+        repeated = (
+            " (This forward runs inside a backward, repeated by activation checkpointing: put backward() inside the "
+            "block too, or pass domain=.)"
+            if torch._C._current_graph_task_id() != -1
+            else ""
+        )
+        raise InputError(
+            f"{who}: of which domain is the input? Call it with domain=, on a list with one tensor for each domain, or "
+            f"inside a block `with use_domain(...)`.{repeated}"
+        )
+    check_domain(who, domain, num_domains)
+    return domain
+
+
+def _current_domain_of_samples(x: Tensor, num_domains: int, who: str) -> Tensor:
+    domain = current_domain(who, x, num_domains)
+    if not isinstance(domain, Tensor):
+        return torch.full((x.shape[0],), domain, device=x.device)
+    if domain.shape[0] != x.shape[0] or domain.device != x.device:
+        raise InputError(
+            f"{who}: use_domain has set {domain.shape[0]} domains on {domain.device}, but the input has {x.shape[0]} "
+            f"samples on {x.device}"
+        )
+    return domain.clone()  # an operator must not return what it was not given
+
+
+_library = torch.library.Library("precisebn", "FRAGMENT")
+_library.define("current_domain(Tensor x, int num_domains, str who) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("current_domain", _current_domain_of_samples, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "precisebn::current_domain", lambda x, num_domains, who: x.new_empty(x.shape[0], dtype=torch.int64)
+)
