@@ -117,6 +117,13 @@ class PopulationEstimator:
         """
         return self._slots[layer]
 
+    def slots(self, first: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for consecutive layers of C channels each: count ``(K,)``, mean and m2 ``(K, C)``."""
+        flat = _FlatMoments(self._current, self.layer_of_channel)
+        offset, channels = sum(self.num_channels[:first]), self.num_channels[first]
+        mean, m2 = (part.narrow(0, offset, number * channels).view(number, channels) for part in (flat.mean, flat.m2))
+        return flat.count.narrow(0, first, number), mean, m2
+
     def end_batch(self) -> None:
         """Close the current mini-batch and start the next from nothing."""
         self._waiting[self._num_waiting] = self._current

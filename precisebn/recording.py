@@ -5,6 +5,9 @@ of the layer's input, once, and writes the batch's own mean and variance into th
 then normalizes: the output is the one of training mode, while statistics are read from memory once and the layer's own
 buffers are not touched at all. When the recording ends, however it ends, everything is as it was before.
 
+The modules of :mod:`precisebn.nn` work out Moments themselves, and know best of what: they run in training mode and
+hand their Moments over. One with several populations has a slot for each.
+
 A subclass with a forward of its own may normalize something else than its input: part of it, another shape of it, or
 all ranks' together. Such a layer runs in training mode, and with momentum 1 leaves its batch statistics, rounded to its
 dtype, in the scratch buffers (which is how fvcore does it for all layers).
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -26,17 +29,25 @@ from precisebn import ops
 from precisebn._merge import merge
 from precisebn.errors import BatchFormatError, InputError, NonFiniteStatisticsError
 from precisebn.estimator import EstimatorName, PopulationEstimator
+from precisebn.moments import Moments
+from precisebn.nn._base import PopulationNorm, Recorder
+from precisebn.nn.cycle import CycleBatchNormList
+from precisebn.nn.frozen import FrozenNorm
 
 __all__ = ["RecordedLayer", "Recording", "buffers_kept"]
 
 
 class RecordedLayer(NamedTuple):
-    """A layer under recording: its name, its module and own statistics, and its slot in its device's estimator."""
+    """A population under recording: its layer and own statistics, and its slot in its device's estimator.
+
+    The name is the layer's; with a number, ``head.bn[2]``, where the layer has several populations.
+    """
 
     name: str
-    module: _BatchNorm
+    module: _NormBase
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor | None
     estimator: PopulationEstimator
     slot: int
 
@@ -51,19 +62,27 @@ class Recording(AbstractContextManager["Recording"]):
         kind: which statistics to estimate, see :class:`precisebn.estimator.PopulationEstimator`.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, _BatchNorm], kind: EstimatorName) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, _NormBase], kind: EstimatorName) -> None:
         self.model = model
         self.kind = kind
-        stats = {name: _running_stats(name, layer) for name, layer in layers.items()}
+        populations = {name: list(_populations(name, layer)) for name, layer in layers.items()}
         by_device: dict[torch.device, list[str]] = {}
-        for name, (mean, _) in stats.items():
-            by_device.setdefault(mean.device, []).append(name)
+        for name, slots in populations.items():
+            by_device.setdefault(slots[0].running_mean.device, []).append(name)
         self.estimators: list[PopulationEstimator] = []
         place: dict[str, tuple[PopulationEstimator, int]] = {}
         for device, names in by_device.items():
-            self.estimators.append(PopulationEstimator([stats[n][0].numel() for n in names], kind=kind, device=device))
-            place.update((name, (self.estimators[-1], slot)) for slot, name in enumerate(names))
-        self.layers = [RecordedLayer(name, layer, *stats[name], *place[name]) for name, layer in layers.items()]
+            sizes = [population.running_mean.numel() for name in names for population in populations[name]]
+            self.estimators.append(PopulationEstimator(sizes, kind=kind, device=device))
+            first = 0
+            for name in names:
+                place[name] = self.estimators[-1], first
+                first += len(populations[name])
+        self.layers = [
+            RecordedLayer(*population, place[name][0], place[name][1] + k)
+            for name, slots in populations.items()
+            for k, population in enumerate(slots)
+        ]
         self._written: set[str] = set()
         self._execution_order: dict[int, None] = {}
         self._undo = ExitStack()
@@ -74,8 +93,13 @@ class Recording(AbstractContextManager["Recording"]):
             stack.enter_context(_eager())
             stack.enter_context(_wrappers_aside(self.model))
             stack.enter_context(buffers_kept(self.model))
+            for cycle in (m for m in self.model.modules() if isinstance(m, CycleBatchNormList)):
+                stack.callback(setattr, cycle, "_pos", cycle._pos)
             for index, layer in enumerate(self.layers):
-                self._record(index, layer, stack)
+                if not isinstance(layer.module, PopulationNorm):
+                    self._record(index, layer, stack)
+                elif index == 0 or self.layers[index - 1].module is not layer.module:
+                    self._record_moments(index, layer.module, stack)
             self._undo = stack.pop_all()
         return self
 
@@ -86,7 +110,8 @@ class Recording(AbstractContextManager["Recording"]):
 
     def writes_statistics(self, layer: RecordedLayer) -> bool:
         """False for a layer whose own forward was never seen to write running statistics: nothing is known of it."""
-        return _normalizes_its_input(layer.module) or layer.name in self._written
+        known = isinstance(layer.module, PopulationNorm) or _normalizes_its_input(layer.module)
+        return known or layer.name in self._written
 
     @property
     def num_levels(self) -> int:
@@ -142,6 +167,36 @@ class Recording(AbstractContextManager["Recording"]):
             before, after = self._hooks_around(index, layer, scratch_mean, scratch_var)
             stack.callback(module.register_forward_pre_hook(before).remove)
             stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+
+    def _record_moments(self, index: int, module: PopulationNorm, stack: ExitStack) -> None:
+        """The same for a layer that hands over its Moments, whose populations are those from ``index`` on."""
+        stack.callback(setattr, module, "training", module.training)
+        module.training = True
+        module._recorder = self._recorder(index, module)
+        stack.callback(delattr, module, "_recorder")
+
+    def _recorder(self, index: int, module: PopulationNorm) -> Recorder:
+        layer, num_slots = self.layers[index], module.num_slots or 1
+        counts, means, m2s = layer.estimator.slots(layer.slot, num_slots)
+        order, averaging = self._execution_order, self.kind == "batch-mean"
+
+        def record(moments: Moments, slot: int | None) -> None:
+            first, last = (0, num_slots) if slot is None else (slot, slot + 1)
+            count, mean, m2 = counts[first:last], means[first:last], m2s[first:last]
+            new_count, new_mean, new_m2 = moments.count.reshape(-1), moments.mean.view_as(mean), moments.m2.view_as(m2)
+            if averaging and bool((new_count == 1).any()):
+                raise InputError(
+                    f"layer {layer.name!r} got one value per channel of a domain: it has no unbiased variance, which "
+                    "estimator='batch-mean' averages; use larger mini-batches or estimator='population'"
+                )
+            for k in range(first, last):
+                order.setdefault(index + k)
+            merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
+            mean.copy_(merged.mean)
+            m2.copy_(merged.m2)
+            count.add_(new_count)
+
+        return record
 
     def _hook(
         self, index: int, layer: RecordedLayer, batch_mean: Tensor, batch_var: Tensor
@@ -219,20 +274,34 @@ class Recording(AbstractContextManager["Recording"]):
 _TIMM_FORWARDS = ("BatchNormAct2d.forward", "SyncBatchNormAct.forward")
 
 
-def _normalizes_its_input(layer: _BatchNorm) -> bool:
+def _normalizes_its_input(layer: _NormBase) -> bool:
     """Whether a layer's forward is known to normalize the very tensor that it is called with."""
     forward = type(layer).forward
     return "forward" not in vars(layer) and (
-        forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, FrozenNorm.forward)
         or (forward.__module__ == "timm.layers.norm_act" and forward.__qualname__ in _TIMM_FORWARDS)
     )
 
 
-def _running_stats(name: str, layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    mean, var = layer.running_mean, layer.running_var
+class _Population(NamedTuple):
+    """The first fields of a RecordedLayer: what is known before there are estimators."""
+
+    name: str
+    module: _NormBase
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor | None
+
+
+def _populations(name: str, layer: _NormBase) -> Iterator[_Population]:
+    mean, var, tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
     if mean is None or var is None:
         raise InputError(f"layer {name!r} keeps no running statistics, so there is nothing to record for it")
-    return mean, var
+    if mean.dim() == 1:
+        yield _Population(name, layer, mean, var, tracked)
+        return
+    for k in range(len(mean)):
+        yield _Population(f"{name}[{k}]", layer, mean[k], var[k], None if tracked is None else tracked[k])
 
 
 def _eager() -> AbstractContextManager[Any]:

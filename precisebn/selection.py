@@ -4,13 +4,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from precisebn.errors import InputError
+from precisebn.nn._base import PopulationNorm
+from precisebn.nn.frozen import FrozenNorm
 
 __all__ = ["ModuleSelection", "find_bn", "get_bn_modules", "matching", "named_modules", "select_bn"]
+
+_KINDS = (_BatchNorm, PopulationNorm, FrozenNorm)
 
 ModuleSelection = str | nn.Module | Iterable[str | nn.Module]
 """``"training"``, ``"all"``, or modules, qualified names and glob patterns, one or several."""
@@ -21,39 +25,43 @@ _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 
 
 def get_bn_modules(model: nn.Module) -> list[nn.Module]:
-    """All BatchNorm layers of a model that are in training mode.
+    """All BatchNorm layers of a model that are in training mode and not frozen.
 
     Follows ``fvcore.nn.precise_bn.get_bn_modules``, and also finds subclasses such as timm's ``BatchNormAct2d`` and
-    ``LazyBatchNorm``. A layer used in several places is listed once.
+    ``LazyBatchNorm``, and the modules of :mod:`precisebn.nn`. A layer used in several places is listed once.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8).eval())
         >>> get_bn_modules(model) == [model[1]]
         True
     """
-    return [layer for layer in find_bn(model).values() if layer.training]
+    return list(select_bn(model, "training").values())
 
 
-def find_bn(model: nn.Module) -> dict[str, _BatchNorm]:
+def find_bn(model: nn.Module) -> dict[str, _NormBase]:
     """All BatchNorm layers by qualified name, in the order of ``named_modules``, without the names of wrappers."""
-    return {name: layer for name, layer in named_modules(model) if isinstance(layer, _BatchNorm)}
+    return {name: layer for name, layer in named_modules(model) if isinstance(layer, _KINDS)}
 
 
-def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _BatchNorm]:
+def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _NormBase]:
     """The BatchNorm layers that ``modules`` asks for, by qualified name and in the model's order.
 
     Args:
         model: where to look.
-        modules: ``"training"``: those in training mode; ``"all"``: all; otherwise one or several of: a BatchNorm layer
-            of the model, a module of it that contains some, a qualified name of either, or a glob pattern over
-            qualified names (``"backbone.*"``).
+        modules: ``"training"``: those in training mode; ``"all"``: all; neither takes frozen ones. Otherwise one or
+            several of: a BatchNorm layer of the model, a module of it that contains some, a qualified name of either,
+            or a glob pattern over qualified names (``"backbone.*"``); these take frozen ones too.
 
     Raises:
         InputError: something that selects no BatchNorm layer of this model; the message lists what there is.
     """
     found = find_bn(model)
     if isinstance(modules, str) and modules in ("training", "all"):
-        return {name: layer for name, layer in found.items() if modules == "all" or layer.training}
+        return {
+            name: layer
+            for name, layer in found.items()
+            if (modules == "all" or layer.training) and not isinstance(layer, FrozenNorm)
+        }
     if not isinstance(modules, str | nn.Module | Iterable):
         raise InputError(f"modules={modules!r} must be 'training', 'all', or modules, names and patterns")
     wanted = [modules] if isinstance(modules, str | nn.Module) else list(modules)
@@ -69,7 +77,7 @@ def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _BatchNor
     return {name: layer for name, layer in found.items() if name in chosen}
 
 
-def matching(item: object, found: Mapping[str, _BatchNorm], names: Mapping[str, nn.Module]) -> set[str]:
+def matching(item: object, found: Mapping[str, _NormBase], names: Mapping[str, nn.Module]) -> set[str]:
     """Names of the layers that one item of a selection stands for."""
     if isinstance(item, str):
         inside = set(names[item].modules()) if item in names else set()
@@ -83,7 +91,7 @@ def matching(item: object, found: Mapping[str, _BatchNorm], names: Mapping[str, 
     raise InputError(f"modules= takes modules, names and patterns, not {type(item).__name__}: {item!r}")
 
 
-def _nothing_selected(item: str | nn.Module, model: nn.Module, found: Mapping[str, _BatchNorm]) -> str:
+def _nothing_selected(item: str | nn.Module, model: nn.Module, found: Mapping[str, _NormBase]) -> str:
     shown = repr(item) if isinstance(item, str) else f"the {type(item).__name__} given"
     if not found:
         return f"modules={shown} selects nothing: {type(model).__name__} has no BatchNorm layer"

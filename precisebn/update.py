@@ -19,13 +19,14 @@ from typing import Any, Literal
 import torch
 import tqdm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from precisebn.batches import ForwardFn, call_model, common_device, move_to, num_samples
 from precisebn.distributed import ProcessGroup, Ranks, Tally
 from precisebn.errors import InputError, InsufficientDataError, NonFiniteStatisticsError, RankFailedError
 from precisebn.estimator import ESTIMATORS, MIN_BLOCKS, EstimatorName, Population
+from precisebn.nn.frozen import FrozenNorm
 from precisebn.recording import RecordedLayer, Recording, buffers_kept
 from precisebn.report import LayerReport, UpdateReport, largest
 from precisebn.selection import ModuleSelection, find_bn, select_bn
@@ -69,8 +70,9 @@ def update_bn_stats(
             tensor; anything else as it is.
         device: where mini-batches are moved to; by default, the device of the model's parameters if they share one.
         modules: ``"training"``: the BatchNorm layers in training mode; ``"all"``: all of them; or modules, qualified
-            names and glob patterns. Chosen layers normalize with batch statistics whatever their mode, all other
-            modules keep theirs: ``model.eval()`` and ``modules="all"`` recalibrates with dropout off.
+            names and glob patterns, which alone take frozen layers too. Chosen layers normalize with batch statistics
+            whatever their mode, all other modules keep theirs: ``model.eval()`` and ``modules="all"`` recalibrates with
+            dropout off.
         estimator: ``"population"``: mean and biased variance of all values together, exact also for mini-batches of
             different sizes (fvcore's default too); ``"batch-mean"``: plain averages of the mini-batches' means and
             unbiased variances.
@@ -230,12 +232,15 @@ class _Run:
         if not isinstance(self.data_loader, Iterable) and not hasattr(self.data_loader, "__getitem__"):
             raise InputError(f"data_loader must yield mini-batches; {type(self.data_loader).__name__} is not iterable")
 
-    def _choose_layers(self, batches: Iterator[Any]) -> tuple[dict[str, _BatchNorm], Iterator[Any]]:
+    def _choose_layers(self, batches: Iterator[Any]) -> tuple[dict[str, _NormBase], Iterator[Any]]:
         """The layers to recalibrate, initialized; and the mini-batches, none of them lost."""
         chosen = select_bn(self.model, self.modules)
         if any(is_lazy(tensor) for layer in find_bn(self.model).values() for tensor in _tensors(layer)):
             batches = self._initialize_lazy_modules(batches)
         layers = {}
+        for name, layer in find_bn(self.model).items():
+            if isinstance(layer, FrozenNorm) and name not in chosen:
+                self.skipped[name] = "it is frozen (name it in modules= to recalibrate it all the same)"
         for name, layer in chosen.items():
             if layer.running_mean is None or layer.running_var is None:
                 self.skipped[name] = "it keeps no running statistics (track_running_stats=False)"
@@ -264,11 +269,16 @@ class _Run:
                 layer.training = mode
         return itertools.chain([first], batches)
 
-    def _why_nothing_to_do(self, chosen: dict[str, _BatchNorm]) -> str:
+    def _why_nothing_to_do(self, chosen: dict[str, _NormBase]) -> str:
         kind = type(self.model).__name__
         found = find_bn(self.model)
         if chosen:
             return f"none of the {len(chosen)} BatchNorm layers chosen in {kind} keeps running statistics"
+        if found and all(isinstance(layer, FrozenNorm) for layer in found.values()):
+            return (
+                f"all {len(found)} BatchNorm layers of {kind} are frozen, so nothing was recalibrated; name them in "
+                "modules= to recalibrate them all the same"
+            )
         if found:
             return (
                 f"none of the {len(found)} BatchNorm layers of {kind} is in training mode, so nothing was "
@@ -279,8 +289,10 @@ class _Run:
             "BatchNorm has no statistics to update: recalibrate before such a conversion"
         )
 
-    def _agree_on_layers(self, ranks: Ranks, layers: dict[str, _BatchNorm]) -> None:
-        channels = {name: layer.num_features for name, layer in layers.items()}
+    def _agree_on_layers(self, ranks: Ranks, layers: dict[str, _NormBase]) -> None:
+        channels = {
+            name: 0 if layer.running_mean is None else layer.running_mean.numel() for name, layer in layers.items()
+        }
         # Ranks that check the tolerance at different steps would wait for each other for ever.
         arguments = (self.estimator, self.prior, self.tolerance, None if self.tolerance is None else self.num_iters)
         fingerprint = zlib.crc32(repr((channels, arguments)).encode())
@@ -503,7 +515,7 @@ def _write(changes: list[_Change]) -> None:
     for change in changes:
         targets += [change.layer.running_mean, change.layer.running_var]
         values += [change.new_mean, change.new_var]
-        tracked = change.layer.module.num_batches_tracked
+        tracked = change.layer.num_batches_tracked
         if tracked is not None:
             targets.append(tracked)
             values.append(tracked + change.num_batches)
