@@ -13,10 +13,10 @@ class BatchStatBN(PopulationNorm):
 
     .. math:: y = \frac{x - \mathrm{mean}_B}{\sqrt{\mathrm{var}_B + \epsilon}} \cdot \mathrm{weight} + \mathrm{bias}
 
-    over the batch B, whatever the mode ("Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3.3: such a model
-    has no gap between training and testing, but its output for a sample depends on the others in the batch). Running
-    statistics are updated in training as in :class:`torch.nn.BatchNorm2d`, and not used: they are there for the way
-    back.
+    over the batch B, whatever the mode ("Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 4, "mini-batch in
+    inference": such a model has no gap between training and testing, but its output for a sample depends on the others
+    in the batch). Running statistics are updated in training as in :class:`torch.nn.BatchNorm2d`, and not used: they
+    are there for the way back.
 
     Use it where the test batch resembles a training batch and may be seen as a whole: R-CNN's second stage, whose batch
     is the proposals of an image; GAN generators; adapting to a shifted domain at test time. Not where single samples

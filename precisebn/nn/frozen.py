@@ -116,10 +116,10 @@ class FrozenBatchNorm2d(FrozenNorm):
         y = \frac{x - \mathrm{running\_mean}}{\sqrt{\mathrm{running\_var} + \epsilon}}
             \cdot \mathrm{weight} + \mathrm{bias}
 
-    ("Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3.4; detectron2's and torchvision's
-    ``FrozenBatchNorm2d``). ``.train()`` changes nothing about it, and no optimizer reaches the statistics. Weight and
-    bias are fixed too, as buffers, or are parameters with ``trainable_affine=True``. With a fixed affine the input is
-    not kept for backward. Gradients flow through to the layers before.
+    ("Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 4, "population batch in training"; detectron2's and
+    torchvision's ``FrozenBatchNorm2d``). ``.train()`` changes nothing about it, and no optimizer reaches the
+    statistics. Weight and bias are fixed too, as buffers, or are parameters with ``trainable_affine=True``. With a
+    fixed affine the input is not kept for backward. Gradients flow through to the layers before.
 
     Use it to fine-tune a pre-trained network with batches too small for good statistics (detection, segmentation), or
     for the last part of a training, when the statistics should stand still as they will in testing. Not from scratch:

@@ -19,7 +19,7 @@ class GhostBN(PopulationNorm):
     .. math:: y_i = \frac{x_i - \mathrm{mean}_g}{\sqrt{\mathrm{var}_g + \epsilon}} \cdot \mathrm{weight} + \mathrm{bias}
 
     (Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", arXiv 1705.08741, algorithm 1; "Rethinking 'Batch'
-    in BatchNorm", arXiv 2105.07576, section 2 and 5.1 on the normalization batch size.) The running statistics are
+    in BatchNorm", arXiv 2105.07576, section 4, on the normalization batch size.) The running statistics are
     those of the whole mini-batch, the Moments of all ghost batches merged, and are updated once a forward. (Hoffer et
     al. update them ghost batch by ghost batch, which weighs the last ones most, and average variances within ghost
     batches, which leaves out what lies between them.) At test time it is plain batch normalization.
