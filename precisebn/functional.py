@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from precisebn import ops
 from precisebn._merge import merge, merge_rows
@@ -340,7 +341,8 @@ def frozen_batch_norm(
 
     ``torch.nn.functional.batch_norm(..., training=False)``, in one pass over memory forward and, where only ``x`` needs
     a gradient, one backward that does not need ``x``. In a graph (torch.compile, torch.export) it is plain arithmetic,
-    so that compilers fuse it with what stands beside it. Differentiable, twice, in x, weight and bias.
+    so that compilers fuse it with what stands beside it; under torch.func and in forward-mode derivatives too.
+    Differentiable, twice, in x, weight and bias.
 
     Args:
         x: ``(N, C, *)``.
@@ -362,9 +364,9 @@ def frozen_batch_norm(
         >>> frozen_batch_norm(torch.tensor([[5.0]]), torch.tensor([1.0]), torch.tensor([4.0]), eps=0.0)
         tensor([[2.]])
     """
-    if torch.compiler.is_compiling():
-        return _plain_affine(x, *_scale_and_shift(x, mean, var, weight, bias, eps), group)
     _check_frozen(x, mean, var, weight, bias, group)
+    if torch.compiler.is_compiling() or _is_transformed():
+        return _plain(x, mean, var, weight, bias, eps, group)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         y: Tensor = _FrozenBatchNorm.apply(x, mean, var, weight, bias, eps, group)  # type: ignore[no-untyped-call]
         return y
@@ -389,10 +391,8 @@ def _check_frozen(
             raise InputError(f"frozen_batch_norm: {name} is on {value.device}, but x on {x.device}")
         if value.dim() == 2:
             if group is None or rows not in (1, value.shape[0]):
-                raise InputError(
-                    f"frozen_batch_norm: {name} {tuple(value.shape)} has {value.shape[0]} groups, "
-                    + ("but group is not given" if group is None else f"others have {rows}")
-                )
+                but = "but group is not given" if group is None else f"others have {rows}"
+                raise InputError(f"frozen_batch_norm: {name} {tuple(value.shape)} has {value.shape[0]} groups, {but}")
             rows = value.shape[0]
     ops.check_input("frozen_batch_norm", x, group if rows > 1 else None, rows)
 
@@ -419,11 +419,29 @@ def _rows(scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return (scale.expand_as(shift), shift) if shift.dim() == 2 else (scale.unsqueeze(0), shift.unsqueeze(0))
 
 
-def _plain_affine(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None) -> Tensor:
-    """``scale * x + shift`` in terms that every compiler knows."""
-    shape = (-1, x.shape[1], *(1 for _ in x.shape[2:]))
-    scale, shift = ((t[group] if group is not None and t.dim() == 2 else t).reshape(shape) for t in (scale, shift))
-    return _cast(_cast(x, scale.dtype) * scale + shift, x.dtype)
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which know torch's own operators alone."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _plain(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Tensor | None
+) -> Tensor:
+    """The same in terms that every compiler and transformation knows."""
+
+    def per_sample(t: Tensor) -> Tensor:
+        rows = t[group] if group is not None and t.dim() == 2 else t
+        return rows.reshape(-1, x.shape[1], *(1 for _ in x.shape[2:]))
+
+    scale, shift = _scale_and_shift(x, mean, var, weight, bias, eps)
+    y = _cast(x, scale.dtype)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        # Of scale * x + shift, the gradient of weight would be the difference of two sums that cancel.
+        y = (y - per_sample(_cast(mean, scale.dtype))) * per_sample(scale)
+        y = y if bias is None else y + per_sample(_cast(bias, scale.dtype))
+    else:
+        y = y * per_sample(scale) + per_sample(shift)
+    return _cast(y, x.dtype)
 
 
 class _FrozenBatchNorm(torch.autograd.Function):

@@ -138,7 +138,8 @@ class PopulationNorm(_NormBase):
         """Let a checkpoint with one set of statistics, or of weights, fill every slot."""
         for name, own in (*self._parameters.items(), *self._buffers.items()):
             value = state_dict.get(prefix + name)
-            if own is not None and isinstance(value, Tensor) and value.shape == own.shape[1:]:
+            single = () if name == "num_batches_tracked" else (self.num_features,)
+            if own is not None and isinstance(value, Tensor) and own.shape[1:] == single == value.shape:
                 state_dict[prefix + name] = value.expand(own.shape).clone()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 

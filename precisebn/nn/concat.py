@@ -5,6 +5,7 @@ from typing import overload
 
 from torch import Tensor
 
+from precisebn.errors import InputError
 from precisebn.functional import batch_norm
 from precisebn.nn._base import PopulationNorm
 
@@ -57,6 +58,8 @@ class ConcatSharedBN(PopulationNorm):
     def forward(self, xs: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Normalize tensors together: in training by their common statistics, at test time by the running ones."""
         single = isinstance(xs, Tensor)
+        if not isinstance(xs, Tensor | Sequence):
+            raise InputError(f"{self._shown()} takes a tensor or a list of tensors, got {type(xs).__name__}")
         tensors = [self.check(x) for x in ([xs] if single else xs)]
         if self.uses_batch_statistics:
             ys, moments = batch_norm(tensors, self.weight, self.bias, eps=self.eps)

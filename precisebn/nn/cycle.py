@@ -96,11 +96,9 @@ class CycleBatchNormList(nn.Module):
                 "calls; call it on every domain, in order, every time, and reset() after an exception"
             )
         repeated = in_backward()
-        if repeated and not self.training:
-            raise CycleError(
-                f"{self._shown()} in evaluation mode is called inside a backward, where activation checkpointing "
-                "repeats forwards in another order: which statistics to use is unknown. Do without checkpointing there"
-            )
+        if repeated:
+            self._check_finished()
+            self._check_repeatable()
         y = self._normalize(self[0 if repeated else self._pos], x, repeated)
         if not repeated:
             self._pos = (self._pos + 1) % self.length
@@ -142,7 +140,21 @@ class CycleBatchNormList(nn.Module):
             update_running_statistics(moments, mean, var, tracked, member.momentum)
         return y
 
-    def _check_finished(self, grad: Tensor) -> None:
+    def _check_repeatable(self) -> None:
+        """Raise where it matters which call of the cycle activation checkpointing repeats: that cannot be known."""
+        for member in self:
+            if not _is_plain(member):
+                what = "with hooks on a BatchNorm, or a bn_class with a forward of its own,"
+            elif not member.training and member.running_mean is not None:
+                what = "in evaluation mode"
+            else:
+                continue
+            raise CycleError(
+                f"{self._shown()} {what} is called inside a backward, where activation checkpointing repeats forwards "
+                "in another order: which BatchNorm to use is unknown. Do without checkpointing there"
+            )
+
+    def _check_finished(self, grad: Tensor | None = None) -> None:
         if self._pos:
             raise CycleError(
                 f"a backward has begun after {self._pos} of {self.length} calls of {self._shown()} in a cycle; call it "
@@ -201,6 +213,7 @@ def one_cycle(model: nn.Module) -> Iterator[None]:
 
 def _is_plain(member: nn.Module) -> bool:
     """Whether calling a member would do nothing but torch's batch normalization: no own forward, no hooks."""
-    return type(member).forward is _BatchNorm.forward and not (
+    own_forward = type(member).forward is not _BatchNorm.forward or "forward" in vars(member)
+    return not own_forward and not (
         member._forward_hooks or member._forward_pre_hooks or member._backward_hooks or member._backward_pre_hooks
     )

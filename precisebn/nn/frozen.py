@@ -83,8 +83,8 @@ class FrozenNorm(_NormBase):
             and version in (None, 1)
         ):
             weight = state_dict[prefix + "weight"]
-            state_dict[mean] = torch.zeros_like(weight)
-            state_dict[var] = torch.full_like(weight, 1.0 - self.eps)
+            state_dict[mean] = torch.zeros_like(weight, dtype=self.running_mean.dtype)
+            state_dict[var] = torch.full_like(weight, 1.0 - self.eps, dtype=self.running_var.dtype)
         elif version == 2 and tracked not in state_dict and var in state_dict:
             state_dict[var] = state_dict[var] - self.eps
         if var in state_dict and tracked not in state_dict:

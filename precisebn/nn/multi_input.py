@@ -42,7 +42,7 @@ class MultiInputSequential(nn.Sequential):
         if not isinstance(xs, Sequence) or not all(isinstance(x, Tensor) for x in xs):
             raise InputError(f"MultiInputSequential takes a tensor or a list of tensors, got {type(xs).__name__}")
         ys = list(xs)
-        for name, layer in self.named_children():
+        for name, layer in self._modules.items():  # also those that stand in it twice, unlike named_children
             if isinstance(layer, _TAKE_LISTS):
                 ys = layer(ys)
                 continue

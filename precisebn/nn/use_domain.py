@@ -120,7 +120,11 @@ def _current_domain_of_samples(x: Tensor, num_domains: int, who: str) -> Tensor:
 
 
 _library = torch.library.Library("precisebn", "FRAGMENT")
-_library.define("current_domain(Tensor x, int num_domains, str who) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "current_domain(Tensor x, int num_domains, str who) -> Tensor",
+    # A CUDA graph would replay the domain of its recording.
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
+)
 _library.impl("current_domain", _current_domain_of_samples, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "precisebn::current_domain", lambda x, num_domains, who: x.new_empty(x.shape[0], dtype=torch.int64)
