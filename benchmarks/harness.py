@@ -1,18 +1,12 @@
-"""What every benchmark shares: interleaved timing, the machine, goals, tables, plots and the results file.
+"""What every benchmark shares beside timing: the machine, goals, tables, results, and the page that shows them."""
 
-A figure is only comparable with one taken beside it, so the contestants of one row run in turns, round by round, and
-a ratio is taken within a round; what is reported is the median over rounds, with the quartiles.
-"""
-
+import importlib
 import json
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,78 +14,26 @@ from rich.console import Console
 from rich.table import Table
 
 import precisebn.ops
+from benchmarks.inputs import cache_bytes
+from benchmarks.timing import clock
 
 RESULTS = Path(__file__).with_name("results")
+DEVICES = ("cpu", "cuda")
 Result = dict[str, Any]
 """``{"name": str, "rows": [dict, ...], "summary": dict}``; goals lie in ``summary["goals"]``, see :func:`goal`."""
 
 
-# ---- Timing -------------------------------------------------------------------------------------------------------
-
-
-def clock() -> str:
-    """Which clock contestants are timed by: ``"CPU time"`` with one thread, ``"wall time"`` with several.
-
-    On an idle machine they agree for one thread, and CPU time is not disturbed by what else runs. With several threads
-    it would count the waiting of threads for each other as work.
-    """
-    return "CPU time" if torch.get_num_threads() == 1 else "wall time"
-
-
-def now() -> float:
-    """Seconds by :func:`clock`, for differences."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def interleave(
-    contestants: Mapping[str, Callable[[], float]], rounds: int, budget: float = float("inf"), least: int = 3
-) -> dict[str, list[float]]:
-    """Let contestants measure themselves in turns, the order rotating from round to round, after one warm-up round.
-
-    Args:
-        contestants: each does its work once and returns how long that took.
-        rounds: how many rounds, at most.
-        budget: seconds after which no further round starts.
-        least: how many rounds there are whatever the budget.
-    """
-    names = list(contestants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    deadline = time.perf_counter() + budget
-    for name in names:
-        contestants[name]()
-    for turn in range(rounds):
-        if turn >= least and time.perf_counter() > deadline:
-            break
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
-            times[name].append(contestants[name]())
-    return times
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, mid, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, mid, high
-
-
-def ratios(slower: Iterable[float], faster: Iterable[float]) -> list[float]:
-    """How many times as fast the second is, round by round."""
-    return [a / b for a, b in zip(slower, faster, strict=True)]
-
-
-# ---- The machine, and peers that need help to be imported -----------------------------------------------------------
+# ---- The machine ----------------------------------------------------------------------------------------------------
 
 
 def machine(device: str) -> dict[str, Any]:
     """Where and when a result was taken, as far as it bears on the figures."""
-    return {
+    found = {
         "device": device,
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "clock": clock(),
+        "clock": clock(device),
         "wait policy": os.environ.get("OMP_WAIT_POLICY", "default").lower(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
@@ -99,12 +41,22 @@ def machine(device: str) -> dict[str, Any]:
         "precisebn": str(precisebn.ops.backend()),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+            f"{properties.multi_processor_count} multiprocessors, {cache_bytes(device) / 1e6:.0f} MB of L2",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
 
 
 def describe(machine: Mapping[str, Any]) -> str:
     """One line about a machine."""
+    gpu = f"{machine['gpu']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}, " if "gpu" in machine else ""
     return (
-        f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']} with "
+        f"{machine['date']}, {gpu}{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']} with "
         f"{machine['threads']} threads (OpenMP wait policy {machine['wait policy']}), {machine['clock']}, "
         f"load average {machine['load']} at the start, precisebn on {machine['precisebn']}"
     )
@@ -117,26 +69,6 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def torchvision_models() -> ModuleType:
-    """``torchvision.models``, also beside a CPU build of torch for which torchvision has no compiled operators.
-
-    torchvision registers fake kernels for its own operators when it is imported, and fails where they do not exist.
-    """
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
-        _kept.append(library)
-        import torchvision
-    models: ModuleType = torchvision.models
-    return models
-
-
-_kept: list[torch.library.Library] = []  # a Library takes its operators along when it is collected
 
 
 # ---- Goals and tables -----------------------------------------------------------------------------------------------
@@ -215,22 +147,46 @@ def goals_of(results: Mapping[str, Result]) -> list[dict[str, Any]]:
     ]
 
 
-def refresh_readme(device: str) -> None:
-    """Rewrite the part of README.md that shows the results of a device."""
-    page = RESULTS.parent / "README.md"
+def refresh_readme() -> None:
+    """Rewrite the parts of README.md that show the latest results of each device."""
+    path = RESULTS.parent / "README.md"
+    text = path.read_text()
+    for device in DEVICES:
+        begin, end = f"<!-- begin {device} results -->", f"<!-- end {device} results -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{path} has no part between {begin!r} and {end!r}")
+        text = "\n\n".join([before + begin, *_shown(device), end + after])
+    path.write_text(text)
+
+
+def _shown(device: str) -> list[str]:
     results = load_results(RESULTS / f"{device}.json")
-    begin, end = f"<!-- begin {device} results -->", f"<!-- end {device} results -->"
-    before, _, rest = page.read_text().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{page} has no part between {begin!r} and {end!r}")
-    parts = ["### Goals", markdown_table(goals_of(results))]
+    if not results:
+        return [f"Not run yet: there is no results/{device}.json."]
+    parts = ["#### Goals", markdown_table(goals_of(results))]
     for name, result in results.items():
-        parts += [f"### {name}", markdown_table(result["rows"]), describe(result["machine"])]
+        parts.append(f"#### {name}")
+        for title, rows in tables_of(name, result).items():
+            parts += [f"{title}:", markdown_table(rows)] if title else [markdown_table(rows)]
+        parts += [f"{key}: {format_value(value)}" for key, value in notes_of(result)]
+        parts.append(describe(result["machine"]))
         plot = RESULTS / f"{device}-{name}.png"
         if plot.exists():
             parts.append(f"![{name}](results/{plot.name})")
-    page.write_text("\n\n".join([before + begin, *parts, end + after]))
+    return parts
+
+
+def tables_of(name: str, result: Result) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """The tables for the page, by title: those that the benchmark makes of its result, or else its rows."""
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    return benchmark.page(result) if hasattr(benchmark, "page") else {"": result["rows"]}
+
+
+def notes_of(result: Result) -> list[tuple[str, Any]]:
+    """What a summary says besides goals."""
+    return [(key, value) for key, value in result["summary"].items() if key != "goals" and value != ""]
 
 
 def _plain(value: Any) -> Any:

@@ -69,7 +69,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# ---- Memory to take tensors from --------------------------------------------------------------------------------------
+# ---- Memory to take tensors from ------------------------------------------------------------------------------------
 
 
 def cache_bytes(device: str) -> int:
@@ -82,7 +82,7 @@ def cache_bytes(device: str) -> int:
 
 
 def random_pool(settings: list[Setting], device: str, quick: bool = False) -> Tensor:
-    """Normal values of mean 1 for all these settings, which have one dtype; if ``quick``, no more than the cache holds."""
+    """Normal values of mean 1 for all these settings, which have one dtype; if ``quick``, within the cache."""
     cache = cache_bytes(device) // (16 if quick else 1)
     dtype = settings[0].dtype
     length = 3 * max(cache, *(setting.bytes for setting in settings)) // dtype.itemsize
@@ -90,7 +90,7 @@ def random_pool(settings: list[Setting], device: str, quick: bool = False) -> Te
 
 
 class Pair(NamedTuple):
-    """Two tensors of a setting, as input and gradient; ``raw_`` is their memory taken as a vector of float32."""
+    """Two tensors of a setting, as input and gradient; ``raw_`` is their memory as a vector, of float32 at least."""
 
     x: Tensor
     dy: Tensor
@@ -103,7 +103,7 @@ def pairs(setting: Setting, pool: Tensor) -> list[Pair]:
     size = math.prod(setting.shape)
     step = math.ceil(size / _ALIGNMENT) * _ALIGNMENT
     pieces = [pool[start : start + size] for start in range(0, len(pool) - size + 1, step)]
-    views = [(laid_out(piece, setting), _as_float32(piece)) for piece in pieces]
+    views = [(laid_out(piece, setting), _raw(piece)) for piece in pieces]
     half = len(views) // 2
     partners = views[half:] + views[:half]
     return [Pair(x, dy, raw_x, raw_dy) for (x, raw_x), (dy, raw_dy) in zip(views, partners, strict=True)]
@@ -117,9 +117,9 @@ def laid_out(values: Tensor, setting: Setting) -> Tensor:
     return values.view(first, *rest, channels).movedim(-1, 1)
 
 
-def _as_float32(values: Tensor) -> Tensor:
-    even = len(values) * values.dtype.itemsize // 4 * 4 // values.dtype.itemsize
-    return values[:even].view(torch.float32)
+def _raw(values: Tensor) -> Tensor:
+    """The same memory as float32 where the dtype is narrower: what converts nothing shows the memory's speed."""
+    return values if values.dtype.itemsize >= 4 else values[: len(values) // 2 * 2].view(torch.float32)
 
 
 _ALIGNMENT = 64  # values: every tensor of a pool begins at a multiple of at least 128 bytes

@@ -40,7 +40,7 @@ def _help_torchvision() -> None:
     except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept.append(library)
 
 
@@ -56,8 +56,27 @@ def batch_norm_peers(channels: int, layout: str, device: str) -> dict[str, Calla
     return found
 
 
+def right_ones(
+    layers: dict[str, Callable[[Tensor], Tensor]], x: Tensor, tolerance: float
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str]]:
+    """Those layers that normalize x as they should, and why the others do not take part."""
+    right, failed = {}, {}
+    truth = nn.functional.batch_norm(x.detach().double(), None, None, training=True)
+    for name, layer in layers.items():
+        try:
+            error = float((layer(x).detach().double() - truth).abs().max())
+        except RuntimeError as reason:
+            failed[name] = str(reason).splitlines()[0]
+            continue
+        if error <= tolerance:
+            right[name] = layer
+        else:
+            failed[name] = f"off by {error:.1g}"
+    return right, failed
+
+
 def _apex(apex: ModuleType, channels: int, layout: str) -> Callable[[Tensor], Tensor]:
-    """apex's layer on one rank; its channel_last takes (N, H, W, C)."""
+    """The layer of apex on one rank; its channel_last takes (N, H, W, C)."""
     if layout == "contiguous":
         layer: nn.Module = apex.SyncBatchNorm(channels).cuda()
         return layer

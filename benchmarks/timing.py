@@ -6,6 +6,7 @@ a ratio is taken within a round; what is reported is the median over rounds, wit
 
 import itertools
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -28,12 +29,12 @@ def clock(device: str = "cpu") -> str:
     it would count the waiting of threads for each other as work.
     """
     if device == "cuda":
-        return "CUDA events"
+        return "CUDA events (update: wall time)"
     return "CPU time" if torch.get_num_threads() == 1 else "wall time"
 
 
 def now(device: str = "cpu") -> float:
-    """Seconds, for differences: by :func:`clock` on the CPU; on CUDA wall time once the device has done all its work."""
+    """Seconds, for differences: by :func:`clock` on the CPU; on CUDA wall time when the device has done its work."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -46,7 +47,9 @@ def now(device: str = "cpu") -> float:
 def interleave(
     contestants: Mapping[str, Callable[[], float]], rounds: int, budget: float = float("inf"), least: int = 3
 ) -> Times:
-    """Let contestants measure themselves in turns, the order rotating from round to round, after one warm-up round.
+    """Let contestants measure themselves in turns, after one warm-up round.
+
+    Every round has another order: what the allocator and the caches hold depends on who came before.
 
     Args:
         contestants: each does its work once and returns how long that took.
@@ -62,14 +65,18 @@ def interleave(
     for turn in range(rounds):
         if turn >= least and time.perf_counter() > deadline:
             break
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
+        for name in random.Random(turn).sample(names, len(names)):
             times[name].append(contestants[name]())
     return times
 
 
 def measure(
-    contestants: Mapping[str, Work], feed: Iterable[tuple[Any, ...]], device: str, rounds: int, budget: float, calls: int
+    contestants: Mapping[str, Work],
+    feed: Iterable[tuple[Any, ...]],
+    device: str,
+    rounds: int,
+    budget: float,
+    calls: int,
 ) -> Times:
     """Time what each contestant takes for one call, in turns.
 
@@ -131,7 +138,7 @@ class _OnCuda:
         end.record()
         torch.cuda.synchronize()
         del kept
-        return begin.elapsed_time(end) / 1e3 / self.calls
+        return float(begin.elapsed_time(end)) / 1e3 / self.calls
 
     def _enqueue(self) -> list[Any]:
         return [self.work(*arguments) for arguments in itertools.islice(self.feed, self.calls)]

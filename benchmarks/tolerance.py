@@ -61,7 +61,7 @@ class Recalibration:
     """In percent."""
 
 
-def run(quick: bool = False) -> Result:
+def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")) -> Result:
     """Test error, samples used and standard errors, by kind of statistics; means over seeds and shuffles."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # 8x8 images keep one thread busy, and the figures do not depend on the machine's cores

@@ -1,27 +1,38 @@
 """What does a recalibration cost? ``update_bn_stats`` against fvcore, swa_utils and the plain train-mode forward.
 
 Everyone runs the same model, with the same weights, on the same mini-batch; set-up and finishing are not counted: an
-iteration lasts from one request for a mini-batch to the next. bfloat16 is autocast with float32 weights.
+iteration lasts from one request for a mini-batch to the next. "bfloat16" is autocast with float32 weights; "bfloat16
+weights" is a model converted to it. On CUDA two columns say where time beyond the plain forward goes: how many more
+kernels, copies and fills are launched for each layer, and how much longer the host takes for it (the GPU not waited
+for).
 """
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from fvcore.nn import update_bn_stats as fvcore_update_bn_stats  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torch.profiler import ProfilerActivity, profile
 
 import precisebn
-from benchmarks.harness import Result, goal, interleave, now, quartiles, ratios, torchvision_models
+from benchmarks.harness import Result, goal
+from benchmarks.peers import installed, missing
+from benchmarks.timing import in_time, interleave, now, quartiles, ratios
+
+__all__ = ["plot", "run"]
 
 PEERS = ("fvcore", "swa_utils", "forward")
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 MAX_ERROR = 1e-6  # of each layer's statistics: two roundings of float32 buffers, 6e-8 each, and room for the kernel
+MAX_ERROR_BFLOAT16 = 1e-2  # of buffers that are bfloat16 themselves: two roundings of 2e-3 each
+
+Update = Callable[[nn.Module, "Stopwatch"], object]
 
 
 @dataclass(frozen=True)
@@ -36,19 +47,33 @@ class Setting:
     rounds: int
     budget: float
     iterations: int = 1
-
-    @property
-    def title(self) -> str:
-        """Short name."""
-        return f"{self.model} {self.layout} {self.dtype}"
+    device: str = "cpu"
 
     def autocast(self) -> torch.autocast:
         """The context that everything of this setting runs in."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16")
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def weights(self) -> torch.dtype:
+        """The dtype of parameters, buffers and images."""
+        return torch.bfloat16 if self.dtype == "bfloat16 weights" else torch.float32
 
 
-def settings(quick: bool) -> Iterator[Setting]:
-    """Every row: float32 at 224 x 224 as in practice, bfloat16 smaller, since few CPUs have instructions for it."""
+def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")) -> Result:
+    """Time of an iteration, and how many times as fast as its peers ``precisebn`` is."""
+    needed = missing(["torchvision"])
+    chosen = [] if needed else list(_cuda_settings(quick) if device == "cuda" else _cpu_settings(quick))
+    rows = [_row(setting) for setting in in_time(chosen, deadline)]
+    summary = {
+        "goals": _cuda_goals(rows) if device == "cuda" else _cpu_goals(rows),
+        "rows left out for lack of time": len(chosen) - len(rows),
+        "peers": missing(["fvcore"]),
+        "models": needed,
+    }
+    return {"name": "update", "rows": rows, "summary": summary}
+
+
+def _cpu_settings(quick: bool) -> Iterator[Setting]:
+    """float32 at 224 x 224 as in practice, bfloat16 smaller, since few CPUs have instructions for it."""
     models = ("resnet18", "mobilenet_v2") if quick else ("resnet50", "resnet18", "mobilenet_v2")
     for dtype, model, layout in itertools.product(("float32", "bfloat16"), models, LAYOUTS):
         if quick:
@@ -61,14 +86,41 @@ def settings(quick: bool) -> Iterator[Setting]:
             )
 
 
-def run(quick: bool = False) -> Result:
-    """Time of an iteration, and how many times as fast as its peers ``precisebn`` is."""
-    rows = [_row(setting) for setting in settings(quick)]
-    resnet50 = [row["x fvcore"] for row in rows if row["model"] == "resnet50" and row["dtype"] == "float32"]
-    goals = [goal("update_bn_stats, the slowest row: x fvcore", min(row["x fvcore"] for row in rows), at_least=1.0)]
-    for layout, ratio in zip(LAYOUTS, resnet50, strict=False):
-        goals.insert(-1, goal(f"update_bn_stats, ResNet-50 float32 {layout}: x fvcore", ratio, at_least=1.15))
-    return {"name": "update", "rows": rows, "summary": {"goals": goals}}
+def _cuda_settings(quick: bool) -> Iterator[Setting]:
+    """The row that the goals are for first."""
+    rows = [
+        ("resnet50", "NHWC", "bfloat16 weights"),
+        ("resnet50", "NHWC", "bfloat16"),
+        ("resnet50", "NCHW", "float32"),
+        ("mobilenet_v2", "NHWC", "bfloat16"),
+    ]
+    for model, layout, dtype in rows[:2] if quick else rows:
+        size, rounds, iterations = (64, 3, 3) if quick else (224, 11, 20)
+        yield Setting(model, layout, dtype, 32, size, rounds, budget=12.0, iterations=iterations, device="cuda")
+
+
+def _cpu_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    mine = [row for row in rows if "x fvcore" in row]
+    goals = [
+        goal(f"update_bn_stats, ResNet-50 float32 {row['layout']}: x fvcore", row["x fvcore"], at_least=1.15)
+        for row in mine
+        if (row["model"], row["dtype"]) == ("resnet50", "float32")
+    ]
+    if mine:
+        slowest = min(row["x fvcore"] for row in mine)
+        goals.append(goal("update_bn_stats, the slowest row: x fvcore", slowest, at_least=1.0))
+    return goals
+
+
+def _cuda_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    goals = []
+    for row in rows:
+        if row["model"] == "resnet50" and row["dtype"].startswith("bfloat16"):
+            what = f"update_bn_stats, ResNet-50 {row['dtype']} {row['layout']} batch 32"
+            goals.append(goal(f"{what}: time over that of the plain forward", 1 / row["x forward"], at_most=1.03))
+            if "x fvcore" in row:
+                goals.append(goal(f"{what}: x fvcore", row["x fvcore"], at_least=1.3))
+    return goals
 
 
 def plot(result: Result, path: Path) -> None:
@@ -77,7 +129,7 @@ def plot(result: Result, path: Path) -> None:
 
     rows = result["rows"]
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
-    for i, peer in enumerate(PEERS):
+    for i, peer in enumerate(peer for peer in PEERS if peer in rows[0]["_quartiles"]):
         position = [j + (i - 1) * 0.25 for j in range(len(rows))]
         middle = [row[f"x {peer}"] for row in rows]
         quarter = [row["_quartiles"][peer] for row in rows]
@@ -98,53 +150,56 @@ class Stopwatch:
     """A loader of equal mini-batches that measures the time between requests for them.
 
     One tiny mini-batch more ends the last measurement, so that neither set-up nor finishing is in it.
+
+    Args:
+        batch: the mini-batch.
+        iterations: how many times it comes.
+        clock: seconds.
     """
 
-    def __init__(self, batch: Tensor, iterations: int) -> None:
+    def __init__(self, batch: Tensor, iterations: int, clock: Callable[[], float]) -> None:
         self.batch = batch
         self.last = batch[:2, :, :64, :64].contiguous(memory_format=_format_of(batch))
         self.iterations = iterations
+        self.clock = clock
         self.elapsed = 0.0  # seconds per iteration
 
     def __len__(self) -> int:
         return self.iterations + 1
 
     def __iter__(self) -> Iterator[Tensor]:
-        start = now()
+        start = self.clock()
         for _ in range(self.iterations):
             yield self.batch
-        self.elapsed = (now() - start) / self.iterations
+        self.elapsed = (self.clock() - start) / self.iterations
         yield self.last
 
 
 def _row(setting: Setting) -> dict[str, Any]:
     torch.manual_seed(0)
+    models = installed("torchvision.models")
+    assert models is not None
     layout = LAYOUTS[setting.layout]
-    model = getattr(torchvision_models(), setting.model)().train().to(memory_format=layout)
-    batch = torch.randn(setting.batch, 3, setting.size, setting.size).contiguous(memory_format=layout)
+    model = getattr(models, setting.model)().train().to(setting.device, setting.weights(), memory_format=layout)
+    batch = torch.randn(setting.batch, 3, setting.size, setting.size)
+    batch = batch.to(setting.device, setting.weights(), memory_format=layout)
 
-    def contestant(update: Callable[[nn.Module, Stopwatch], object]) -> Callable[[], float]:
+    def contestant(update: Update) -> Callable[[], float]:
         def measure() -> float:
-            loader = Stopwatch(batch, setting.iterations)
+            loader = Stopwatch(batch, setting.iterations, lambda: now(setting.device))
             update(model, loader)
             return loader.elapsed
 
         return measure
 
+    updates = _updates()
     with setting.autocast():
         error = _largest_error(model, batch)
-        times = interleave(
-            {
-                "precisebn": contestant(lambda model, loader: precisebn.update_bn_stats(model, loader, len(loader))),
-                "fvcore": contestant(lambda model, loader: fvcore_update_bn_stats(model, loader, len(loader))),
-                "swa_utils": contestant(lambda model, loader: update_bn(loader, model)),
-                "forward": contestant(_forward),
-            },
-            setting.rounds,
-            setting.budget,
-        )
+        times = interleave({name: contestant(u) for name, u in updates.items()}, setting.rounds, setting.budget)
+        details = _beyond_forward(updates, model, batch) if setting.device == "cuda" else {}
     own = times["precisebn"]
-    against = {peer: quartiles(ratios(times[peer], own)) for peer in PEERS}
+    against = {peer: quartiles(ratios(times[peer], own)) for peer in PEERS if peer in times}
+    closest = "fvcore" if "fvcore" in against else "forward"
     return {
         "model": setting.model,
         "layout": setting.layout,
@@ -152,18 +207,76 @@ def _row(setting: Setting) -> dict[str, Any]:
         "batch": f"{setting.batch} x {setting.size}^2",
         "rounds": len(own),
         "ms": quartiles(own)[1] * 1e3,
-        **{f"x {peer}": against[peer][1] for peer in PEERS},
-        "x fvcore, quartiles": [against["fvcore"][0], against["fvcore"][2]],
+        **{f"x {peer}": against[peer][1] for peer in against},
+        f"x {closest}, quartiles": [against[closest][0], against[closest][2]],
+        **details,
         "error": error,
         "_quartiles": against,
         "_seconds": times,
     }
 
 
+def _updates() -> dict[str, Update]:
+    """Everyone who takes part, under autocast or not."""
+    found: dict[str, Update] = {
+        "precisebn": lambda model, loader: precisebn.update_bn_stats(model, loader, len(loader)),
+        "swa_utils": lambda model, loader: update_bn(loader, model),
+        "forward": _forward,
+    }
+    fvcore = installed("fvcore.nn")
+    if fvcore is not None:
+        found["fvcore"] = lambda model, loader: fvcore.update_bn_stats(model, loader, len(loader))
+    return found
+
+
 def _forward(model: nn.Module, loader: Stopwatch) -> None:
     with torch.no_grad():
         for batch in loader:
             model(batch)
+
+
+# ---- Where the time goes on a GPU -----------------------------------------------------------------------------------
+
+
+def _beyond_forward(updates: dict[str, Update], model: nn.Module, batch: Tensor) -> dict[str, float]:
+    """What ours and fvcore add to the plain forward, for each BatchNorm layer: launches and time of the host."""
+    layers = len(precisebn.get_bn_modules(model))
+    names = [name for name in ("precisebn", "fvcore", "forward") if name in updates]
+    launches = {name: _launches(updates[name], model, batch) for name in names}
+    host = {name: 1e6 * _host_seconds(updates[name], model, batch) for name in names}
+    found = {}
+    for name in names[:-1]:
+        found[f"{name}: launches a layer"] = (launches[name] - launches["forward"]) / layers
+        found[f"{name}: host us a layer"] = (host[name] - host["forward"]) / layers
+    return found
+
+
+def _host_seconds(update: Update, model: nn.Module, batch: Tensor, repeats: int = 7) -> float:
+    """What the host takes for a mini-batch where it need not wait: one alone, for which the driver's queue has room."""
+    found = []
+    for _ in range(repeats):
+        now("cuda")
+        loader = Stopwatch(batch, 1, time.perf_counter)
+        update(model, loader)
+        found.append(loader.elapsed)
+    return quartiles(found)[1]
+
+
+def _launches(update: Update, model: nn.Module, batch: Tensor) -> float:
+    """How many kernels, copies and fills a mini-batch takes: the difference that three more make."""
+
+    def total(iterations: int) -> int:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            update(model, Stopwatch(batch, iterations, lambda: now("cuda")))
+            torch.cuda.synchronize()
+        return sum(
+            event.device_type.name == "CUDA" and not event.is_user_annotation for event in recorded.events() or ()
+        )
+
+    return (total(4) - total(1)) / 3
+
+
+# ---- Correct before fast --------------------------------------------------------------------------------------------
 
 
 def _largest_error(model: nn.Module, batch: Tensor) -> float:
@@ -189,11 +302,12 @@ def _largest_error(model: nn.Module, batch: Tensor) -> float:
         var, mean = torch.var_mean(torch.cat(inputs, 1), 1, correction=0)
         assert isinstance(layer.running_mean, Tensor)
         assert isinstance(layer.running_var, Tensor)
-        # The mean is kept in float32: what its rounding costs where it is large against the std is not the estimator's.
+        # The mean is kept rounded: what that costs where it is large against the std is not the estimator's.
         scale = var.sqrt().maximum(mean.abs())
         errors = ((layer.running_mean - mean) / scale).abs(), ((layer.running_var - var) / var).abs()
         worst = max(worst, *(float(error.max()) for error in errors))
-    if not worst <= MAX_ERROR:
+    limit = MAX_ERROR_BFLOAT16 if batch.dtype == torch.bfloat16 else MAX_ERROR
+    if not worst <= limit:
         raise ArithmeticError(f"the statistics are off by {worst:.2g}; nothing is timed before they are right")
     return worst
 
