@@ -1,8 +1,20 @@
-"""precisebn: exact population statistics for BatchNorm."""
+"""precisebn: exact population statistics for BatchNorm, and modules for every choice of the batch."""
 
 from precisebn._version import __version__
+from precisebn.convert import (
+    convert_batch_stat,
+    convert_concat_shared,
+    convert_cycle,
+    convert_domain_specific,
+    convert_frozen_batchnorm,
+    convert_ghost,
+    convert_sync_batchnorm,
+    convert_to_batchnorm,
+    replace_batchnorm,
+)
 from precisebn.errors import (
     BatchFormatError,
+    CycleError,
     InputError,
     InsufficientDataError,
     NonFiniteStatisticsError,
@@ -10,7 +22,7 @@ from precisebn.errors import (
     RankFailedError,
 )
 from precisebn.estimator import PopulationEstimator
-from precisebn.functional import batch_norm
+from precisebn.functional import batch_norm, frozen_batch_norm
 from precisebn.moments import Moments
 from precisebn.report import LayerReport, UpdateReport
 from precisebn.selection import get_bn_modules
@@ -19,6 +31,7 @@ from precisebn.update import adapt_bn_stats, update_bn_stats
 __all__ = [
     "__version__",
     "BatchFormatError",
+    "CycleError",
     "InputError",
     "InsufficientDataError",
     "LayerReport",
@@ -30,6 +43,16 @@ __all__ = [
     "UpdateReport",
     "adapt_bn_stats",
     "batch_norm",
+    "convert_batch_stat",
+    "convert_concat_shared",
+    "convert_cycle",
+    "convert_domain_specific",
+    "convert_frozen_batchnorm",
+    "convert_ghost",
+    "convert_sync_batchnorm",
+    "convert_to_batchnorm",
+    "frozen_batch_norm",
     "get_bn_modules",
+    "replace_batchnorm",
     "update_bn_stats",
 ]

@@ -77,7 +77,7 @@ def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _NormBase
     return {name: layer for name, layer in found.items() if name in chosen}
 
 
-def matching(item: object, found: Mapping[str, _NormBase], names: Mapping[str, nn.Module]) -> set[str]:
+def matching(item: object, found: Mapping[str, nn.Module], names: Mapping[str, nn.Module]) -> set[str]:
     """Names of the layers that one item of a selection stands for."""
     if isinstance(item, str):
         inside = set(names[item].modules()) if item in names else set()
@@ -91,7 +91,7 @@ def matching(item: object, found: Mapping[str, _NormBase], names: Mapping[str, n
     raise InputError(f"modules= takes modules, names and patterns, not {type(item).__name__}: {item!r}")
 
 
-def _nothing_selected(item: str | nn.Module, model: nn.Module, found: Mapping[str, _NormBase]) -> str:
+def _nothing_selected(item: str | nn.Module, model: nn.Module, found: Mapping[str, nn.Module]) -> str:
     shown = repr(item) if isinstance(item, str) else f"the {type(item).__name__} given"
     if not found:
         return f"modules={shown} selects nothing: {type(model).__name__} has no BatchNorm layer"

@@ -123,7 +123,8 @@ class PopulationNorm(_NormBase):
             self._recorder(moments, slot)
             return
         mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        if not self.training or mean is None or var is None or batches is None or in_backward():
+        updates = self.training and self.track_running_stats and not in_backward()
+        if not updates or mean is None or var is None or batches is None:
             return
         if slot is not None:
             mean, var, batches = mean[slot], var[slot], batches[slot]
@@ -163,7 +164,7 @@ def update_running_statistics(
         tracked = moments.count > 1
         num_batches.add_(tracked)
         unbiased = moments.m2 / (moments.count - 1).clamp(min=1.0).unsqueeze(-1)
-        share = tracked * (1.0 / num_batches.clamp(min=1) if momentum is None else momentum)
+        share = tracked.double() * (1.0 / num_batches.clamp(min=1).double() if momentum is None else momentum)
         share = share.unsqueeze(-1).to(mean.dtype)
         mean.lerp_(moments.mean.to(mean.dtype), share)
         var.lerp_(unbiased.to(var.dtype), share)

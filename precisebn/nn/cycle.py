@@ -136,7 +136,8 @@ class CycleBatchNormList(nn.Module):
             return frozen_batch_norm(x, mean, var, self.weight, self.bias, eps=member.eps)
         y, moments = batch_norm(x, self.weight, self.bias, eps=member.eps)
         tracked = member.num_batches_tracked
-        if member.training and not repeated and mean is not None and var is not None and tracked is not None:
+        updated = member.training and member.track_running_stats and not repeated
+        if updated and mean is not None and var is not None and tracked is not None:
             update_running_statistics(moments, mean, var, tracked, member.momentum)
         return y
 

@@ -181,7 +181,7 @@ class DomainSpecificBN(PopulationNorm):
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         if self._own_affine:
-            weight, bias = self.weight[domain], self.bias[domain]
+            weight, bias = (None if own is None else own[domain] for own in (weight, bias))
         if not self.uses_batch_statistics:
             return self.frozen(x, weight, bias, slot=self._slot(domain)), None
         return batch_norm(x, weight, bias, eps=self.eps)

@@ -40,7 +40,8 @@ class MultiInputSequential(nn.Sequential):
         if isinstance(xs, Tensor):
             return super().forward(xs)  # type: ignore[no-untyped-call]
         if not isinstance(xs, Sequence) or not all(isinstance(x, Tensor) for x in xs):
-            raise InputError(f"MultiInputSequential takes a tensor or a list of tensors, got {type(xs).__name__}")
+            got = f"[{', '.join(type(x).__name__ for x in xs)}]" if isinstance(xs, list | tuple) else type(xs).__name__
+            raise InputError(f"MultiInputSequential takes a tensor or a list of tensors, got {got}")
         ys = list(xs)
         for name, layer in self._modules.items():  # also those that stand in it twice, unlike named_children
             if isinstance(layer, _TAKE_LISTS):

@@ -1,0 +1,265 @@
+"""What conversions know of layers: which modules are BatchNorm layers, of which family, and which cannot be replaced.
+
+A layer that is replaced no longer runs its own forward, so what that forward does must be known. Classes of other
+libraries are told by the module and the qualified name of the forward that they run, which needs no import of those
+libraries and holds for subclasses that leave the forward alone.
+"""
+
+import inspect
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from precisebn.errors import InputError
+from precisebn.nn import CycleBatchNormList
+from precisebn.nn._base import PopulationNorm
+from precisebn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenNorm
+from precisebn.selection import named_modules
+
+__all__ = [
+    "MEMORY",
+    "OURS",
+    "Kind",
+    "Memory",
+    "check_forward",
+    "check_layers",
+    "check_wrappers",
+    "describe",
+    "find_layers",
+    "frozen_class",
+    "kind_of",
+    "memory_of",
+    "placement",
+    "plain_class",
+    "plain_twin",
+    "recognized",
+    "settings_of",
+]
+
+
+class Kind(NamedTuple):
+    """What is known of a class of layers that normalizes the tensor that it is called with.
+
+    Attributes:
+        tail: children that its forward applies to the normalized tensor, in this order.
+        frozen: whether it keeps its statistics fixed.
+        synchronized: whether it uses the statistics of all ranks.
+    """
+
+    tail: tuple[str, ...] = ()
+    frozen: bool = False
+    synchronized: bool = False
+
+
+_ACT = ("drop", "act")
+# Module and qualified name of the forward, as patterns; the first that matches counts.
+_KINDS = (
+    ("torch.nn.modules.batchnorm", "_BatchNorm.forward", Kind()),
+    ("torch.nn.modules.batchnorm", "SyncBatchNorm.forward", Kind(synchronized=True)),
+    ("precisebn.nn.frozen", "FrozenNorm.forward", Kind(frozen=True)),
+    ("precisebn.nn.*", "*.forward", Kind()),
+    ("torchvision.ops.misc", "FrozenBatchNorm2d.forward", Kind(frozen=True)),
+    ("timm.*.norm_act", "BatchNormAct2d.forward", Kind(_ACT)),
+    ("timm.*.norm_act", "SyncBatchNormAct.forward", Kind(_ACT, synchronized=True)),
+    ("timm.*.norm_act", "FrozenBatchNormAct2d.forward", Kind(_ACT, frozen=True)),
+    ("detectron2.layers.*", "BatchNorm2d.forward", Kind()),
+    ("detectron2.layers.batch_norm", "NaiveSyncBatchNorm.forward", Kind(synchronized=True)),
+    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d.forward", Kind(frozen=True)),
+    ("apex.parallel.*sync_batchnorm", "SyncBatchNorm.forward", Kind(synchronized=True)),
+    ("transformers.models.*", "*FrozenBatchNorm2d.forward", Kind(frozen=True)),
+)
+
+OURS = (PopulationNorm, FrozenNorm, CycleBatchNormList)
+
+MEMORY = "_precisebn_was"
+"""The attribute of a converted layer that holds its :class:`Memory`."""
+
+
+class Memory(NamedTuple):
+    """What a converted layer was. As a tuple it is no submodule: state dicts and parameters hold nothing of it.
+
+    Attributes:
+        layer: the very layer, which shares parameters, buffers and hooks with the one in its place where it can.
+        own: names of what the new layer had when it was made; what else it has was the old one's, or was put on it.
+        hooks: ids of the hooks that it brought.
+        settings: its numbers at that time, see :func:`settings_of`.
+    """
+
+    layer: _BatchNorm
+    own: frozenset[str]
+    hooks: frozenset[int]
+    settings: dict[str, Any]
+
+
+def memory_of(layer: nn.Module) -> Memory | None:
+    """What a layer was before it was converted."""
+    memory: Memory | None = vars(layer).get(MEMORY)
+    return memory
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The kind of a layer, or None where the forward that it runs is not known."""
+    attributes = vars(layer)
+    if "forward" in attributes or attributes.get("fuse_relu") or attributes.get("channel_last"):  # the latter: apex's
+        return None
+    return _kind_of(*_forward(layer))
+
+
+def recognized(layer: nn.Module) -> Kind:
+    """The kind of a layer by its class alone, whatever has been put on the instance; a plain one if unknown."""
+    return _kind_of(*_forward(layer)) or Kind()
+
+
+def _forward(layer: nn.Module) -> tuple[str, str]:
+    """Module and qualified name of the forward of a layer's class."""
+    forward = inspect.getattr_static(type(layer), "forward")  # torch.jit's is computed, and for an instance only
+    return getattr(forward, "__module__", None) or "?", getattr(forward, "__qualname__", "?")
+
+
+@cache
+def _kind_of(module: str, name: str) -> Kind | None:
+    return next((kind for m, n, kind in _KINDS if fnmatchcase(module, m) and fnmatchcase(name, n)), None)
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All layers that a conversion may look at, by qualified name, in the model's order.
+
+    BatchNorm layers, those of precisebn.nn, frozen ones of other libraries, and whatever has replaced one of them.
+    What lies inside such a layer, as the members of a CycleBatchNormList do, is part of it.
+    """
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for name, module in named_modules(model):
+        if module not in inside and _is_layer(module):
+            found[name] = module
+            inside.update(module.modules())
+    return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (_BatchNorm, *OURS)) or recognized(module).frozen or memory_of(module) is not None
+
+
+def describe(name: str, layer: nn.Module) -> str:
+    """A layer as messages name it."""
+    return f"layer {name!r} ({type(layer).__name__})" if name else f"the {type(layer).__name__} given"
+
+
+def settings_of(layer: nn.Module) -> dict[str, Any]:
+    """What users change in a layer that is there: those settings that mean the same in every BatchNorm layer."""
+    member = layer[0] if isinstance(layer, CycleBatchNormList) else layer
+    if not isinstance(member, (_BatchNorm, *OURS)):
+        return {}
+    return {key: vars(member)[key] for key in ("eps", "momentum", "track_running_stats")}
+
+
+def plain_twin(layer: nn.Module, bn_class: type[_BatchNorm]) -> _BatchNorm:
+    """A new nn.BatchNorm with the settings of a layer that is none and was none; its values are still to come.
+
+    Args:
+        layer: of precisebn.nn, or a frozen one of another library.
+        bn_class: what a layer becomes that takes any number of dimensions.
+    """
+    member = layer[0] if isinstance(layer, CycleBatchNormList) else layer
+    affine = layer._parameters.get("weight", layer._buffers.get("weight"))
+    mean = member._buffers.get("running_mean")
+    like = mean if mean is not None else affine
+    return plain_class(member, nn.BatchNorm2d if recognized(layer).frozen else bn_class)(
+        like.shape[-1] if like is not None else vars(member)["num_features"],
+        eps=vars(member).get("eps", 1e-5),  # transformers' have that number in their forward
+        momentum=vars(member).get("momentum", 0.1),
+        affine=affine is not None,
+        track_running_stats=mean is not None,
+        **placement(like),
+    )
+
+
+def placement(like: Tensor | None) -> dict[str, Any]:
+    """Device and dtype to build a layer with, whose values are those of a tensor."""
+    return {} if like is None else {"device": like.device, "dtype": like.dtype}
+
+
+_FROZEN_OF = {
+    nn.BatchNorm1d: FrozenBatchNorm1d,
+    nn.BatchNorm2d: FrozenBatchNorm2d,
+    nn.BatchNorm3d: FrozenBatchNorm3d,
+}
+
+
+def plain_class(layer: nn.Module, otherwise: type[_BatchNorm]) -> type[_BatchNorm]:
+    """nn.BatchNorm1d, 2d or 3d, whichever a layer is or has been made of; another where it is for any dimensions."""
+    return next((bn for bn, frozen in _FROZEN_OF.items() if isinstance(layer, bn | frozen)), otherwise)
+
+
+def frozen_class(layer: nn.Module, bn_class: type[_BatchNorm]) -> type[FrozenNorm]:
+    """The FrozenBatchNorm class of a layer's number of dimensions; of that of ``bn_class``, where it takes any."""
+    plain = plain_class(layer, bn_class)
+    return next(frozen for bn, frozen in _FROZEN_OF.items() if issubclass(plain, bn))
+
+
+def check_wrappers(model: nn.Module) -> None:
+    """Raise where a wrapper holds on to the tensors of the layers that it found when it was made."""
+    for name, module in model.named_modules():
+        for wrapper in type(module).__mro__:
+            if wrapper.__name__ in _HOLDING_WRAPPERS and wrapper.__module__.startswith("torch."):
+                raise InputError(
+                    f"{wrapper.__name__}{f' at {name!r}' if name else ''} manages the tensors of the layers that it "
+                    "found when it was made; convert the model first, then wrap it"
+                )
+
+
+_HOLDING_WRAPPERS = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
+
+
+def check_layers(chosen: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Raise for a layer whose tensors cannot be handed over, or whose place in the model cannot be taken."""
+    quantized = _inside_quantized(model)
+    for name, layer in chosen.items():
+        shown = describe(name, layer)
+        tensors = {**layer._parameters, **layer._buffers}
+        if any(tensor is not None and is_lazy(tensor) for tensor in tensors.values()):
+            raise InputError(f"{shown} has no values yet; run one forward of the model, then convert it")
+        if isinstance(layer, (_BatchNorm, *OURS)) and not {"weight", "bias"} <= tensors.keys():
+            raise InputError(
+                f"{shown} has a weight or bias that is computed (by torch.nn.utils.parametrize, spectral_norm, "
+                "weight_norm or prune); remove that first, as with parametrize.remove_parametrizations, or leave the "
+                "layer out: exclude="
+            )
+        if layer in quantized:
+            raise InputError(
+                f"{shown} is part of a model that is prepared for quantization, whose modules read the attributes of "
+                "their BatchNorm layers; convert the model first, then prepare it"
+            )
+
+
+_OBSERVERS = ("torch.ao.quantization.observer", "torch.ao.quantization.fake_quantize", "torchao.quantization")
+
+
+def _inside_quantized(model: nn.Module) -> set[nn.Module]:
+    """All modules of a model that has observers, and what lies in modules that torch.ao has put around layers."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        origins = [cls.__module__ for cls in type(module).__mro__]
+        if any(origin.startswith(_OBSERVERS) for origin in origins):
+            return set(model.modules())
+        if any(origin.startswith("torch.ao.nn.") for origin in origins):
+            inside.update(module.modules())
+    return inside
+
+
+def check_forward(name: str, layer: nn.Module) -> None:
+    """Raise for a layer that may do something else than normalize its input."""
+    if kind_of(layer) is None:
+        raise InputError(
+            f"{describe(name, layer)} has a forward of its own, {_where(layer)}, which a conversion would drop; leave "
+            "the layer out, exclude=, or say yourself what takes its place: precisebn.replace_batchnorm(model, factory)"
+        )
+
+
+def _where(layer: nn.Module) -> str:
+    return "put on the instance" if "forward" in vars(layer) else ".".join(_forward(layer))
