@@ -49,9 +49,51 @@ def accumulate(
     count.add_(batch_count)
 
 
-def normalize(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = None) -> Tensor:
+def fold(
+    count: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    double: bool,
+) -> tuple[Tensor, Tensor]:
+    """Statistics and affine as ``scale`` and ``shift (R, C)``; ``spread`` is m2 with a count, else the variance."""
+    mean, var = mean.double(), spread.double()
+    if count is not None:
+        var = var / count.clamp(min=1.0).unsqueeze(-1)
+    scale = (var + eps).rsqrt() if weight is None else weight.double() * (var + eps).rsqrt()
+    shift = -mean * scale if bias is None else bias.double() - mean * scale
+    dtype = torch.float64 if double else torch.float32
+    scale, shift = (torch.atleast_2d(t.to(dtype)) for t in (scale.expand_as(shift), shift))
+    return scale.clone(), shift.clone()
+
+
+@torch.no_grad()
+def track(
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    momentum: float | None,
+) -> None:
+    """Move running statistics towards those of a mini-batch, ``(C,)`` or ``(R, C)``; rows of one value or none stay."""
+    tracked = count > 1
+    num_batches.add_(tracked)
+    share = 1.0 / num_batches.double().clamp(min=1.0) if momentum is None else torch.full_like(count, momentum)
+    unbiased = m2 / (count - 1.0).clamp(min=1.0).unsqueeze(-1)
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        moved = running.double().lerp(batch, share.unsqueeze(-1))
+        running.copy_(moved.to(running.dtype).where(tracked.unsqueeze(-1), running))
+
+
+def normalize(x: Tensor, scale: Tensor, shift: Tensor | None = None, group: Tensor | None = None) -> Tensor:
     """``scale * x + shift`` per (group, channel), computed in the dtype of ``scale``, returned in that of ``x``."""
     y = torch.empty_like(x)
+    if shift is None:
+        return torch.mul(_per_sample(scale, x, group), x, out=y)
     return torch.addcmul(_per_sample(shift, x, group), _per_sample(scale, x, group), x, out=y)
 
 
@@ -68,11 +110,79 @@ def backward_reduce(
     return sum_dy, sum_dy_xmu
 
 
+def backward_fold(
+    count: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    double: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The coefficients of ``backward_apply`` from the sums of ``backward_reduce``; gradients of weight and bias."""
+    var = spread.double() if count is None else spread / count.clamp(min=1.0).unsqueeze(-1)
+    inverse_std = (var + eps).rsqrt()
+    grad_weight, grad_bias = sum_dy_xmu * inverse_std, sum_dy
+    a = inverse_std if weight is None else weight.double() * inverse_std
+    if count is None:
+        b = c = torch.zeros_like(a)
+    else:
+        per_value = -a / count.clamp(min=1.0).unsqueeze(-1)
+        b = per_value * inverse_std * grad_weight
+        c = per_value * grad_bias - b * mean
+    if weight is not None:
+        grad_weight, grad_bias = (
+            torch.atleast_2d(g).sum_to_size(weight.shape).to(weight.dtype) for g in (grad_weight, grad_bias)
+        )
+    dtype = torch.float64 if double else torch.float32
+    # An operator returns none of its inputs, and no tensor twice.
+    a, b, c = (torch.atleast_2d(t.to(dtype, copy=True)) for t in (a, b, c))
+    return a, b, c, grad_weight.clone(), grad_bias.clone()
+
+
 def backward_apply(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group: Tensor | None = None) -> Tensor:
     """``a * dy + b * x + c`` per (group, channel), computed in the dtype of ``a``, returned in that of ``x``."""
     dx = torch.empty_like(x)
     bx_plus_c = torch.addcmul(_per_sample(c, x, group), _per_sample(b, x, group), x)
     return torch.addcmul(bx_plus_c, _per_sample(a, x, group), dy, out=dx)
+
+
+def normalize_batch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
+    num_groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normalized tensor; count, mean and m2, without a dimension for groups where there is no ``group``."""
+    count, mean, m2 = moments(x, group, num_groups)
+    if group is None:
+        count, mean, m2 = (t.squeeze(0).clone() for t in (count, mean, m2))
+    scale, shift = fold(count, mean, m2, weight, bias, eps, x.dtype == torch.float64)
+    return normalize(x, scale, shift, group), count, mean, m2
+
+
+def backward_batch(
+    dy: Tensor,
+    x: Tensor,
+    count: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias."""
+    about = torch.atleast_2d(mean)
+    sum_dy, sum_dy_xmu = (s.reshape(mean.shape) for s in backward_reduce(dy, x, about, group, len(about)))
+    a, b, c, grad_weight, grad_bias = backward_fold(
+        count, mean, spread, sum_dy, sum_dy_xmu, weight, eps, x.dtype == torch.float64
+    )
+    if count is None:
+        return normalize(torch.empty_like(x).copy_(dy), a, None, group), grad_weight, grad_bias
+    return backward_apply(dy, x, a, b, c, group), grad_weight, grad_bias
 
 
 def _merge(a: Moments, b: Moments) -> Moments:

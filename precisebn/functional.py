@@ -23,6 +23,9 @@ from precisebn.moments import Moments
 
 __all__ = ["batch_norm", "frozen_batch_norm"]
 
+Like = tuple[int, torch.dtype]
+"""The number of dimensions and the dtype of a parameter that backward does not need itself."""
+
 
 @overload
 def batch_norm(
@@ -90,44 +93,79 @@ def batch_norm(
         (-1.0, 1.0)
     """
     tensors = [xs] if isinstance(xs, Tensor) else list(xs)
-    groups = _groups_of(tensors, group, isinstance(xs, Tensor))
-    if not tensors:
-        raise InputError("batch_norm: xs is an empty list; pass at least one tensor")
-    for i, x in enumerate(tensors):
-        ops.check_input(f"batch_norm: xs[{i}]", x, groups[i] if groups else None, num_groups)
-        if (x.shape[1], x.dtype, x.device) != (tensors[0].shape[1], tensors[0].dtype, tensors[0].device):
-            raise InputError(
-                f"batch_norm: tensors normalized together must agree in channels, dtype and device, but xs[{i}] is "
-                f"{tuple(x.shape)} {x.dtype} on {x.device} and xs[0] {tuple(tensors[0].shape)} {tensors[0].dtype} on "
-                f"{tensors[0].device}"
-            )
-    channels = tensors[0].shape[1]
-    if channels and sum(x.numel() for x in tensors) == channels:
-        raise InputError(
-            f"batch_norm: one value per channel has no variance to normalize by; xs is {tuple(tensors[0].shape)}"
-        )
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape not in ((channels,), (num_groups, channels)):
-            raise InputError(
-                f"batch_norm: {name} must be ({channels},) or ({num_groups}, {channels}), is {tuple(parameter.shape)}"
-            )
+    groups = [] if group is None else _groups_of(tensors, group, isinstance(xs, Tensor))
+    _check(tensors, weight, bias, groups, num_groups)
     if torch.compiler.is_compiling():
         ys, count, mean, m2 = torch.ops.precisebn.batch_norm(
             tensors, weight, bias, eps, groups, num_groups, shared_statistics
         )
-    else:
+    elif len(tensors) == 1 and (num_groups == 1 or (groups and not shared_statistics)):
+        y, count, mean, m2 = _one_batch_norm(tensors[0], weight, bias, eps, groups[0] if groups else None, num_groups)
+        return (y if isinstance(xs, Tensor) else [y]), Moments(count, mean, m2)
+    elif _needs_gradient(weight, bias, *tensors):
         outputs: tuple[Tensor, ...] = _BatchNorm.apply(  # type: ignore[no-untyped-call]
             eps, num_groups, shared_statistics, len(tensors), weight, bias, *tensors, *groups
         )
         *ys, count, mean, m2 = outputs
+    else:
+        ys, count, mean, m2 = _forward(tensors, weight, bias, eps, groups, num_groups, shared_statistics)
     moments = Moments(count, mean, m2) if groups else Moments(count[0], mean[0], m2[0])
     return (ys[0] if isinstance(xs, Tensor) else ys), moments
 
 
-def _groups_of(tensors: list[Tensor], group: Tensor | Sequence[Tensor] | None, single: bool) -> list[Tensor]:
-    """The group vectors, one a tensor; none where there are no groups."""
-    if group is None:
-        return []
+def _check(
+    tensors: list[Tensor], weight: Tensor | None, bias: Tensor | None, groups: list[Tensor], num_groups: int
+) -> None:
+    if not tensors:
+        raise InputError("batch_norm: xs is an empty list; pass at least one tensor")
+    first = tensors[0]
+    for i, x in enumerate(tensors):
+        ops.check_input(f"batch_norm: xs[{i}]", x, groups[i] if groups else None, num_groups)
+        if i and (x.shape[1], x.dtype, x.device) != (first.shape[1], first.dtype, first.device):
+            raise InputError(
+                f"batch_norm: tensors normalized together must agree in channels, dtype and device, but xs[{i}] is "
+                f"{tuple(x.shape)} {x.dtype} on {x.device} and xs[0] {tuple(first.shape)} {first.dtype} on "
+                f"{first.device}"
+            )
+    channels = first.shape[1]
+    if channels and sum(x.numel() for x in tensors) == channels:
+        raise InputError(
+            f"batch_norm: one value per channel has no variance to normalize by; xs is {tuple(first.shape)}"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if parameter.shape not in ((channels,), (num_groups, channels)):
+            raise InputError(
+                f"batch_norm: {name} must be ({channels},) or ({num_groups}, {channels}), is {tuple(parameter.shape)}"
+            )
+        if parameter.device != first.device:
+            raise InputError(f"batch_norm: {name} is on {parameter.device}, but xs on {first.device}")
+
+
+def _one_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Tensor | None, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a single tensor, every group by its own statistics: forward and backward are one operator each."""
+    if _needs_gradient(x, weight, bias):
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _OneBatchNorm.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, eps, group, num_groups
+        )
+    else:
+        outputs = ops.bare.normalize_batch(x, weight, bias, eps, group, num_groups)
+    return outputs
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:  # any() of a generator takes twice as long
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _groups_of(tensors: list[Tensor], group: Tensor | Sequence[Tensor], single: bool) -> list[Tensor]:
+    """The group vectors, one a tensor."""
     groups = [group] if isinstance(group, Tensor) else list(group)
     if len(groups) != len(tensors) or isinstance(group, Tensor) != single:
         raise InputError(
@@ -146,34 +184,34 @@ def _forward(
     shared: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     groups_or_none: list[Tensor | None] = list(groups) or [None] * len(xs)
-    (count, mean, m2), *rest = [
-        ops.unchecked.moments(x, g, num_groups) for x, g in zip(xs, groups_or_none, strict=True)
-    ]
-    for more_count, more_mean, more_m2 in rest:
-        mean, m2 = merge(count.unsqueeze(-1), mean, m2, more_count.unsqueeze(-1), more_mean, more_m2)
-        count = count + more_count
-    _, center, inverse_std = _normalization(count, mean, m2, eps, shared)
-    scale = inverse_std if weight is None else inverse_std * weight
-    shift = -center * scale
-    if bias is not None:
-        shift = shift + bias
-    scale, shift = scale.to(ops.compute_dtype(xs[0])), shift.to(ops.compute_dtype(xs[0]))
+    statistics = _statistics(xs, groups_or_none, num_groups)
+    count, mean, m2 = _together(*statistics) if shared else statistics
+    scale, shift = ops.bare.fold(count, mean, m2, weight, bias, eps, xs[0].dtype == torch.float64)
     if shift.shape[0] == 1:
         groups_or_none = [None] * len(xs)
-    else:
-        scale = scale.expand_as(shift)
-    ys = [ops.unchecked.normalize(x, scale, shift, g) for x, g in zip(xs, groups_or_none, strict=True)]
-    return ys, count, mean, m2
+    ys = [ops.bare.normalize(x, scale, shift, g) for x, g in zip(xs, groups_or_none, strict=True)]
+    return ys, *statistics
 
 
-def _normalization(count: Tensor, mean: Tensor, m2: Tensor, eps: float, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of values, mean and inverse standard deviation to normalize by: of each group, or of all, in one row."""
-    n = count.unsqueeze(-1)
-    if shared and count.shape[0] > 1:
-        n, (mean, m2) = n.sum(0, keepdim=True), merge_rows(n, mean, m2)
-        mean, m2 = mean.unsqueeze(0), m2.unsqueeze(0)
-    n = n.clamp(min=1.0)
-    return n, mean, (m2 / n + eps).rsqrt()
+def _statistics(xs: list[Tensor], groups: list[Tensor | None], num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and m2 of each group over all tensors."""
+    count, mean, m2 = ops.bare.moments(xs[0], groups[0], num_groups)
+    for x, group in zip(xs[1:], groups[1:], strict=True):
+        if num_groups == 1:
+            ops.bare.accumulate(x, count, mean[0], m2[0])
+        else:
+            more, more_mean, more_m2 = ops.bare.moments(x, group, num_groups)
+            mean, m2 = merge(count.unsqueeze(-1), mean, m2, more.unsqueeze(-1), more_mean, more_m2)
+            count = count + more
+    return count, mean, m2
+
+
+def _together(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of all groups together, as those of one group."""
+    if count.shape[0] == 1:
+        return count, mean, m2
+    merged = merge_rows(count.unsqueeze(-1), mean, m2)
+    return count.sum(0, keepdim=True), merged.mean.unsqueeze(0), merged.m2.unsqueeze(0)
 
 
 def _fake(
@@ -194,6 +232,7 @@ def _gradients(
     groups: Sequence[Tensor | None],
     statistics: tuple[Tensor, Tensor, Tensor],
     weight: Tensor | None,
+    bias_is_like: Like | None,
     eps: float,
     shared: bool,
     grad_ys: Sequence[Tensor | None],
@@ -203,24 +242,65 @@ def _gradients(
     """Gradients by the chain rule through the batch's own mean and variance, in terms of the operators.
 
     With x^ = (x - mean) / std: ``dx = (w * dy - avg(w * dy) - x^ * avg(w * dy * x^)) / std``, averages being taken over
-    what was normalized together, which is ``a*dy + b*x + c``; gradients of the returned mean and m2 add 1/n and
-    2 (x - mean) times themselves. Being made of differentiable operators and of the returned statistics, this can be
-    differentiated again.
+    what was normalized together, which is ``a*dy + b*x + c``. Where no one differentiates this again, and there is
+    nothing special about the statistics, one operator works out a, b and c.
 
     Returns:
-        The gradients of those inputs that are ``needed``; and of weight and bias for each group, ``(G, C)``.
+        The gradients of those inputs that are ``needed``; and of weight and bias, for each group, ``(G, C)``, or summed
+        over the groups already.
     """
     count, mean, m2 = statistics
-    grad_mean, grad_m2 = grad_moments
-    dys = [torch.zeros_like(x) if dy is None else dy for x, dy in zip(xs, grad_ys, strict=True)]
+    again = torch.is_grad_enabled()
+    run = ops.unchecked if again else ops.bare
+    shared = shared and count.shape[0] > 1
+    dys = [_laid_out_as(x, dy) for x, dy in zip(xs, grad_ys, strict=True)]
     pieces = list(zip(dys, xs, groups, strict=True))
-    n, center, inverse_std = _normalization(count, mean, m2, eps, shared)
-    about = center.expand_as(mean)
-    sums = [ops.unchecked.backward_reduce(dy, x, about, g, count.shape[0]) for dy, x, g in pieces]
+    about = _together(count, mean, m2)[1].expand_as(mean) if shared else mean
+    sums = [run.backward_reduce(dy, x, about, g, count.shape[0]) for dy, x, g in pieces]
     sum_dy, sum_dy_xmu = sums[0]
     for more_dy, more_dy_xmu in sums[1:]:
         sum_dy, sum_dy_xmu = sum_dy + more_dy, sum_dy_xmu + more_dy_xmu
 
+    if again or shared or not _alike(weight, bias_is_like) or any(g is not None for g in grad_moments):
+        coefficients, grad_weight = _coefficients(statistics, (sum_dy, sum_dy_xmu), weight, eps, shared, grad_moments)
+        a, b, c = (t.expand_as(mean).to(ops.compute_dtype(xs[0])) for t in coefficients)
+        grad_bias = sum_dy
+    else:
+        a, b, c, grad_weight, grad_bias = ops.bare.backward_fold(
+            count, mean, m2, sum_dy, sum_dy_xmu, weight, eps, xs[0].dtype == torch.float64
+        )
+    grad_xs = [
+        run.backward_apply(dy, x, a, b, c, g) if need else None for (dy, x, g), need in zip(pieces, needed, strict=True)
+    ]
+    return grad_xs, grad_weight, grad_bias
+
+
+def _laid_out_as(x: Tensor, dy: Tensor | None) -> Tensor:
+    """The gradient, 0 where there is none, in the memory layout of ``x``: two operators would otherwise copy it."""
+    if dy is None:
+        return torch.zeros_like(x)
+    return dy if dy.stride() == x.stride() or torch.is_grad_enabled() else torch.empty_like(x).copy_(dy)
+
+
+def _coefficients(
+    statistics: tuple[Tensor, Tensor, Tensor],
+    sums: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+    eps: float,
+    shared: bool,
+    grad_moments: tuple[Tensor | None, Tensor | None],
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """What ``ops.backward_fold`` works out, differentiable, in all cases; the gradient of weight for each group.
+
+    Gradients of the returned mean and m2 add 1/n and 2 (x - mean) times themselves. Being made of differentiable
+    operators and of the returned statistics, this can be differentiated again.
+    """
+    count, mean, m2 = statistics
+    sum_dy, sum_dy_xmu = sums
+    grad_mean, grad_m2 = grad_moments
+    n, center, spread = _together(count, mean, m2) if shared else statistics
+    n = n.clamp(min=1.0).unsqueeze(-1)
+    inverse_std = (spread / n + eps).rsqrt()
     grad_weight = sum_dy_xmu * inverse_std
     total_w, total_b = (grad_weight, sum_dy) if weight is None else (weight * grad_weight, weight * sum_dy)
     if shared:
@@ -232,18 +312,72 @@ def _gradients(
         b, c = b + 2.0 * grad_m2, c - 2.0 * grad_m2 * mean
     if grad_mean is not None:
         c = c + grad_mean / count.clamp(min=1.0).unsqueeze(-1)
+    return (a, b, c), grad_weight
 
-    dtype = ops.compute_dtype(xs[0])
-    a, b, c = (t.expand_as(mean).to(dtype) for t in (a, b, c))
-    grad_xs = [
-        ops.unchecked.backward_apply(dy, x, a, b, c, g) if need else None
-        for (dy, x, g), need in zip(pieces, needed, strict=True)
-    ]
-    return grad_xs, grad_weight, sum_dy
+
+class _OneBatchNorm(torch.autograd.Function):
+    """The eager way of a single tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: Tensor | None,
+        num_groups: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = ops.bare.normalize_batch(
+            x, weight, bias, eps, group, num_groups
+        )
+        ctx.eps, ctx.bias_is_like = eps, None if bias is None else (bias.dim(), bias.dtype)
+        ctx.save_for_backward(x, group, weight, *outputs[1:])
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, _: Tensor | None, grad_mean: Tensor | None, grad_m2: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, group, weight, count, mean, m2 = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if (
+            dy is None
+            or not need_x
+            or grad_mean is not None
+            or grad_m2 is not None
+            or torch.is_grad_enabled()
+            or not _alike(weight, ctx.bias_is_like)
+        ):
+            grad_mean, grad_m2 = (None if g is None else torch.atleast_2d(g) for g in (grad_mean, grad_m2))
+            (dx,), grad_weight, grad_bias = _gradients(
+                (x,),
+                (group,),
+                (torch.atleast_1d(count), torch.atleast_2d(mean), torch.atleast_2d(m2)),
+                weight,
+                ctx.bias_is_like,
+                ctx.eps,
+                False,
+                (dy,),
+                (grad_mean, grad_m2),
+                (need_x,),
+            )
+        else:
+            dx, grad_weight, grad_bias = ops.bare.backward_batch(dy, x, count, mean, m2, weight, ctx.eps, group)
+        return (
+            dx,
+            _like(grad_weight, weight.dim(), weight.dtype) if need_weight else None,
+            _like(grad_bias, *ctx.bias_is_like) if need_bias else None,
+            None,
+            None,
+            None,
+        )
 
 
 class _BatchNorm(torch.autograd.Function):
-    """The eager way. The one through torch.library, for graphs, costs half a millisecond a call to take lists apart."""
+    """The eager way of any. The one through torch.library, for graphs, costs half a millisecond to take lists apart."""
 
     @staticmethod
     def forward(
@@ -299,7 +433,7 @@ def _backward_of(
     xs, groups = saved[: ctx.num_tensors], saved[ctx.num_tensors : -4] or (None,) * ctx.num_tensors
     weight, *statistics = saved[-4:]
     grad_xs, grad_weight, grad_bias = _gradients(
-        xs, groups, tuple(statistics), weight, ctx.eps, ctx.shared, grad_ys, grad_moments, needed
+        xs, groups, tuple(statistics), weight, ctx.bias_is_like, ctx.eps, ctx.shared, grad_ys, grad_moments, needed
     )
     return (
         grad_xs,
@@ -322,9 +456,16 @@ def _library_backward(
     return grad_xs, grad_weight, grad_bias, None, [None] * num_groups, None, None
 
 
-def _like(per_group: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def _alike(weight: Tensor | None, bias_is_like: Like | None) -> bool:
+    """Whether the operators' gradient of bias, which is in the form of that of weight, can be bias's."""
+    return weight is None or bias_is_like is None or bias_is_like == (weight.dim(), weight.dtype)
+
+
+def _like(gradient: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """The gradient of a parameter from gradients per group: a parameter that all groups share gets their sum."""
-    return (per_group if dim == 2 else per_group.sum(0)).to(dtype)
+    if gradient.dim() != dim:
+        gradient = gradient.unsqueeze(0) if gradient.dim() < dim else gradient.sum(0)
+    return _cast(gradient, dtype)
 
 
 def frozen_batch_norm(
@@ -365,13 +506,26 @@ def frozen_batch_norm(
         tensor([[2.]])
     """
     _check_frozen(x, mean, var, weight, bias, group)
+    return frozen_batch_norm_unchecked(x, mean, var, weight, bias, eps, group)
+
+
+def frozen_batch_norm_unchecked(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
+) -> Tensor:
+    """:func:`frozen_batch_norm` of arguments that are known to be right."""
     if torch.compiler.is_compiling() or _is_transformed():
         return _plain(x, mean, var, weight, bias, eps, group)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if _needs_gradient(x, weight, bias):
         y: Tensor = _FrozenBatchNorm.apply(x, mean, var, weight, bias, eps, group)  # type: ignore[no-untyped-call]
         return y
-    scale, shift = _rows(*_scale_and_shift(x, mean, var, weight, bias, eps))
-    normalized: Tensor = ops.unchecked.normalize(x, scale, shift, group if len(shift) > 1 else None)
+    scale, shift = ops.bare.fold(None, mean, var, weight, bias, eps, x.dtype == torch.float64)
+    normalized: Tensor = ops.bare.normalize(x, scale, shift, group if shift.shape[0] > 1 else None)
     return normalized
 
 
@@ -382,18 +536,19 @@ def _check_frozen(
     for name, value in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
         if value is None:
             continue
-        if value.dim() not in (1, 2) or x.dim() < 2 or value.shape[-1] != x.shape[1]:
+        shape = value.shape
+        if len(shape) not in (1, 2) or x.dim() < 2 or shape[-1] != x.shape[1]:
             raise InputError(
-                f"frozen_batch_norm: {name} is {tuple(value.shape)}, must be (C,) or (G, C) for x (N, C, *), which is "
+                f"frozen_batch_norm: {name} is {tuple(shape)}, must be (C,) or (G, C) for x (N, C, *), which is "
                 f"{tuple(x.shape)}"
             )
         if value.device != x.device:
             raise InputError(f"frozen_batch_norm: {name} is on {value.device}, but x on {x.device}")
-        if value.dim() == 2:
-            if group is None or rows not in (1, value.shape[0]):
+        if len(shape) == 2:
+            if group is None or rows not in (1, shape[0]):
                 but = "but group is not given" if group is None else f"others have {rows}"
-                raise InputError(f"frozen_batch_norm: {name} {tuple(value.shape)} has {value.shape[0]} groups, {but}")
-            rows = value.shape[0]
+                raise InputError(f"frozen_batch_norm: {name} {tuple(shape)} has {shape[0]} groups, {but}")
+            rows = shape[0]
     ops.check_input("frozen_batch_norm", x, group if rows > 1 else None, rows)
 
 
@@ -412,11 +567,6 @@ def _scale_and_shift(
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor.to(dtype)``, which an exported graph keeps even where it does nothing."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _rows(scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as ``(G, C)``."""
-    return (scale.expand_as(shift), shift) if shift.dim() == 2 else (scale.unsqueeze(0), shift.unsqueeze(0))
 
 
 def _is_transformed() -> bool:
@@ -458,11 +608,13 @@ class _FrozenBatchNorm(torch.autograd.Function):
         eps: float,
         group: Tensor | None,
     ) -> Tensor:
-        scale, shift = _rows(*_scale_and_shift(x, mean, var, weight, bias, eps))
-        group = group if len(shift) > 1 else None
-        y: Tensor = ops.unchecked.normalize(x, scale, shift, group)
-        ctx.eps, ctx.num_groups, ctx.bias_is_like = eps, len(shift), None if bias is None else (bias.dim(), bias.dtype)
-        if any(ctx.needs_input_grad[3:5]):
+        scale, shift = ops.bare.fold(None, mean, var, weight, bias, eps, x.dtype == torch.float64)
+        num_groups = shift.shape[0]
+        group = group if num_groups > 1 else None
+        y: Tensor = ops.bare.normalize(x, scale, shift, group)
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            ctx.eps, ctx.num_groups = eps, num_groups
+            ctx.bias_is_like = None if bias is None else (bias.dim(), bias.dtype)
             ctx.save_for_backward(group, None, x, mean, var, weight)
         else:
             ctx.save_for_backward(group, scale)
@@ -471,22 +623,35 @@ class _FrozenBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         group, scale, *rest = ctx.saved_tensors
-        need_x, _, _, need_weight, need_bias = ctx.needs_input_grad[:5]
-        dx = grad_weight = grad_bias = None
-        if rest:
-            x, mean, var, weight = rest
-            inverse_std = (var.double() + ctx.eps).rsqrt()
-            about = mean.double().expand(ctx.num_groups, -1)
-            sum_dy, sum_dy_xmu = ops.unchecked.backward_reduce(dy, x, about, group, ctx.num_groups)
-            if need_weight:
-                grad_weight = _like(sum_dy_xmu * inverse_std, weight.dim(), weight.dtype)
-            if need_bias:
-                grad_bias = _like(sum_dy, *ctx.bias_is_like)
-            scale = inverse_std if weight is None else inverse_std * weight
-            scale = scale.expand(ctx.num_groups, -1).to(ops.compute_dtype(dy))
-        if need_x:
-            dx = ops.unchecked.normalize(dy, scale, torch.zeros_like(scale), group)
+        if not rest:
+            run = ops.unchecked if torch.is_grad_enabled() else ops.bare
+            return run.normalize(dy, scale, None, group), None, None, None, None, None, None
+        dx, grad_weight, grad_bias = _frozen_gradients(ctx, dy, group, *rest)
         return dx, None, None, grad_weight, grad_bias, None, None
+
+
+def _frozen_gradients(
+    ctx: Any, dy: Tensor, group: Tensor | None, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias, where they are needed."""
+    need_x, _, _, need_weight, need_bias = ctx.needs_input_grad[:5]
+    mean = mean.double()
+    if ctx.num_groups > 1:
+        mean, var = mean.expand(ctx.num_groups, -1), var.expand(ctx.num_groups, -1)
+    if need_x and not torch.is_grad_enabled() and _alike(weight, ctx.bias_is_like):
+        dx, grad_weight, grad_bias = ops.bare.backward_batch(dy, x, None, mean, var, weight, ctx.eps, group)
+    else:
+        about = torch.atleast_2d(mean)
+        sum_dy, sum_dy_xmu = ops.unchecked.backward_reduce(dy, x, about, group, ctx.num_groups)
+        inverse_std = (torch.atleast_2d(var).double() + ctx.eps).rsqrt()
+        scale = (inverse_std if weight is None else inverse_std * weight).to(ops.compute_dtype(dy))
+        dx = ops.unchecked.normalize(dy, scale, None, group) if need_x else None
+        grad_weight, grad_bias = sum_dy_xmu * inverse_std, sum_dy
+    return (
+        dx,
+        _like(grad_weight, weight.dim(), weight.dtype) if weight is not None and need_weight else None,
+        _like(grad_bias, *ctx.bias_is_like) if need_bias else None,
+    )
 
 
 _library = torch.library.Library("precisebn", "FRAGMENT")

@@ -5,10 +5,21 @@ operator                  gives                                          reads
 ========================  =============================================  ===========================================
 :func:`moments`           count, mean, m2 per (group, channel)           x once
 :func:`accumulate`        the same, merged into running accumulators     x once
+:func:`fold`              statistics and affine as a scale and a shift   tensors (G, C)
 :func:`normalize`         scale * x + shift per (group, channel)         x once
+:func:`track`             running statistics, updated                    tensors (G, C)
 :func:`backward_reduce`   sum dy, sum dy * (x - mean)                    dy, x once
+:func:`backward_fold`     the a, b, c below; gradients of the affine     tensors (G, C)
 :func:`backward_apply`    a * dy + b * x + c                             dy, x once
 ========================  =============================================  ===========================================
+
+Those that read tensors (G, C) alone do what a dozen operators of torch would: of a small layer these would take most of
+the time, and on a GPU each is a launch. For the same reason the usual sequences of operators are operators themselves:
+
+=======================  ===========================================================================================
+:func:`normalize_batch`  ``moments``, ``fold`` and ``normalize``
+:func:`backward_batch`   ``backward_reduce``, ``backward_fold`` and ``backward_apply``
+=======================  ===========================================================================================
 
 Each has a CPU kernel (``csrc/cpu``), a CUDA kernel (``csrc/cuda``) and a reference in plain PyTorch
 (``precisebn/_fallback.py``), which runs wherever a kernel is missing. Callers never ask which one runs;
@@ -27,7 +38,20 @@ from torch import Tensor
 from precisebn import _fallback
 from precisebn.errors import InputError
 
-__all__ = ["Backend", "accumulate", "backend", "backward_apply", "backward_reduce", "moments", "normalize"]
+__all__ = [
+    "Backend",
+    "accumulate",
+    "backend",
+    "backward_apply",
+    "backward_batch",
+    "backward_fold",
+    "backward_reduce",
+    "fold",
+    "moments",
+    "normalize",
+    "normalize_batch",
+    "track",
+]
 
 # The schemas stand here alone. The shared libraries register implementations only, with STABLE_TORCH_LIBRARY_IMPL: the
 # operators then exist with and without them, and no second copy of the text can drift from this one.
@@ -35,10 +59,20 @@ _SCHEMAS = {
     "moments": "(Tensor x, Tensor? group=None, int num_groups=1) -> (Tensor count, Tensor mean, Tensor m2)",
     "accumulate": "(Tensor x, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor(d!)? batch_mean=None, "
     "Tensor(e!)? batch_var=None) -> ()",
-    "normalize": "(Tensor x, Tensor scale, Tensor shift, Tensor? group=None) -> Tensor",
+    "fold": "(Tensor? count, Tensor mean, Tensor spread, Tensor? weight, Tensor? bias, float eps, bool double) "
+    "-> (Tensor scale, Tensor shift)",
+    "normalize": "(Tensor x, Tensor scale, Tensor? shift=None, Tensor? group=None) -> Tensor",
+    "track": "(Tensor count, Tensor mean, Tensor m2, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "Tensor(c!) num_batches, float? momentum) -> ()",
     "backward_reduce": "(Tensor dy, Tensor x, Tensor mean, Tensor? group=None, int num_groups=1) "
     "-> (Tensor sum_dy, Tensor sum_dy_xmu)",
+    "backward_fold": "(Tensor? count, Tensor mean, Tensor spread, Tensor sum_dy, Tensor sum_dy_xmu, Tensor? weight, "
+    "float eps, bool double) -> (Tensor a, Tensor b, Tensor c, Tensor grad_weight, Tensor grad_bias)",
     "backward_apply": "(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor c, Tensor? group=None) -> Tensor",
+    "normalize_batch": "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? group=None, int num_groups=1) "
+    "-> (Tensor y, Tensor count, Tensor mean, Tensor m2)",
+    "backward_batch": "(Tensor dy, Tensor x, Tensor? count, Tensor mean, Tensor spread, Tensor? weight, float eps, "
+    "Tensor? group=None) -> (Tensor dx, Tensor grad_weight, Tensor grad_bias)",
 }
 
 _DIFFERENTIABLE = ("moments", "normalize", "backward_reduce", "backward_apply")
@@ -88,7 +122,19 @@ class unchecked:
     backward_apply = staticmethod(_unchecked("backward_apply"))
 
 
-_accumulate = torch.ops.precisebn.accumulate.default
+class bare:
+    """The operators without checks and without derivatives, for where none can be asked for: gradients are off."""
+
+    moments = torch.ops.precisebn._moments.default
+    accumulate = torch.ops.precisebn.accumulate.default
+    fold = torch.ops.precisebn.fold.default
+    normalize = torch.ops.precisebn._normalize.default
+    track = torch.ops.precisebn.track.default
+    backward_reduce = torch.ops.precisebn._backward_reduce.default
+    backward_fold = torch.ops.precisebn.backward_fold.default
+    backward_apply = torch.ops.precisebn._backward_apply.default
+    normalize_batch = torch.ops.precisebn.normalize_batch.default
+    backward_batch = torch.ops.precisebn.backward_batch.default
 
 
 class Backend(NamedTuple):
@@ -179,7 +225,7 @@ def accumulate(
     >>> count.item(), mean.tolist(), m2.tolist()
     (4.0, [0.5, 0.5, 0.5], [1.0, 1.0, 1.0])
     """
-    _accumulate(x, count, mean, m2, batch_mean, batch_var)
+    bare.accumulate(x, count, mean, m2, batch_mean, batch_var)
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = None) -> Tensor:
@@ -210,6 +256,76 @@ def normalize(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = No
     return result
 
 
+def fold(
+    count: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    double: bool,
+) -> tuple[Tensor, Tensor]:
+    """Statistics and affine as a ``scale`` and a ``shift`` for :func:`normalize`.
+
+    ``scale = weight / sqrt(var + eps)`` and ``shift = bias - mean * scale``, computed in float64. Checks next to
+    nothing. Not differentiable.
+
+    Args:
+        count: float64 ``()`` or ``(R,)``, as many as there are means; or None.
+        mean: ``(C,)`` or ``(R, C)``, floating point, as are the next three.
+        spread: m2, whose variance is ``m2 / max(count, 1)``, where there is a count; else the variance.
+        weight: None is 1.
+        bias: None is 0.
+        eps: added to the variance.
+        double: whether the result is float64, for float64 ``x``; else it is float32.
+
+    Returns:
+        Two tensors ``(R, C)``; operands of one row apply to all rows.
+
+    >>> fold(None, torch.tensor([3.0]), torch.tensor([4.0]), None, torch.tensor([1.0]), 0.0, False)
+    (tensor([[0.5000]]), tensor([[-0.5000]]))
+    """
+    result: tuple[Tensor, Tensor] = bare.fold(count, mean, spread, weight, bias, eps, double)
+    return result
+
+
+def track(
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    momentum: float | None,
+) -> None:
+    """Update running statistics as torch does: ``running = (1 - momentum) * running + momentum * batch``, in place.
+
+    Computed in float64; the mini-batch's variance is unbiased, ``m2 / (count - 1)``. A row whose count is below two has
+    no variance, and is left alone. Checks next to nothing. Not differentiable. In a graph it is plain arithmetic, which
+    compilers fuse.
+
+    Args:
+        count: float64 ``()`` or ``(R,)``, of the mini-batch, as are the next two.
+        mean: float64 ``(C,)`` or ``(R, C)``.
+        m2: likewise.
+        running_mean: of the shape of ``mean``, floating point, any strides.
+        running_var: likewise.
+        num_batches: int64 ``()`` or ``(R,)``: grows by one.
+        momentum: None is the average over all mini-batches.
+
+    >>> mean, var, batches = torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor(0)
+    >>> batch = moments(torch.tensor([[0.0], [1.0], [5.0]]))
+    >>> track(*(t[0] for t in batch), mean, var, batches, 0.5)
+    >>> mean.item(), var.item(), batches.item()
+    (1.0, 4.0, 1)
+    """
+    if torch.compiler.is_compiling():
+        _fallback.track(count, mean, m2, running_mean, running_var, num_batches, momentum)
+        return
+    bare.track(count, mean, m2, running_mean, running_var, num_batches, momentum)
+    torch.autograd.graph.increment_version((running_mean, running_var))  # a backward may need what they were
+
+
 def backward_reduce(
     dy: Tensor, x: Tensor, mean: Tensor, group: Tensor | None = None, num_groups: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -237,6 +353,48 @@ def backward_reduce(
     _check_coefficients("backward_reduce", x, group, num_groups, mean=mean)
     _check_group("backward_reduce", x, group, num_groups)
     result: tuple[Tensor, Tensor] = unchecked.backward_reduce(dy, x, mean.double(), group, num_groups)
+    return result
+
+
+def backward_fold(
+    count: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    double: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From the sums of :func:`backward_reduce` to :func:`backward_apply`, and to the gradients of weight and bias.
+
+    The gradient of batch normalization, every group by its own mean and variance (Ioffe & Szegedy 2015, algorithm 1):
+    ``dx = weight / std * (dy - sum_dy / n - (x - mean) / var * sum_dy_xmu / n)``, with var for ``m2 / n + eps``. Or,
+    without a count, that of a normalization by given statistics: ``dx = weight / std * dy``. Computed in float64.
+    Checks next to nothing. Not differentiable.
+
+    Args:
+        count: float64 ``(G,)``, as of :func:`moments`; or None.
+        mean: ``(G, C)``, or ``(C,)`` of one group, floating point, as is the next.
+        spread: m2 where there is a count; else the variance.
+        sum_dy: float64 ``(G, C)``, about ``mean``, as is the next.
+        sum_dy_xmu: see :func:`backward_reduce`.
+        weight: ``(C,)`` or ``(G, C)``, floating point; None is 1.
+        eps: added to the variance.
+        double: whether a, b and c are float64, for float64 ``x``; else they are float32.
+
+    Returns:
+        a, b and c, ``(G, C)``; and the gradients of weight and bias, both in the shape and dtype of ``weight``: summed
+        over the groups where they share it. Without a weight, in the shape of ``mean`` and float64.
+
+    >>> count, mean, m2 = moments(torch.tensor([[1.0], [3.0]]))
+    >>> sums = backward_reduce(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [3.0]]), mean)
+    >>> [t.item() for t in backward_fold(count, mean, m2, *sums, None, 0.0, False)]
+    [1.0, -0.0, -1.0, 0.0, 2.0]
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = bare.backward_fold(
+        count, mean, spread, sum_dy, sum_dy_xmu, weight, eps, double
+    )
     return result
 
 
@@ -270,9 +428,67 @@ def backward_apply(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group
     return result
 
 
+def normalize_batch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
+    num_groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`moments`, :func:`fold` and :func:`normalize` in one call. Checks next to nothing. Not differentiable.
+
+    Returns:
+        The normalized tensor; count, mean and m2, as of :func:`moments`, but ``()`` and ``(C,)`` where ``group`` is
+        None.
+
+    >>> y, count, mean, m2 = normalize_batch(torch.tensor([[1.0], [3.0]]), None, None, 0.0)
+    >>> y.flatten().tolist(), count.item(), mean.tolist(), m2.tolist()
+    ([-1.0, 1.0], 2.0, [2.0], [2.0])
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = bare.normalize_batch(x, weight, bias, eps, group, num_groups)
+    return result
+
+
+def backward_batch(
+    dy: Tensor,
+    x: Tensor,
+    count: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`backward_reduce`, :func:`backward_fold` and :func:`backward_apply` in one call.
+
+    Without a count, of a normalization by given statistics. Checks next to nothing. Not differentiable.
+
+    Args:
+        dy: the gradient of what was normalized.
+        x: ``(N, C, *)``, as it was before.
+        count: of :func:`normalize_batch`; or None.
+        mean: float64, of :func:`normalize_batch`; or given, ``(C,)`` or ``(G, C)``.
+        spread: m2 of :func:`normalize_batch`; or the variance, in the shape of ``mean``, floating point.
+        weight: ``(C,)`` or ``(G, C)``, floating point; None is 1.
+        eps: added to the variance.
+        group: as in :func:`moments`.
+
+    Returns:
+        The gradients of ``x``, and of weight and bias as of :func:`backward_fold`.
+
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> _, *statistics = normalize_batch(x, None, None, 0.0)
+    >>> [t.flatten().tolist() for t in backward_batch(torch.tensor([[1.0], [2.0]]), x, *statistics, None, 0.0)]
+    [[0.0, 0.0], [1.0], [3.0]]
+    """
+    result: tuple[Tensor, Tensor, Tensor] = bare.backward_batch(dy, x, count, mean, spread, weight, eps, group)
+    return result
+
+
 # ---- Checks of what the user passes -------------------------------------------------------------------------------
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -293,7 +509,7 @@ def check_input(operator: str, x: Tensor, group: Tensor | None, num_groups: int)
 def _check_x(operator: str, x: Tensor) -> None:
     if x.dim() < 2:
         raise InputError(f"{operator}: x must be (N, C, *), at least 2 dimensions, but has shape {_shape(x)}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise InputError(f"{operator}: x {_shape(x)} must be float32, float64, float16 or bfloat16, but is {x.dtype}")
 
 
@@ -364,7 +580,36 @@ def _accumulate_fake(
     return None
 
 
-def _normalize_fake(x: Tensor, scale: Tensor, shift: Tensor, group: Tensor | None = None) -> Tensor:
+def _fold_fake(
+    count: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    double: bool,
+) -> tuple[Tensor, Tensor]:
+    operands = [t for t in (mean, spread, weight, bias) if t is not None]
+    rows = [t.shape[0] for t in operands if t.dim() == 2]
+    scale = mean.new_empty(
+        next((r for r in rows if r != 1), 1), mean.shape[-1], dtype=torch.float64 if double else torch.float32
+    )
+    return scale, torch.empty_like(scale)
+
+
+def _track_fake(
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    momentum: float | None,
+) -> None:
+    return None
+
+
+def _normalize_fake(x: Tensor, scale: Tensor, shift: Tensor | None = None, group: Tensor | None = None) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -374,16 +619,65 @@ def _backward_reduce_fake(
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
+def _backward_fold_fake(
+    count: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    double: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = (1, *mean.shape)[-2:]
+    a, b, c = (mean.new_empty(shape, dtype=torch.float64 if double else torch.float32) for _ in range(3))
+    affine = mean.new_empty(mean.shape, dtype=torch.float64) if weight is None else weight
+    grad_weight, grad_bias = (affine.new_empty(affine.shape) for _ in range(2))
+    return a, b, c, grad_weight, grad_bias
+
+
 def _backward_apply_fake(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, group: Tensor | None = None) -> Tensor:
     return torch.empty_like(x)
+
+
+def _normalize_batch_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
+    num_groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = () if group is None else (num_groups,)
+    count, mean, m2 = (x.new_empty(shape, dtype=torch.float64) for shape in (groups, *[(*groups, x.shape[1])] * 2))
+    return torch.empty_like(x), count, mean, m2
+
+
+def _backward_batch_fake(
+    dy: Tensor,
+    x: Tensor,
+    count: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    affine = mean if weight is None else weight
+    return torch.empty_like(x), affine.new_empty(affine.shape), affine.new_empty(affine.shape)
 
 
 for _name, _fake in (
     ("moments", _moments_fake),
     ("accumulate", _accumulate_fake),
+    ("fold", _fold_fake),
+    ("track", _track_fake),
     ("normalize", _normalize_fake),
     ("backward_reduce", _backward_reduce_fake),
+    ("backward_fold", _backward_fold_fake),
     ("backward_apply", _backward_apply_fake),
+    ("normalize_batch", _normalize_batch_fake),
+    ("backward_batch", _backward_batch_fake),
 ):
     torch.library.register_fake(f"precisebn::{_name}", _fake)
     if _name in _DIFFERENTIABLE:
@@ -397,8 +691,7 @@ for _name, _fake in (
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor | None, group: Tensor | None) -> Tensor:
     dtype = compute_dtype(x)
-    scale = scale.to(dtype)
-    result: Tensor = unchecked.normalize(x, scale, torch.zeros_like(scale) if shift is None else shift.to(dtype), group)
+    result: Tensor = unchecked.normalize(x, scale.to(dtype), None if shift is None else shift.to(dtype), group)
     return result
 
 
@@ -424,13 +717,13 @@ def _moments_backward(ctx: Any, _: Tensor, grad_mean: Tensor, grad_m2: Tensor) -
 
 
 def _normalize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, _, ctx.group = inputs
+    x, scale, _, ctx.group = (*inputs, None, None)[:4]  # torch leaves out trailing defaults
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale)
 
 
-def _normalize_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+def _normalize_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, scale = ctx.saved_tensors
-    need_x, need_scale, need_shift = ctx.needs_input_grad[:3]  # torch leaves out trailing defaults
+    need_x, need_scale, need_shift = (*ctx.needs_input_grad, False)[:3]
     dx = _affine(dy, scale, None, ctx.group) if need_x else None
     dscale = dshift = None
     if need_scale or need_shift:

@@ -27,12 +27,13 @@ from torch.nn.parameter import is_lazy
 
 from precisebn import ops
 from precisebn._merge import merge
-from precisebn.errors import BatchFormatError, InputError, NonFiniteStatisticsError
+from precisebn.errors import BatchFormatError, CycleError, InputError, NonFiniteStatisticsError
 from precisebn.estimator import EstimatorName, PopulationEstimator
 from precisebn.moments import Moments
 from precisebn.nn._base import PopulationNorm, Recorder
 from precisebn.nn.cycle import CycleBatchNormList
 from precisebn.nn.frozen import FrozenNorm
+from precisebn.selection import named_modules
 
 __all__ = ["RecordedLayer", "Recording", "buffers_kept"]
 
@@ -85,6 +86,7 @@ class Recording(AbstractContextManager["Recording"]):
         ]
         self._written: set[str] = set()
         self._execution_order: dict[int, None] = {}
+        self._cycles = {name: m for name, m in named_modules(model) if isinstance(m, CycleBatchNormList)}
         self._undo = ExitStack()
 
     def __enter__(self) -> "Recording":
@@ -93,8 +95,10 @@ class Recording(AbstractContextManager["Recording"]):
             stack.enter_context(_eager())
             stack.enter_context(_wrappers_aside(self.model))
             stack.enter_context(buffers_kept(self.model))
-            for cycle in (m for m in self.model.modules() if isinstance(m, CycleBatchNormList)):
-                stack.callback(setattr, cycle, "_pos", cycle._pos)
+            for cycle in self._cycles.values():
+                for attribute in ("_pos", "_left_at"):
+                    stack.callback(setattr, cycle, attribute, getattr(cycle, attribute))
+                cycle.reset()  # a forward that was interrupted may have left a cycle unfinished
             for index, layer in enumerate(self.layers):
                 if not isinstance(layer.module, PopulationNorm):
                     self._record(index, layer, stack)
@@ -122,9 +126,16 @@ class Recording(AbstractContextManager["Recording"]):
         """Close a mini-batch.
 
         Raises:
+            CycleError: a CycleBatchNormList was not called on every domain.
             NonFiniteStatisticsError: a layer on the CPU met NaN or Inf. (On other devices :meth:`check_finite` at the
                 end tells the same: asking every time would make the host wait for the device.)
         """
+        for name, cycle in self._cycles.items():
+            if cycle._pos:
+                raise CycleError(
+                    f"layer {name!r} (CycleBatchNormList({cycle.length})) was left after {cycle._pos} of "
+                    f"{cycle.length} calls in a mini-batch; call it on every domain, in order"
+                )
         on_cpu = [estimator for estimator in self.estimators if estimator.device.type == "cpu"]
         finite = all(estimator.current_is_finite() for estimator in on_cpu)
         for estimator in self.estimators:

@@ -26,6 +26,7 @@ from precisebn.batches import ForwardFn, call_model, common_device, move_to, num
 from precisebn.distributed import ProcessGroup, Ranks, Tally
 from precisebn.errors import InputError, InsufficientDataError, NonFiniteStatisticsError, RankFailedError
 from precisebn.estimator import ESTIMATORS, MIN_BLOCKS, EstimatorName, Population
+from precisebn.nn._base import PopulationNorm
 from precisebn.nn.frozen import FrozenNorm
 from precisebn.recording import RecordedLayer, Recording, buffers_kept
 from precisebn.report import LayerReport, UpdateReport, largest
@@ -133,7 +134,8 @@ def adapt_bn_stats(
     Args:
         model: a trained model, its running statistics being the source's.
         target_loader: mini-batches of the target domain; labels are not used.
-        prior: N, in samples; 0 or more, ``math.inf`` leaves the source statistics.
+        prior: N, in samples; 0 or more, ``math.inf`` leaves the source statistics. A layer with a population for each
+            domain weighs each against that domain's part of the samples.
         num_iters: as in :func:`update_bn_stats`, but all of the loader by default.
         progress: as in :func:`update_bn_stats`, as are the next two.
         forward: how to call the model.
@@ -381,14 +383,24 @@ class _Run:
         for layer, old in zip(recording.layers, _old_statistics(recording, ranks, self.prior), strict=True):
             population = populations[layer.estimator]
             if population.num_batches[layer.slot] == 0:
-                self.skipped[layer.name] = "no mini-batch reached it through its __call__"
+                several = isinstance(layer.module, PopulationNorm) and layer.module.num_slots is not None
+                what = "sample of its domain was seen" if several else "mini-batch reached it through its __call__"
+                self.skipped[layer.name] = f"no {what}"
             elif self.iterations and not recording.writes_statistics(layer):
                 self.skipped[layer.name] = "its own forward does not write running statistics in training mode"
             else:
-                changes.append(_Change.of(layer, population, old, self.prior, self.samples))
+                samples = self._samples_of(layer, recording, population.count)
+                changes.append(_Change.of(layer, population, old, self.prior, samples))
         if not changes and self.samples == 0 and self.iterations == 0:
             raise InsufficientDataError("no rank's data loader gave a mini-batch")
         return changes
+
+    def _samples_of(self, layer: RecordedLayer, recording: Recording, count: Tensor) -> float:
+        """How many samples a population is of: where a layer has several, each has its part, by numbers of values."""
+        slots = [other.slot for other in recording.layers if other.module is layer.module]
+        if self.prior == 0 or len(slots) == 1:
+            return self.samples
+        return self.samples * float(count[layer.slot] / count[slots].sum())
 
     def _checked_report(self, ranks: Ranks, changes: "list[_Change]") -> UpdateReport:
         """The report, with a warning where it is not what was asked for: before writing, for it may be an error."""
@@ -437,7 +449,7 @@ class _Change:
 
     @staticmethod
     def of(
-        layer: RecordedLayer, population: Population, old: tuple[Tensor, Tensor], prior: float, samples: int
+        layer: RecordedLayer, population: Population, old: tuple[Tensor, Tensor], prior: float, samples: float
     ) -> "_Change":
         """What a population means for one layer, the old statistics counting as ``prior`` samples.
 

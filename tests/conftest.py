@@ -80,6 +80,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     """
     state: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        state[f"{path}:attributes"] = sorted(vars(module))
         for key, value in vars(module).items():
             if "hooks" in key and isinstance(value, dict):
                 state[f"{path}:{key}"] = list(value.items())

@@ -5,6 +5,7 @@ Skipped without a GPU. ``PRECISEBN_BACKEND=native`` makes sure that the kernels 
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -190,6 +191,116 @@ def test_accumulate_ignores_an_empty_batch():
     assert (mean == 7).all()
 
 
+# ---- Tensors (G, C) alone --------------------------------------------------------------------------------------------
+
+ROWS = [None, 1, 3]  # of a tensor (R, C); None: (C,)
+
+
+def rows(rows: int | None, dtype: torch.dtype, seed: int, positive: bool = False) -> Tensor:
+    """(C,) or (R, C) on the CPU, C = 300: more than a block of threads."""
+    shape = (300,) if rows is None else (rows, 300)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (values.abs() + 0.1 if positive else values).to(dtype)
+
+
+def strided(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.repeat_interleave(2, dim=-1).cuda()[..., ::2]
+
+
+def counts(rows: int | None) -> Tensor:
+    return torch.tensor([9.0, 1.0, 0.0], dtype=torch.float64)[: rows or 1].reshape(() if rows is None else -1)
+
+
+def double(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+def assert_rounded(actual: Tensor, exact: Tensor) -> None:
+    """Within an ulp of the float64 result in the dtype at hand, and some of float64."""
+    eps = torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual.cpu().double(), exact, rtol=max(eps, 1e-14), atol=eps * 2**-10 + 1e-14)
+
+
+@pytest.mark.parametrize("statistics_dtype", DTYPES)
+@pytest.mark.parametrize("affine_dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_fold(statistics_dtype, affine_dtype, wide):
+    for of_mean, of_weight, of_bias, has_count in itertools.product(ROWS, ["absent", *ROWS], ["absent", *ROWS], (0, 1)):
+        count = counts(of_mean) if has_count else None
+        statistics = rows(of_mean, statistics_dtype, 0), rows(of_mean, statistics_dtype, 1, positive=True)
+        affine = [None if r == "absent" else rows(r, affine_dtype, s) for s, r in ((2, of_weight), (3, of_bias))]
+        on_device = (None if count is None else count.cuda(), *map(strided, statistics), *map(strided, affine))
+        results = ops.fold(*on_device, 1e-3, wide)
+        exact = _fallback.fold(count, *map(double, statistics), *map(double, affine), 1e-3, True)
+        for actual, expected in zip(results, exact, strict=True):
+            assert actual.dtype == (torch.float64 if wide else torch.float32)
+            assert_rounded(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0, None])
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_track(num_rows, momentum, dtype):
+    count, mean, m2 = counts(num_rows), rows(num_rows, torch.float64, 0), rows(num_rows, torch.float64, 1, True)
+    running = [rows(num_rows, dtype, 2), rows(num_rows, dtype, 3, positive=True)]
+    on_device, batches = [strided(t) for t in running], torch.full(count.shape, 4, device="cuda")
+    exact = [t.double() for t in running]
+    _fallback.track(count, mean, m2, *exact, batches.cpu(), momentum)
+    ops.track(count.cuda(), mean.cuda(), m2.cuda(), *on_device, batches, momentum)
+    assert torch.equal(batches.cpu(), 4 + (count > 1).long())
+    for actual, expected in zip(on_device, exact, strict=True):
+        assert_rounded(actual, expected)
+
+
+@pytest.mark.parametrize("affine_dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_backward_fold(affine_dtype, wide):
+    for num_rows, of_weight, has_count in itertools.product(ROWS, ["absent", None, "rows"], (0, 1)):
+        count = counts(num_rows) if has_count else None
+        mean, sum_dy, product = (rows(num_rows, torch.float64, s) for s in range(3))
+        spread = rows(num_rows, torch.float64, 3, positive=True)
+        weight = None
+        if of_weight != "absent":
+            weight = rows((num_rows or 1) if of_weight == "rows" else None, affine_dtype, 4)
+        sums = [t.cuda() for t in (mean, spread, sum_dy, product)]
+        results = ops.backward_fold(None if count is None else count.cuda(), *sums, strided(weight), 1e-3, wide)
+        exact = _fallback.backward_fold(count, mean, spread, sum_dy, product, double(weight), 1e-3, True)
+        for actual, expected in zip(results, exact, strict=True):
+            assert actual.shape == expected.shape
+            assert_rounded(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SOME_SHAPES, (0, 5, 3, 3)])
+def test_several_operators_in_one_call_are_these_operators(shape, layout, dtype):
+    x, dy = on_gpu(tensor(shape, dtype), layout), on_gpu(tensor(shape, dtype, seed=1))
+    for group, k in ((None, 1), (groups_of(x).cuda(), 3)):
+        weight, bias = torch.rand(shape[1], device="cuda"), torch.rand(k, shape[1], device="cuda")
+        y, *statistics = ops.normalize_batch(x, weight, bias, 1e-3, group, k)
+        apart = ops.moments(x, group, k)
+        assert all(torch.equal(one.reshape(other.shape), other) for one, other in zip(statistics, apart, strict=True))
+        scale, shift = ops.fold(*apart, weight, bias, 1e-3, dtype == torch.float64)
+        assert torch.equal(y, ops.normalize(x, scale, shift, group))
+        dx, *affine = ops.backward_batch(dy, x, *statistics, weight, 1e-3, group)
+        sums = ops.backward_reduce(dy, x, apart[1], group, k)
+        a, b, c, *expected = ops.backward_fold(*apart, *sums, weight, 1e-3, dtype == torch.float64)
+        assert torch.equal(dx, ops.backward_apply(dy, x, a, b, c, group))
+        assert all(torch.equal(one, other) for one, other in zip(affine, expected, strict=True))
+        dx, *_ = ops.backward_batch(dy, x, None, apart[1], apart[1] ** 2, weight, 1e-3, group)
+        scale, _ = ops.fold(None, apart[1], apart[1] ** 2, weight, None, 1e-3, dtype == torch.float64)
+        assert torch.equal(dx, ops.normalize(dy, scale, torch.zeros_like(scale), group))
+        assert dx.stride() == torch.empty_like(x).stride()
+
+
+def test_operands_on_the_host_are_refused():
+    mean, count = torch.ones(3, device="cuda").double(), torch.ones((), device="cuda").double()
+    with pytest.raises(RuntimeError, match="weight must be"):
+        ops.fold(count, mean, mean, torch.ones(3), None, 1e-3, False)
+    with pytest.raises(RuntimeError, match="running_mean must be"):
+        ops.track(count, mean, mean, torch.ones(3), torch.ones(3), torch.tensor(0, device="cuda"), 0.1)
+
+
 # ---- Groups ---------------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +431,8 @@ def all_operators(x: Tensor, dy: Tensor, group: Tensor) -> list[Tensor]:
         *ops.backward_reduce(dy, x, mean.expand(3, -1), group, 3),
         ops.normalize(x, *coefficients[:2], group),
         ops.backward_apply(dy, x, *coefficients, group),
+        *ops.normalize_batch(x, coefficients[0][0], None, 1e-3, group, 3),
+        *ops.backward_batch(dy, x, *ops.moments(x, group, 3), coefficients[0][0], 1e-3, group),
     ]
 
 
@@ -419,6 +532,9 @@ def test_nothing_waits_for_the_device():
         ops.normalize(x, a, a, group)
         ops.backward_reduce(dy, x, a, group, 3)
         ops.backward_apply(dy, x, a, a, a, group)
+        _, *statistics = ops.normalize_batch(x, mean, var, 1e-3, group, 3)
+        ops.backward_batch(dy, x, *statistics, mean, 1e-3, group)
+        ops.track(*(t[0] for t in statistics), mean, var, torch.ones((), dtype=torch.int64, device="cuda"), None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -458,18 +574,28 @@ def test_half_a_warp_of_blocks_over_the_end_of_the_grid():
 # ---- torch around it ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["moments", "normalize", "backward_reduce", "backward_apply", "accumulate"])
+OPERATORS = ["moments", "normalize", "backward_reduce", "backward_apply", "accumulate"]
+OPERATORS += ["fold", "track", "backward_fold", "normalize_batch", "backward_batch"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.filterwarnings("ignore")
 def test_opcheck(name):
     x = torch.randn(4, 3, 2, 3, dtype=torch.float64, device="cuda", requires_grad=True)
     dy, group = torch.randn_like(x, requires_grad=False), torch.tensor([0, 1, 1, 0]).cuda()
     a = torch.randn(2, 3, dtype=torch.float64, device="cuda")
+    on_device = torch.zeros(3).cuda(), torch.ones(3).cuda()
     args = {
         "moments": (x, group, 2),
         "normalize": (x, a, a, group),
         "backward_reduce": (dy, x, a, group, 2),
         "backward_apply": (dy, x, a, a, a, group),
         "accumulate": (x.detach(), *accumulators(3), torch.zeros(3).cuda(), torch.zeros(3).cuda()),
+        "fold": (a[:, 0] ** 2, a, a**2, a[0].float(), None, 1e-3, False),
+        "track": (a[0, 0] ** 2 + 2, a[0], a[0] ** 2, *on_device, torch.tensor(0).cuda(), 0.1),
+        "backward_fold": (a[:, 0] ** 2, a, a**2, a, a, a[0].bfloat16(), 1e-3, True),
+        "normalize_batch": (x.detach(), a, None, 1e-3, group, 2),
+        "backward_batch": (dy, x.detach(), None, a, a**2, a.float(), 1e-3, group),
     }[name]
     torch.library.opcheck(getattr(torch.ops.precisebn, name).default, args)
 

@@ -3,6 +3,7 @@
 All hold for either backend: run with PRECISEBN_BACKEND=native and with PRECISEBN_BACKEND=fallback.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -335,6 +336,183 @@ def test_channels_last_and_contiguous_agree_in_values_and_keep_their_format():
     assert torch.equal(y, y_last)
 
 
+# ---- fold, track, backward_fold: what is done with tensors (G, C) ----------------------------------------------------
+
+ROWS = [None, 1, 3]  # of a tensor (R, C); None: (C,)
+
+
+def rows(rows: int | None, dtype: torch.dtype, seed: int, positive: bool = False) -> Tensor:
+    """(C,) or (R, C), C = 5, not contiguous."""
+    values = torch.randn((*(() if rows is None else (rows,)), 10), generator=torch.Generator().manual_seed(seed))
+    return (values.abs() + 0.1 if positive else values).to(dtype)[..., ::2]
+
+
+def assert_rounded(actual: Tensor, exact: Tensor) -> None:
+    """Within an ulp of the float64 result in the dtype at hand, and some of float64."""
+    eps = torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual.double(), exact, rtol=max(eps, 1e-14), atol=eps * 2**-10 + 1e-14)
+
+
+@pytest.mark.parametrize("statistics_dtype", DTYPES)
+@pytest.mark.parametrize("affine_dtype", DTYPES)
+@pytest.mark.parametrize("double", [False, True])
+def test_fold_in_every_combination_of_rows_and_dtypes(statistics_dtype, affine_dtype, double):
+    for of_mean, of_weight, of_bias, has_count in itertools.product(ROWS, ["absent", *ROWS], ["absent", *ROWS], (0, 1)):
+        count = torch.tensor([0.0, 1.0, 8.0], dtype=torch.float64)[: of_mean or 1].reshape(
+            () if of_mean is None else -1
+        )
+        mean, spread = rows(of_mean, statistics_dtype, 0), rows(of_mean, statistics_dtype, 1, positive=True)
+        weight, bias = (None if r == "absent" else rows(r, affine_dtype, s) for s, r in ((2, of_weight), (3, of_bias)))
+        scale, shift = ops.fold(count if has_count else None, mean, spread, weight, bias, 1e-3, double)
+        exact = _fallback.fold(
+            count if has_count else None,
+            mean.double(),
+            spread.double(),
+            None if weight is None else weight.double(),
+            None if bias is None else bias.double(),
+            1e-3,
+            True,
+        )
+        expected_rows = 3 if 3 in (of_mean, of_weight, of_bias) else 1
+        assert scale.shape == shift.shape == (expected_rows, 5)
+        assert scale.dtype == shift.dtype == (torch.float64 if double else torch.float32)
+        assert_rounded(scale, exact[0])
+        assert_rounded(shift, exact[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0, None])
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_track_moves_rows_of_two_values_or_more(num_rows, momentum, dtype):
+    counts = torch.tensor([9.0, 1.0, 2.0], dtype=torch.float64)[: num_rows or 1].reshape(() if num_rows is None else -1)
+    mean, m2 = rows(num_rows, torch.float64, 0), rows(num_rows, torch.float64, 1, positive=True)
+    running = [rows(num_rows, dtype, 2), rows(num_rows, dtype, 3, positive=True)]
+    batches = torch.full(counts.shape, 4)
+    before = [t.clone() for t in running]
+    exact = [t.double() for t in running]
+    _fallback.track(counts, mean, m2, *exact, batches.clone(), momentum)
+    ops.track(counts, mean, m2, *running, batches, momentum)
+    assert torch.equal(batches, 4 + (counts > 1).long())
+    for actual, expected, old in zip(running, exact, before, strict=True):
+        assert_rounded(actual, expected)
+        alone = counts <= 1
+        assert torch.equal(actual[alone], old[alone])
+    if momentum == 1.0:
+        assert torch.equal(running[0][counts > 1], mean[counts > 1].to(dtype))
+
+
+def test_track_writes_a_row_of_a_buffer_and_lets_autograd_know():
+    running_mean, running_var, batches = torch.zeros(3, 4), torch.ones(3, 4), torch.zeros(3, dtype=torch.int64)
+    versions = running_mean._version, running_var._version
+    count, mean, m2 = torch.tensor(3.0, dtype=torch.float64), torch.ones(4).double(), torch.full((4,), 4.0).double()
+    ops.track(count, mean, m2, running_mean[1], running_var[1], batches[1], 0.5)
+    assert running_mean.tolist() == [[0.0] * 4, [0.5] * 4, [0.0] * 4]
+    assert running_var.tolist() == [[1.0] * 4, [1.5] * 4, [1.0] * 4]
+    assert batches.tolist() == [0, 1, 0]
+    assert (running_mean._version, running_var._version) > versions
+
+
+def test_track_ignores_what_is_not_finite_in_a_row_that_stays():
+    running_mean, running_var = torch.tensor([float("inf")]), torch.tensor([float("nan")])
+    count, batch = torch.ones((), dtype=torch.float64), torch.full((1,), float("nan"), dtype=torch.float64)
+    ops.track(count, batch, batch, running_mean, running_var, torch.tensor(0), 0.1)
+    assert running_mean.item() == float("inf")
+    assert running_var.isnan().all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_track_is_what_torch_does(momentum):
+    theirs = torch.nn.BatchNorm1d(5, momentum=momentum)
+    mean, var, batches = torch.zeros(5), torch.ones(5), torch.tensor(0)
+    for seed in range(4):
+        x = tensor((7, 5, 3), seed=seed)
+        theirs(x)
+        ops.track(*channel_of(x, 0, ops.moments(x)), mean, var, batches, momentum)
+    torch.testing.assert_close(mean, theirs.running_mean)
+    torch.testing.assert_close(var, theirs.running_var)
+    assert batches == theirs.num_batches_tracked
+
+
+def test_track_compiles_to_plain_arithmetic():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(x, mean, var, batches):
+        count, batch_mean, m2 = ops.moments(x)
+        ops.track(count[0], batch_mean[0], m2[0], mean, var, batches, None)
+
+    state, same = ([torch.zeros(5), torch.ones(5), torch.tensor(0)] for _ in range(2))
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for seed in range(3):
+        compiled(tensor((7, 5, 3), seed=seed), *state)
+        step(tensor((7, 5, 3), seed=seed), *same)
+    for one, other in zip(state, same, strict=True):
+        torch.testing.assert_close(one, other)
+    assert "precisebn.track" not in graphs[0].code
+
+
+@pytest.mark.parametrize("affine_dtype", DTYPES)
+@pytest.mark.parametrize("double", [False, True])
+def test_backward_fold_in_every_combination_of_rows(affine_dtype, double):
+    for num_rows, of_weight, has_count in itertools.product(ROWS, ["absent", None, "rows"], (0, 1)):
+        if of_weight == "rows":
+            of_weight = num_rows or 1
+        count = torch.tensor([0.0, 1.0, 8.0], dtype=torch.float64)[: num_rows or 1]
+        count = count.reshape(() if num_rows is None else -1) if has_count else None
+        mean, sum_dy, product = (rows(num_rows, torch.float64, s) for s in range(3))
+        spread = rows(num_rows, torch.float64, 3, positive=True)
+        weight = None if of_weight == "absent" else rows(of_weight, affine_dtype, 4)
+        results = ops.backward_fold(count, mean, spread, sum_dy, product, weight, 1e-3, double)
+        exact = _fallback.backward_fold(
+            count, mean, spread, sum_dy, product, None if weight is None else weight.double(), 1e-3, True
+        )
+        affine = torch.empty(mean.shape, dtype=torch.float64) if weight is None else weight
+        coefficients = torch.empty(num_rows or 1, 5, dtype=torch.float64 if double else torch.float32)
+        for actual, expected, like in zip(results, exact, [coefficients] * 3 + [affine] * 2, strict=True):
+            assert (actual.shape, actual.dtype) == (like.shape, like.dtype)
+            assert_rounded(actual, expected)
+
+
+# ---- normalize_batch and backward_batch: several operators in one call -----------------------------------------------
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS_AND_DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(6, 5), (3, 4, 7, 7), (2, 33, 4, 5), (3, 130, 14, 14), (2, 5, 2, 2, 2, 3), (0, 5, 3)]
+)
+def test_several_operators_in_one_call_are_these_operators(shape, layout, dtype):
+    x, dy = laid_out(tensor(shape, dtype), layout), tensor(shape, dtype, seed=1)
+    channels, double = shape[1], dtype == torch.float64
+    for group, k in ((None, 1), (groups_of(x), 3)):
+        weight, bias = torch.rand(channels), torch.rand(k, channels)
+        y, *statistics = ops.normalize_batch(x, weight, bias, 1e-3, group, k)
+        apart = ops.moments(x, group, k)
+        if group is None:
+            assert statistics[0].dim() == 0
+        assert all(torch.equal(one.reshape(other.shape), other) for one, other in zip(statistics, apart, strict=True))
+        scale, shift = ops.fold(*apart, weight, bias, 1e-3, double)
+        assert torch.equal(y, ops.normalize(x, scale, shift, group))
+        assert y.stride() == torch.empty_like(x).stride()
+
+        for gradient in (dy, dy[:1, :1].expand_as(dy) if dy.numel() else dy):
+            dx, grad_weight, grad_bias = ops.backward_batch(gradient, x, *statistics, weight, 1e-3, group)
+            sums = ops.backward_reduce(gradient, x, apart[1], group, k)
+            a, b, c, *affine = ops.backward_fold(*apart, *sums, weight, 1e-3, double)
+            assert torch.equal(dx, ops.backward_apply(gradient, x, a, b, c, group))
+            assert dx.stride() == torch.empty_like(x).stride()
+            assert torch.equal(grad_weight, affine[0])
+            assert torch.equal(grad_bias, affine[1])
+
+            var = torch.rand(apart[1].shape)
+            dx, *_ = ops.backward_batch(gradient, x, None, apart[1], var, weight, 1e-3, group)
+            scale, _ = ops.fold(None, apart[1], var, weight, None, 1e-3, double)
+            assert torch.equal(dx, ops.normalize(gradient, scale, torch.zeros_like(scale), group))
+            assert dx.stride() == torch.empty_like(x).stride()
+
+
 # ---- derivatives, tracing, registration ---------------------------------------------------------------------------
 
 
@@ -411,6 +589,26 @@ OPCHECK_INPUTS = {
     "accumulate": [
         lambda x, d, g, a: (x.detach(), *accumulators(3)),
         lambda x, d, g, a: (x.detach(), *accumulators(3), torch.zeros(3), torch.zeros(3)),
+    ],
+    "fold": [
+        lambda x, d, g, a: (None, a[0], a[0] ** 2, None, a, 1e-3, False),
+        lambda x, d, g, a: (a[:, 0] ** 2, a, a**2, a[0].float(), None, 1e-3, True),
+    ],
+    "track": [
+        lambda x, d, g, a: (a[0, 0] ** 2 + 2, a[0], a[0] ** 2, torch.zeros(3), torch.ones(3), torch.tensor(0), None),
+        lambda x, d, g, a: (a[:, 0] ** 2, a, a**2, torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2).long(), 0.1),
+    ],
+    "backward_fold": [
+        lambda x, d, g, a: (None, a[0], a[0] ** 2, a[0], a[0], None, 1e-3, False),
+        lambda x, d, g, a: (a[:, 0] ** 2, a, a**2, a, a, a[0].bfloat16(), 1e-3, True),
+    ],
+    "normalize_batch": [
+        lambda x, d, g, a: (x.detach(), None, a[0].float(), 1e-3),
+        lambda x, d, g, a: (x.detach(), a, None, 1e-3, g, 2),
+    ],
+    "backward_batch": [
+        lambda x, d, g, a: (d.detach(), x.detach(), a[0, 0] ** 2, a[0], a[0] ** 2, None, 1e-3),
+        lambda x, d, g, a: (d.detach(), x.detach(), None, a, a**2, a.float(), 1e-3, g),
     ],
 }
 

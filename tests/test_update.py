@@ -32,6 +32,7 @@ from precisebn import (
     get_bn_modules,
     update_bn_stats,
 )
+from precisebn.nn import DomainSpecificBN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -866,3 +867,12 @@ def test_every_error_on_purpose_is_a_precisebn_error():
     assert issubclass(InsufficientDataError, PreciseBNError)
     assert issubclass(InsufficientDataError, AssertionError)
     assert issubclass(InputError, ValueError)
+
+
+def test_a_prior_is_weighed_against_the_samples_of_its_own_domain():
+    bn = DomainSpecificBN(1, 2).eval()
+    batch = torch.tensor([[4.0], [8.0], [1.0], [1.0], [1.0], [1.0]]), torch.tensor([0, 0, 1, 1, 1, 1])
+    adapt_bn_stats(bn, [batch], prior=2, forward=lambda model, pair: model(pair[0], domain=pair[1]))
+    # From mean 0 and variance 1: domain 0 goes 2 / 4 of the way to (6, 4), domain 1 goes 4 / 6 of it to (1, 0).
+    torch.testing.assert_close(bn.running_mean, torch.tensor([[3.0], [2 / 3]]))
+    torch.testing.assert_close(bn.running_var, torch.tensor([[2.5], [1 / 3]]))

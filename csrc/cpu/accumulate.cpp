@@ -3,39 +3,18 @@
 #include "../moments.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "moments_of.h"
+#include "rows.h"
 
 namespace precisebn {
 namespace {
 
-template <class T, class Value>
-void fill(const Tensor& out, int64_t channels, Value value) {
-  T* to = static_cast<T*>(out.mutable_data_ptr());
-  const int64_t stride = out.stride(0);
-  for (int64_t c = 0; c < channels; ++c) to[c * stride] = static_cast<T>(static_cast<float>(value(c)));
-}
-
-template <class Value>
-void write_statistic(const std::optional<Tensor>& out, int64_t channels, Value value) {
+void write_statistic(const std::optional<Tensor>& out, const double* values, int64_t channels) {
   if (!out) return;
   STD_TORCH_CHECK(out->dim() == 1 && out->size(0) == channels,
                   "precisebn::accumulate: batch_mean and batch_var must have one element per channel");
-  switch (dtype_of(*out)) {
-    case kFloat32:
-      return fill<float>(*out, channels, value);
-    case kFloat16:
-      return fill<torch::headeronly::Half>(*out, channels, value);
-    case kBFloat16:
-      return fill<torch::headeronly::BFloat16>(*out, channels, value);
-    default: {
-      double* to = out->mutable_data_ptr<double>();
-      const int64_t stride = out->stride(0);
-      for (int64_t c = 0; c < channels; ++c) to[c * stride] = value(c);
-    }
-  }
+  write_row(*out, 0, values, channels);
 }
 
 double* accumulator(const Tensor& t, int64_t size) {
@@ -52,11 +31,12 @@ void accumulate(const Tensor& x, const Tensor& count, const Tensor& mean, const 
   if (x.numel() == 0) return;
 
   double n;
-  std::vector<double> own(2 * channels);
-  double *own_mean = own.data(), *own_m2 = own_mean + channels;
+  std::vector<double> own(3 * channels);
+  double *own_mean = own.data(), *own_m2 = own_mean + channels, *own_var = own_m2 + channels;
   moments_of(x, std::nullopt, 1, &n, own_mean, own_m2);
-  write_statistic(batch_mean, channels, [&](int64_t c) { return own_mean[c]; });
-  write_statistic(batch_var, channels, [&](int64_t c) { return own_m2[c] / n; });
+  for (int64_t c = 0; c < channels; ++c) own_var[c] = own_m2[c] / n;
+  write_statistic(batch_mean, own_mean, channels);
+  write_statistic(batch_var, own_var, channels);
   const MergeWeights weights(*total, n);
   for (int64_t c = 0; c < channels; ++c) merge(to_mean[c], to_m2[c], own_mean[c], own_m2[c], weights);
   *total += n;

@@ -3,6 +3,7 @@
 
 #include "backward_apply_kernel.h"
 #include "elementwise.h"
+#include "operators.h"
 
 namespace precisebn {
 namespace {
@@ -31,6 +32,8 @@ void run(const Tensor& dy, const Arrangement& to, const Tensor& a, const Tensor&
       });
 }
 
+}  // namespace
+
 Tensor backward_apply(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& c,
                       const std::optional<Tensor>& group) {
   STD_TORCH_CHECK(x.dim() >= 2, "precisebn::backward_apply: x must have at least 2 dimensions");
@@ -47,8 +50,6 @@ Tensor backward_apply(const Tensor& dy, const Tensor& x, const Tensor& a, const 
   }
   return finish(to);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("_backward_apply", TORCH_BOX(&backward_apply)); }
 

@@ -20,7 +20,7 @@ void check_same(const char* op, const Tensor& dy, const Tensor& x) {
 
 Tensor with_strides_of(const Tensor& t, const Tensor& like) {
   if (same_strides(t, like)) return t;
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = new_like(like);
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -29,20 +29,20 @@ Pair align(const Tensor& dy, const Tensor& x) {
   if (same_strides(dy, x)) {
     if (const auto view = view_of(x)) return {dy, x, *view};
   }
-  Tensor dense = torch::stable::empty_like(x);
+  Tensor dense = new_like(x);
   if (!view_of(dense)) dense = torch::stable::contiguous(dense);
   return {with_strides_of(dy, dense), with_strides_of(x, dense), *view_of(dense)};
 }
 
 Arrangement arrange(const Tensor& x) {
-  Tensor result = torch::stable::empty_like(x);
+  Tensor result = new_like(x);
   if (const auto view = view_of(result)) {
     if (same_strides(x, result)) return {x, result, result, *view};
     torch::stable::copy_(result, x);
     return {result, result, result, *view};
   }
   const Tensor dense = torch::stable::contiguous(x);
-  return {dense, torch::stable::empty_like(dense), result, *view_of(dense)};
+  return {dense, new_like(dense), result, *view_of(dense)};
 }
 
 Tensor finish(Arrangement& arrangement) {

@@ -51,20 +51,21 @@ class Groups {
   int64_t stride_;
 };
 
-// Coefficients [G, C], row by row as wide as the (joined) rows of the view.
+// Coefficients [G, C], or [C] of one group, row by row as wide as the (joined) rows of the view.
 template <class T>
 class Coefficients {
  public:
   Coefficients(const Tensor& t, const View& view, int64_t num_groups)
       : dense_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == num_groups && t.size(1) == view.channels,
+    const bool fits = t.dim() == 2 ? t.size(0) == num_groups : t.dim() == 1 && num_groups == 1;
+    STD_TORCH_CHECK(fits && t.size(t.dim() - 1) == view.channels,
                     "precisebn: every coefficient must have shape (G, C) = (", num_groups, ", ", view.channels, ")");
     values_ = dense_.const_data_ptr<T>();
     stride_ = view.channels;
     if (!view.by_rows || (view.inner == 1 && rows_joined(view) == 1)) return;
     const int64_t width = rows_joined(view) * view.width;
-    expanded_.resize(t.size(0) * width);
-    for (int64_t g = 0; g < t.size(0); ++g) {
+    expanded_.resize(num_groups * width);
+    for (int64_t g = 0; g < num_groups; ++g) {
       for (int64_t v = 0; v < width; ++v) {
         expanded_[g * width + v] = values_[g * view.channels + v / view.inner % view.channels];
       }

@@ -9,6 +9,7 @@
 
 #include "moments_kernel.h"
 #include "moments_of.h"
+#include "operators.h"
 #include "reduction.h"
 
 namespace precisebn {
@@ -40,17 +41,24 @@ class MomentsOfElements {
   const int64_t element_size_, plane_stride_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups) {
+std::tuple<Tensor, Tensor, Tensor> by_group(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups) {
+  return moments(x, group, num_groups, 2);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups,
+                                           int64_t dim) {
   STD_TORCH_CHECK(x.dim() >= 2, "precisebn::moments: x must have at least 2 dimensions");
   check_group("moments", group, x.size(0), num_groups);
-  Tensor count = new_statistic({num_groups, 1}, 1);
-  Tensor mean = new_statistic({num_groups, x.size(1)}, 2), m2 = new_statistic({num_groups, x.size(1)}, 2);
+  const int64_t channels = x.size(1);
+  const std::array size{dim == 2 ? num_groups : channels, channels};
+  Tensor count = new_statistic({num_groups, 1}, dim - 1), mean = new_statistic(size, dim),
+         m2 = new_statistic(size, dim);
   moments_of(x, group, num_groups, count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
              m2.mutable_data_ptr<double>());
   return {count, mean, m2};
 }
-
-}  // namespace
 
 void moments_of(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups, double* count, double* mean,
                 double* m2) {
@@ -62,6 +70,6 @@ void moments_of(const Tensor& x, const std::optional<Tensor>& group, int64_t num
   std::copy(reduction.count().begin(), reduction.count().end(), count);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("_moments", TORCH_BOX(&moments)); }
+STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("_moments", TORCH_BOX(&by_group)); }
 
 }  // namespace precisebn

@@ -3,6 +3,7 @@
 
 #include "elementwise.h"
 #include "normalize_kernel.h"
+#include "operators.h"
 
 namespace precisebn {
 namespace {
@@ -26,21 +27,29 @@ void run(const Arrangement& to, const Tensor& scale, const Tensor& shift, const 
       });
 }
 
-Tensor normalize(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& group) {
+template <class Scalar>
+Tensor zeros(const Tensor& like) {
+  Tensor zero = new_statistic({like.size(0), like.size(1)}, 2, dtype_of(like));
+  std::fill_n(zero.mutable_data_ptr<Scalar>(), zero.numel(), Scalar{0});
+  return zero;
+}
+
+}  // namespace
+
+Tensor normalize(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& shift,
+                 const std::optional<Tensor>& group) {
   STD_TORCH_CHECK(x.dim() >= 2, "precisebn::normalize: x must have at least 2 dimensions");
   STD_TORCH_CHECK(scale.dim() == 2, "precisebn::normalize: scale and shift must have shape (G, C)");
   check_group("normalize", group, x.size(0), scale.size(0));
   Arrangement to = arrange(x);
   const Groups groups(group);
   if (dtype_of(x) == kFloat64) {
-    run<double>(to, scale, shift, groups);
+    run<double>(to, scale, shift ? *shift : zeros<double>(scale), groups);
   } else {
-    run<float>(to, scale, shift, groups);
+    run<float>(to, scale, shift ? *shift : zeros<float>(scale), groups);
   }
   return finish(to);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("_normalize", TORCH_BOX(&normalize)); }
 

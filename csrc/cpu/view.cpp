@@ -34,6 +34,29 @@ std::optional<Axis> collapse(std::vector<Axis> axes) {
   return whole;
 }
 
+// Whether x fills its memory without gaps or overlaps; not said of every such x.
+bool is_dense(const Tensor& x) {
+  if (x.is_contiguous()) return true;
+  int64_t expected = 1;
+  const auto step = [&](int64_t d) {
+    const bool fits = x.size(d) == 1 || x.stride(d) == expected;
+    expected *= x.size(d);
+    return fits;
+  };
+  bool channels_last = step(1);
+  for (int64_t d = x.dim() - 1; d >= 0; --d) channels_last = channels_last && (d == 1 || step(d));
+  return channels_last;
+}
+
+Tensor new_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, Dtype dtype) {
+  static const int32_t types[kNumDtypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(),
+                                            aoti_torch_dtype_float16(), aoti_torch_dtype_bfloat16()};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, types[dtype], aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 }  // namespace
 
 std::optional<View> view_of(const Tensor& x) {
@@ -107,12 +130,14 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
-Tensor new_statistic(std::array<int64_t, 2> size, int64_t dim) {
+Tensor new_statistic(std::array<int64_t, 2> size, int64_t dim, Dtype dtype) {
   const int64_t strides[] = {dim == 2 ? size[1] : 1, 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size.data(), strides, aoti_torch_dtype_float64(),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return new_strided(dim, size.data(), strides, dtype);
+}
+
+Tensor new_like(const Tensor& x) {
+  if (!is_dense(x)) return torch::stable::empty_like(x);
+  return new_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype_of(x));
 }
 
 void check_group(const char* op, const std::optional<Tensor>& group, int64_t batch, int64_t num_groups) {

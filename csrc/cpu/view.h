@@ -37,9 +37,10 @@ Tensor with_view(const Tensor& x);
 
 Dtype dtype_of(const Tensor& x);
 
-// An uninitialized float64 tensor (G) or (G, C). A call through the dispatcher would take as long as the statistics of
-// a small x.
-Tensor new_statistic(std::array<int64_t, 2> size, int64_t dim);
+// An uninitialized tensor of one or two dimensions, and one of the size and strides of a dense x. A call through the
+// dispatcher would take as long as the statistics of a small x.
+Tensor new_statistic(std::array<int64_t, 2> size, int64_t dim, Dtype dtype = kFloat64);
+Tensor new_like(const Tensor& x);
 
 // One group number per sample, each in range: the last line before memory, also behind the checks in Python.
 void check_group(const char* op, const std::optional<Tensor>& group, int64_t batch, int64_t num_groups);

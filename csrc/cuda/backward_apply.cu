@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "map.h"
+#include "operators.h"
 
 namespace precisebn::cuda {
 namespace {
@@ -23,6 +24,8 @@ struct ApplyOp {
   }
 };
 
+}  // namespace
+
 Tensor backward_apply(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& c,
                       const std::optional<Tensor>& group) {
   STD_TORCH_CHECK(x.dim() >= 2 && dy.dim() == x.dim() && dy.numel() == x.numel() && dy.scalar_type() == x.scalar_type(),
@@ -30,11 +33,10 @@ Tensor backward_apply(const Tensor& dy, const Tensor& x, const Tensor& a, const 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Mapping to = mapping(x);
   const Tensor gradient = with_strides_of(dy, to.input);
-  launch_map<ApplyOp>(to, groups_of(group, x.size(0), a.size(0)), std::array{gradient, to.input}, std::array{a, b, c});
+  launch_map<ApplyOp>(to, groups_of(group, x.size(0), a.size(0)), std::array{gradient, to.input},
+                      std::array<std::optional<Tensor>, 3>{a, b, c});
   return to.finish();
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("_backward_apply", TORCH_BOX(&backward_apply)); }
 

@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "operators.h"
 #include "reduce.h"
 
 namespace precisebn::cuda {
@@ -120,13 +121,16 @@ struct BackwardOp {
   __device__ void emit_count(int, double) const {}
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x, const Tensor& mean,
                                            const std::optional<Tensor>& group, int64_t num_groups) {
   STD_TORCH_CHECK(x.dim() >= 2 && dy.dim() == x.dim() && dy.numel() == x.numel() && dy.scalar_type() == x.scalar_type(),
                   "precisebn::backward_reduce: dy must have the shape and dtype of x, at least 2 dimensions");
   const Groups groups = groups_of(group, x.size(0), num_groups);
   const Tensor center = coefficients<double>(mean, x.size(1));
-  STD_TORCH_CHECK(center.size(0) == num_groups, "precisebn::backward_reduce: mean must have shape (num_groups, C)");
+  STD_TORCH_CHECK((center.dim() == 2 ? center.size(0) : 1) == num_groups,
+                  "precisebn::backward_reduce: mean must have shape (num_groups, C)");
   const OnDeviceOf where(x);
   if (x.numel() == 0) {
     return {torch::stable::new_zeros(center, center.sizes()), torch::stable::new_zeros(center, center.sizes())};
@@ -149,8 +153,6 @@ std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x, co
   });
   return {sum_dy, sum_dy_xmu};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("_backward_reduce", TORCH_BOX(&backward_reduce)); }
 

@@ -43,7 +43,10 @@ __global__ void __launch_bounds__(kThreads)
       if (left == 0) ++channel, left = inner;
 #pragma unroll
       for (int i = 0; i < Op::kCoefficients; ++i) {
-        coefficients[i][k] = group == Groups::kNone ? static_cast<Real>(NAN) : __ldg(op.coefficients[i] + channel);
+        const Real* from = op.coefficients[i];
+        coefficients[i][k] = group == Groups::kNone ? static_cast<Real>(NAN)
+                             : from == nullptr      ? 0
+                                                    : __ldg(from + channel);
       }
     }
   };
@@ -84,7 +87,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Op<T, size> is made from inputs, output and coefficients, all given as arrays or pointers of T and Compute<T>.
+// Op<T, size> is made from inputs, output and coefficients, all given as arrays or pointers of T and Compute<T>. Of the
+// coefficients some may be absent.
 template <template <class, int> class Op, class Inputs, class Coefficients>
 void launch_map(const Mapping& to, const Groups& groups, const Inputs& inputs, const Coefficients& coefficients_of) {
   const OnDeviceOf where(to.input);
@@ -97,7 +101,8 @@ void launch_map(const Mapping& to, const Groups& groups, const Inputs& inputs, c
       for (int i = 0; i < op.kInputs; ++i) op.inputs[i] = data<T>(inputs[i]);
       std::optional<Tensor> kept[Op<T, size>::kCoefficients];  // until the launch
       for (int i = 0; i < op.kCoefficients; ++i) {
-        kept[i] = coefficients<Compute<T>>(coefficients_of[i], to.view.channels);
+        if (!coefficients_of[i]) continue;  // null: all 0
+        kept[i] = coefficients<Compute<T>>(*coefficients_of[i], to.view.channels);
         STD_TORCH_CHECK(kept[i]->size(0) == groups.count, "precisebn: coefficients must have a row per group");
         op.coefficients[i] = data<Compute<T>>(*kept[i]);
       }

@@ -23,23 +23,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../moments.h"
+#include "operators.h"
 #include "reduce.h"
+#include "rows.h"
 
 namespace precisebn::cuda {
 namespace {
-
-__device__ void write_as(ScalarType type, void* to, int64_t i, double value) {
-  const auto single = static_cast<float>(value);
-  if (type == ScalarType::Float) {
-    static_cast<float*>(to)[i] = single;
-  } else if (type == ScalarType::Half) {
-    static_cast<__half*>(to)[i] = __float2half_rn(single);
-  } else if (type == ScalarType::BFloat16) {
-    static_cast<__nv_bfloat16*>(to)[i] = __float2bfloat16_rn(single);
-  } else {
-    static_cast<double*>(to)[i] = value;
-  }
-}
 
 // An Op of reduce.h: of a Partial, `first` is the mean and `second` m2.
 template <class T, int size>
@@ -202,13 +191,22 @@ struct MomentsOp {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups) {
+std::tuple<Tensor, Tensor, Tensor> by_group(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups) {
+  return moments(x, group, num_groups, 2);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups,
+                                           int64_t dim) {
   STD_TORCH_CHECK(x.dim() >= 2, "precisebn::moments: x must have at least 2 dimensions");
+  const int64_t sizes[] = {num_groups, x.size(1)};
   const auto array = [&](torch::headeronly::IntHeaderOnlyArrayRef size) {
     return x.numel() == 0 ? torch::stable::new_zeros(x, size, ScalarType::Double)
                           : torch::stable::new_empty(x, size, ScalarType::Double);
   };
-  const Tensor count = array({num_groups}), mean = array({num_groups, x.size(1)}), m2 = array({num_groups, x.size(1)});
+  const torch::headeronly::IntHeaderOnlyArrayRef size(sizes + 2 - dim, dim);
+  const Tensor count = array({sizes, static_cast<size_t>(dim - 1)}), mean = array(size), m2 = array(size);
   if (x.numel() > 0) {
     moments_of(x, group, num_groups,
                {mutable_data<double>(count), mutable_data<double>(mean), mutable_data<double>(m2), false, nullptr,
@@ -216,8 +214,6 @@ std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const std::optional<
   }
   return {count, mean, m2};
 }
-
-}  // namespace
 
 void moments_of(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups, const MomentsResult& result) {
   const OnDeviceOf where(x);
@@ -235,6 +231,6 @@ void moments_of(const Tensor& x, const std::optional<Tensor>& group, int64_t num
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("_moments", TORCH_BOX(&moments)); }
+STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("_moments", TORCH_BOX(&by_group)); }
 
 }  // namespace precisebn::cuda

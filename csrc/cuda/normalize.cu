@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "map.h"
+#include "operators.h"
 
 namespace precisebn::cuda {
 namespace {
@@ -23,16 +24,17 @@ struct NormalizeOp {
   }
 };
 
-Tensor normalize(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& group) {
+}  // namespace
+
+Tensor normalize(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& shift,
+                 const std::optional<Tensor>& group) {
   STD_TORCH_CHECK(x.dim() >= 2, "precisebn::normalize: x must have at least 2 dimensions");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Mapping to = mapping(x);
   launch_map<NormalizeOp>(to, groups_of(group, x.size(0), scale.size(0)), std::array{to.input},
-                          std::array{scale, shift});
+                          std::array<std::optional<Tensor>, 2>{scale, shift});
   return to.finish();
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("_normalize", TORCH_BOX(&normalize)); }
 

@@ -92,12 +92,13 @@ inline Mapping mapping(const Tensor& x) {
   return {input, output, result, *view_of(input)};
 }
 
-// Coefficients (G, C), contiguous and of the type that is computed with.
+// Coefficients (G, C), or (C) of one group, contiguous and of the type that is computed with.
 template <class T>
 Tensor coefficients(const Tensor& t, int64_t channels) {
   constexpr auto type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) >= 1 && t.size(1) == channels && t.scalar_type() == type,
-                  "precisebn: coefficients must have shape (G, C) and the dtype of the computation");
+  STD_TORCH_CHECK(
+      (t.dim() == 1 || (t.dim() == 2 && t.size(0) >= 1)) && t.size(t.dim() - 1) == channels && t.scalar_type() == type,
+      "precisebn: coefficients must have shape (G, C) and the dtype of the computation");
   return torch::stable::contiguous(t);
 }
 

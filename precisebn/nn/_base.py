@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from precisebn import ops
 from precisebn.errors import InputError
 from precisebn.functional import frozen_batch_norm
 from precisebn.moments import Moments
@@ -122,7 +123,8 @@ class PopulationNorm(_NormBase):
         if self._recorder is not None:
             self._recorder(moments, slot)
             return
-        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        # Not as attributes, which nn.Module looks for in vain at first, and slowly.
+        mean, var, batches = map(self._buffers.get, ("running_mean", "running_var", "num_batches_tracked"))
         updates = self.training and self.track_running_stats and not in_backward()
         if not updates or mean is None or var is None or batches is None:
             return
@@ -160,14 +162,7 @@ def update_running_statistics(
         num_batches: ``()`` or ``(K,)``.
         momentum: None is the average over all mini-batches.
     """
-    with torch.no_grad():
-        tracked = moments.count > 1
-        num_batches.add_(tracked)
-        unbiased = moments.m2 / (moments.count - 1).clamp(min=1.0).unsqueeze(-1)
-        share = tracked.double() * (1.0 / num_batches.clamp(min=1).double() if momentum is None else momentum)
-        share = share.unsqueeze(-1).to(mean.dtype)
-        mean.lerp_(moments.mean.to(mean.dtype), share)
-        var.lerp_(unbiased.to(var.dtype), share)
+    ops.track(moments.count, moments.mean, moments.m2, mean, var, num_batches, momentum)
 
 
 def in_backward() -> bool:

@@ -99,7 +99,7 @@ class CycleBatchNormList(nn.Module):
         if repeated:
             self._check_finished()
             self._check_repeatable()
-        y = self._normalize(self[0 if repeated else self._pos], x, repeated)
+        y = self._normalize(self[self._pos], x, repeated)
         if not repeated:
             self._pos = (self._pos + 1) % self.length
             if self._calls is not None:
@@ -111,6 +111,12 @@ class CycleBatchNormList(nn.Module):
     def reset(self) -> None:
         """Start a cycle afresh: the next call uses BatchNorm 0."""
         self._pos = self._left_at = 0
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1 and bias to 0, which ``to_empty`` leaves unset; the members have the same for theirs."""
+        if self.weight is not None and self.bias is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
 
     def train(self, mode: bool = True) -> "CycleBatchNormList":
         """As every module's; a cycle that is under way then raises at the next call."""

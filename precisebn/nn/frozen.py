@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from precisebn import ops
 from precisebn.errors import InputError
-from precisebn.functional import frozen_batch_norm
+from precisebn.functional import frozen_batch_norm, frozen_batch_norm_unchecked
 
 __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d", "FrozenNorm"]
 
@@ -48,7 +49,17 @@ class FrozenNorm(_NormBase):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(N, C, *)`` by the frozen statistics."""
         self._check(x)
-        return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
+            return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        buffers = self._buffers  # not as attributes, which nn.Module looks for in vain at first, and slowly
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        own = "weight" in buffers and "bias" in buffers
+        weight, bias = (buffers["weight"], buffers["bias"]) if own else (self.weight, self.bias)
+        assert mean is not None
+        assert var is not None  # the constructor sees to it
+        if x.dtype not in ops.DTYPES or x.device != mean.device:
+            return frozen_batch_norm(x, mean, var, weight, bias, eps=self.eps)  # which says what is wrong
+        return frozen_batch_norm_unchecked(x, mean, var, weight, bias, self.eps)
 
     def _check(self, x: Tensor) -> None:
         if isinstance(x, torch.fx.Proxy):

@@ -1,0 +1,253 @@
+"""PopulationNorm: slots, checkpoints, and the one place where running statistics are updated."""
+
+import pytest
+import torch
+from conftest import state_of
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import DTYPES, Running, assert_rounded, sample, with_random_population
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from precisebn import Moments
+from precisebn.errors import InputError
+from precisebn.nn._base import PopulationNorm, in_backward, update_running_statistics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHANNELS = 3
+BATCH_SIZES = st.lists(st.integers(2, 5), min_size=1, max_size=6)
+MOMENTA = st.sampled_from([None, 0.0, 0.1, 0.7, 1.0])
+
+
+class Tracking(PopulationNorm):
+    """The smallest module: hands its input on, and tracks its Moments."""
+
+    def forward(self, x: Tensor, slot: int | None = None) -> Tensor:
+        self.track(Moments.of(self.check(x)), slot)
+        return x.clone()
+
+
+# ---- Running statistics -------------------------------------------------------------------------------------------
+
+
+@given(BATCH_SIZES, MOMENTA)
+def test_running_statistics_are_those_of_the_definition_and_of_torch(sizes, momentum):
+    ours = Tracking(CHANNELS, momentum=momentum, dtype=torch.float64)
+    theirs = nn.BatchNorm1d(CHANNELS, momentum=momentum, dtype=torch.float64)
+    defined = Running(CHANNELS, momentum)
+    for n in sizes:
+        x = sample((n, CHANNELS, 2), torch.float64)
+        ours(x)
+        theirs(x)
+        defined.see(x).assert_in(ours)
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4), MOMENTA)
+def test_groups_update_as_slots_one_by_one(counts, momentum):
+    """A group of fewer than two values has no variance: its slot, and its number of mini-batches, stay."""
+    together = Tracking(CHANNELS, momentum=momentum, dtype=torch.float64, num_slots=2)
+    apart = [Running(CHANNELS, momentum) for _ in range(2)]
+    for of_each in counts:
+        group = torch.tensor([k for k, n in enumerate(of_each) for _ in range(n)], dtype=torch.int64)
+        x = sample((len(group), CHANNELS), torch.float64)
+        together.track(Moments.of(x, group, num_groups=2))
+        for k, n in enumerate(of_each):
+            if n > 1:
+                apart[k].see(x[group == k])
+            apart[k].assert_in(together, slot=k)
+
+
+def test_one_slot_of_several_leaves_the_others_alone():
+    bn = with_random_population(Tracking(CHANNELS, num_slots=3))
+    before = {name: buffer.clone() for name, buffer in bn.named_buffers()}
+    bn(sample((4, CHANNELS)), slot=1)
+    for name, buffer in bn.named_buffers():
+        assert [torch.equal(buffer[k], before[name][k]) for k in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_less_than_two_values_change_nothing(n):
+    bn = with_random_population(Tracking(CHANNELS, momentum=None))
+    before = state_of(bn)
+    bn(sample((n, CHANNELS)))
+    assert state_of(bn) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_buffers_are_written_in_place_in_their_own_dtype(dtype):
+    bn = Tracking(CHANNELS, dtype=dtype)
+    at = {name: buffer.data_ptr() for name, buffer in bn.named_buffers()}
+    x = sample((4, CHANNELS), torch.float64 if dtype == torch.float64 else torch.float32)
+    bn(x)
+    assert {name: buffer.data_ptr() for name, buffer in bn.named_buffers()} == at
+    assert bn.running_mean.dtype == bn.running_var.dtype == dtype
+    # The momentum and the new value are both rounded to the dtype of the buffers, and so is the result.
+    defined = Running(CHANNELS).see(x)
+    assert_rounded(bn.running_mean, defined.mean, arithmetic=dtype, roundings=2)
+    assert_rounded(bn.running_var, defined.var, arithmetic=dtype, roundings=2)
+
+
+def test_infinity_in_one_channel_stays_there():
+    bn = Tracking(2)
+    bn(torch.tensor([[1.0, torch.inf], [3.0, 0.0]]))
+    assert bn.running_mean[0].item() == pytest.approx(0.2)
+    assert not bn.running_mean[1].isfinite()
+
+
+def test_only_training_updates():
+    bn = Tracking(CHANNELS).eval()
+    before = state_of(bn)
+    bn(sample((4, CHANNELS)))
+    assert state_of(bn) == before
+
+
+def test_without_running_statistics_there_is_nothing_to_update():
+    bn = Tracking(CHANNELS, track_running_stats=False, num_slots=2)
+    bn(sample((4, CHANNELS)))
+    assert list(bn.buffers()) == []
+    assert bn.num_slots is None
+    assert bn.eval().uses_batch_statistics
+
+
+def test_tracking_that_is_switched_off_pauses_as_torchs_does():
+    """``bn.track_running_stats = False`` on a layer that has some: training leaves them, evaluation uses them."""
+    bn = with_random_population(Tracking(CHANNELS))
+    bn.track_running_stats = False
+    before = state_of(bn)
+    bn(sample((4, CHANNELS)))
+    assert state_of(bn) == before
+    assert bn.uses_batch_statistics
+    assert not bn.eval().uses_batch_statistics
+
+
+def test_a_mini_batch_is_not_counted_again_inside_a_backward():
+    bn = Tracking(CHANNELS)
+    x = sample((4, CHANNELS)).requires_grad_()
+    seen = []
+
+    def forward_again(grad: Tensor) -> None:
+        seen.append(in_backward())
+        bn(x)
+
+    y = bn(x)
+    y.register_hook(forward_again)
+    assert not in_backward()
+    y.sum().backward()
+    assert seen == [True]
+    assert not in_backward()
+    assert int(bn.num_batches_tracked) == 1
+    bn(x)
+    assert int(bn.num_batches_tracked) == 2
+
+
+def test_a_recorder_gets_the_moments_instead_in_any_mode():
+    bn, got = Tracking(CHANNELS, num_slots=2), []
+    before = state_of(bn)
+    bn._recorder = lambda moments, slot: got.append((moments, slot))
+    x = sample((4, CHANNELS))
+    bn(x, slot=1)
+    bn.eval()(x)
+    del bn._recorder
+    bn.train()
+    assert got == [(Moments.of(x), 1), (Moments.of(x), None)]
+    assert state_of(bn) == before
+
+
+def test_update_is_outside_autograd():
+    x = sample((4, CHANNELS)).requires_grad_()
+    mean, var, tracked = torch.zeros(CHANNELS), torch.ones(CHANNELS), torch.tensor(0)
+    update_running_statistics(Moments.of(x), mean, var, tracked, 0.1)
+    assert not mean.requires_grad
+    assert not var.requires_grad
+
+
+# ---- Checkpoints --------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_is_that_of_torch_and_loads_both_ways():
+    ours, theirs = with_random_population(Tracking(CHANNELS)), with_random_population(nn.BatchNorm1d(CHANNELS))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    mean = theirs.running_mean.clone()
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.running_mean, mean)
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(theirs.running_mean, mean)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_plain_checkpoint_fills_every_slot_and_is_left_as_it_was(assign):
+    plain = with_random_population(nn.BatchNorm1d(CHANNELS))
+    plain(sample((4, CHANNELS)))
+    checkpoint = plain.state_dict()
+    copy = {key: value.clone() for key, value in checkpoint.items()}
+    bn = Tracking(CHANNELS, num_slots=2, num_affine=4)
+    bn.load_state_dict(checkpoint, assign=assign)
+    for name, times in (("weight", 4), ("bias", 4), ("running_mean", 2), ("running_var", 2)):
+        assert torch.equal(getattr(bn, name), copy[name].expand(times, CHANNELS))
+    assert bn.num_batches_tracked.tolist() == [1, 1]
+    bn(sample((4, CHANNELS)), slot=0)  # slots do not share memory with each other, nor with the checkpoint
+    assert not torch.equal(bn.running_mean[0], bn.running_mean[1])
+    assert bn.num_batches_tracked.tolist() == [2, 1]
+    assert all(torch.equal(checkpoint[key], value) for key, value in copy.items())
+
+
+def test_an_old_checkpoint_without_num_batches_tracked_loads():
+    old = {key: value for key, value in nn.BatchNorm1d(CHANNELS).state_dict().items() if "tracked" not in key}
+    for slots in (None, 2):
+        Tracking(CHANNELS, num_slots=slots).load_state_dict(dict(old))
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+@pytest.mark.parametrize("name", ["running_mean", "weight"])
+@pytest.mark.parametrize("shape", [(), (1,), (CHANNELS + 1,), (3, CHANNELS)])
+def test_a_checkpoint_of_another_size_is_refused(slots, name, shape):
+    """A single number, too: torch's BatchNorm does not take it for all channels either."""
+    checkpoint = nn.BatchNorm1d(CHANNELS).state_dict() | {name: torch.ones(shape)}
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        Tracking(CHANNELS, num_slots=slots, num_affine=slots).load_state_dict(checkpoint)
+
+
+def test_several_slots_do_not_load_into_a_single_one():
+    with pytest.raises(RuntimeError, match="size mismatch for running_mean"):
+        nn.BatchNorm1d(CHANNELS).load_state_dict(Tracking(CHANNELS, num_slots=2).state_dict())
+
+
+# ---- What it is ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [None, 1, 3])
+def test_shapes_of_slots(slots):
+    bn = Tracking(CHANNELS, num_slots=slots, num_affine=slots)
+    leading = () if slots is None else (slots,)
+    assert bn.num_slots == slots
+    assert bn.running_mean.shape == bn.running_var.shape == bn.weight.shape == bn.bias.shape == (*leading, CHANNELS)
+    assert bn.num_batches_tracked.shape == leading
+    assert all(parameter.is_leaf and parameter.requires_grad for parameter in bn.parameters())
+    with torch.no_grad():
+        bn.weight.fill_(2.0)
+    bn.running_var.fill_(2.0)
+    bn.reset_parameters()  # as after to_empty()
+    assert bn.weight.unique().tolist() == bn.running_var.unique().tolist() == [1.0]
+
+
+def test_what_treats_batchnorms_alike_leaves_it_alone():
+    model = nn.Sequential(Tracking(CHANNELS))
+    assert not isinstance(model[0], _BatchNorm)
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(model)[0] is model[0]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (3.0, r"Tracking\(3\) takes tensors \(N, 3, \*\), got float"),
+        (None, r"Tracking\(3\) takes tensors \(N, 3, \*\), got NoneType"),
+        (torch.ones(3), r"got shape \(3,\); build it with num_features="),
+        (torch.ones(2, 4, 4), r"got shape \(2, 4, 4\); build it with num_features= .*channels second"),
+    ],
+)
+def test_wrong_inputs_say_what_is_wrong(x, message):
+    with pytest.raises(InputError, match=message):
+        Tracking(CHANNELS)(x)
