@@ -2,8 +2,8 @@
 
 import copy
 import itertools
+import os
 import pickle
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -343,47 +343,58 @@ def test_a_mixture_or_a_list_is_the_same(setting, training):
 # ---- Cost ---------------------------------------------------------------------------------------------------------
 
 
-class Operators(TorchDispatchMode):
-    """Counts the calls of the library's operators."""
+PASSES = {  # over the input, of each operator that reads it
+    "_moments": 1,
+    "accumulate": 1,
+    "_normalize": 1,
+    "normalize_batch": 2,
+    "_backward_reduce": 1,
+    "_backward_apply": 1,
+    "backward_batch": 2,
+}
+
+
+class Passes(TorchDispatchMode):
+    """Counts the passes over the input of the library's operators."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
+        self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func._schema.name.split("::")
         if namespace == "precisebn":
-            self.calls[name] += 1
+            self.count += PASSES.get(name, 0)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("num_domains", [1, 2, 30])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_a_mixture_of_any_number_of_domains_costs_one_pass(setting, num_domains):
+def test_a_mixture_of_any_number_of_domains_is_read_as_often_as_one(setting, num_domains):
     normalize, population, affine = setting
     layer = DomainSpecificBN(C, num_domains, affine=affine, normalize=normalize, population=population)
     x = torch.randn(60, C, 4, requires_grad=True)
     domain = torch.arange(60) % num_domains
-    with Operators() as forward:
+    with Passes() as forward:
         y = layer(x, domain=domain)
-    assert forward.calls == {"_moments": 1, "_normalize": 1}
-    with Operators() as backward:
+    assert forward.count == 2
+    with Passes() as backward:
         y.sum().backward()
-    assert backward.calls == {"_backward_reduce": 1, "_backward_apply": 1}
-    with Operators() as evaluation:
+    assert backward.count == 2
+    with Passes() as evaluation:
         layer.eval()(x, domain=domain)
-    assert evaluation.calls == {"_normalize": 1}
+    assert evaluation.count == 1
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_a_list_costs_one_pass_over_each_of_its_tensors(setting):
+def test_each_tensor_of_a_list_is_read_as_often_as_one_alone(setting):
     layer = build(setting)
-    with Operators() as forward:
+    with Passes() as forward:
         layer(levels())
-    assert forward.calls == {"_moments": K, "_normalize": K}
-    with Operators() as evaluation:
+    assert forward.count == 2 * K
+    with Passes() as evaluation:
         layer.eval()(levels())
-    assert evaluation.calls == {"_normalize": K}
+    assert evaluation.count == K
 
 
 def test_the_input_is_kept_once_for_backward_and_nothing_else_of_its_size():
@@ -661,6 +672,7 @@ def train_on_a_rank(rank: int, folder: str) -> None:
         }
     torch.save(results, Path(folder) / f"rank{rank}")
     dist.destroy_process_group()
+    os._exit(0)  # a process that has used DDP hangs now and then in the interpreter's own clean-up
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")

@@ -187,6 +187,7 @@ def test_tasks_of_one_loop_that_take_turns_do_not_see_each_others(x, told, compi
     net = Net()
     model = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
     order: list[int] = []
+    one_thread_at_a_time = asyncio.Lock()  # or two threads, not domains, would get into each other's buffers
 
     async def serve(domain: int) -> list[Tensor]:
         ys = []
@@ -195,7 +196,8 @@ def test_tasks_of_one_loop_that_take_turns_do_not_see_each_others(x, told, compi
                 await asyncio.sleep(0)  # the other task's turn
                 order.append(domain)
                 ys.append(model(x).detach())
-            ys.append((await asyncio.to_thread(model, x)).detach())
+            async with one_thread_at_a_time:
+                ys.append((await asyncio.to_thread(model, x)).detach())
         return ys
 
     async def both() -> list[list[Tensor]]:
