@@ -195,7 +195,8 @@ def test_tasks_of_one_loop_that_take_turns_do_not_see_each_others(x, told, compi
             for _ in range(3):
                 await asyncio.sleep(0)  # the other task's turn
                 order.append(domain)
-                ys.append(model(x).detach())
+                async with one_thread_at_a_time:
+                    ys.append(model(x).detach())
             async with one_thread_at_a_time:
                 ys.append((await asyncio.to_thread(model, x)).detach())
         return ys
