@@ -93,7 +93,7 @@ def convert_domain_specific(
     *,
     normalize: Literal["domain", "shared"] = "domain",
     population: Literal["domain", "shared"] = "domain",
-    affine: Literal["domain", "shared"] = "domain",
+    affine: Literal["domain", "shared"] = "shared",
     include: ModuleSelection | None = None,
     exclude: ModuleSelection | None = None,
 ) -> nn.Module:
@@ -107,8 +107,8 @@ def convert_domain_specific(
         num_domains: K.
         normalize: see :class:`precisebn.nn.DomainSpecificBN`, as are the next two.
         population: whose running statistics.
-        affine: ``"domain"`` makes weight and bias new parameters ``(K, C)``, which an optimizer has to be given;
-            ``"shared"`` keeps the ones that there are.
+        affine: ``"shared"`` keeps weight and bias, which an optimizer may know; ``"domain"`` makes them new parameters
+            ``(K, C)``, which an optimizer has to be given. Layers without affine stay without.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
 

@@ -62,7 +62,8 @@ def batch_norm(
     """Normalize every (group, channel) by the mean and biased variance of its values; return also their Moments.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``. With one group and one tensor this is
-    ``torch.nn.functional.batch_norm(..., training=True)``. Differentiable, twice, in the inputs, weight and bias.
+    ``torch.nn.functional.batch_norm(..., training=True)``. Differentiable, twice, in the inputs, weight and bias; under
+    torch.func and in forward-mode derivatives it is plain arithmetic, which is slow.
 
     Args:
         xs: ``(N, C, *)``, or several such with the same C, dtype and device, normalized together as if concatenated
@@ -99,6 +100,8 @@ def batch_norm(
         ys, count, mean, m2 = torch.ops.precisebn.batch_norm(
             tensors, weight, bias, eps, groups, num_groups, shared_statistics
         )
+    elif _is_transformed():
+        ys, count, mean, m2 = _plain_batch_norm(tensors, weight, bias, eps, groups, num_groups, shared_statistics)
     elif len(tensors) == 1 and (num_groups == 1 or (groups and not shared_statistics)):
         y, count, mean, m2 = _one_batch_norm(tensors[0], weight, bias, eps, groups[0] if groups else None, num_groups)
         return (y if isinstance(xs, Tensor) else [y]), Moments(count, mean, m2)
@@ -313,6 +316,40 @@ def _coefficients(
     if grad_mean is not None:
         c = c + grad_mean / count.clamp(min=1.0).unsqueeze(-1)
     return (a, b, c), grad_weight
+
+
+def _plain_batch_norm(
+    xs: list[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    groups: list[Tensor],
+    num_groups: int,
+    shared: bool,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """The same in terms that every transformation knows: groups as matrices ``(N, G)`` of ones and zeros."""
+    values = [x.double().flatten(2) if x.dim() > 2 else x.double().unsqueeze(-1) for x in xs]
+    ids = torch.arange(num_groups, device=xs[0].device)
+    members = [(g.unsqueeze(-1) == ids).double() for g in groups] or [v.new_ones(len(v), 1) for v in values]
+    pieces = list(zip(values, members, strict=True))
+
+    count = torch.stack([m.sum(0) * v.shape[2] for v, m in pieces]).sum(0)
+    total = torch.stack([m.T @ v.sum(2) for v, m in pieces]).sum(0)
+    mean = total / count.clamp(min=1.0).unsqueeze(-1)
+    m2 = torch.stack([m.T @ (v - (m @ mean).unsqueeze(-1)).square().sum(2) for v, m in pieces]).sum(0)
+
+    n, center, spread = _together(count, mean, m2) if shared else (count, mean, m2)
+    scale = (spread / n.clamp(min=1.0).unsqueeze(-1) + eps).rsqrt()
+    scale = (scale if weight is None else scale * weight.double()).expand_as(mean)
+    center = center.expand_as(mean)
+    offset = (torch.zeros_like(mean) if bias is None else bias.double()).expand_as(mean)
+    ys = [
+        ((v - (m @ center).unsqueeze(-1)) * (m @ scale).unsqueeze(-1) + (m @ offset).unsqueeze(-1))
+        .to(x.dtype)
+        .reshape(x.shape)
+        for x, (v, m) in zip(xs, pieces, strict=True)
+    ]
+    return ys, count, mean, m2
 
 
 class _OneBatchNorm(torch.autograd.Function):

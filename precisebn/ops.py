@@ -319,11 +319,13 @@ def track(
     >>> mean.item(), var.item(), batches.item()
     (1.0, 4.0, 1)
     """
-    if torch.compiler.is_compiling():
+    # An averaged state dict may have made a floating-point number of mini-batches; nn.BatchNorm counts on in it.
+    if torch.compiler.is_compiling() or num_batches.dtype != torch.int64:
         _fallback.track(count, mean, m2, running_mean, running_var, num_batches, momentum)
         return
     bare.track(count, mean, m2, running_mean, running_var, num_batches, momentum)
-    torch.autograd.graph.increment_version((running_mean, running_var))  # a backward may need what they were
+    # A backward may need what they were, and who keeps buffers looks here for whether they have changed.
+    torch.autograd.graph.increment_version((running_mean, running_var, num_batches))
 
 
 def backward_reduce(

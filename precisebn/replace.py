@@ -197,7 +197,7 @@ def _nothing_to_do(model: nn.Module, found: dict[str, nn.Module]) -> str:
         )
     return (
         f"nothing of {shown} is converted: of its layers, {_listed(found)}, none is left by include= and exclude=, or "
-        "those left are frozen or replaced, which are converted only if include= names each, or by convert_to_batchnorm"
+        "those left are frozen or replaced: call convert_to_batchnorm first, or name each of them in include="
     )
 
 

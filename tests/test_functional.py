@@ -674,3 +674,33 @@ def test_wrong_calls_of_frozen_in_compiled_code_do_too(name):
 def test_groups_of_frozen_out_of_range_are_an_error(group):
     with pytest.raises(InputError, match="group must hold numbers from 0 to 2"):
         frozen_batch_norm(torch.ones(2, 3), THREE, THREE, group=torch.tensor(group))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_derivatives_are_those_of_backward(shared, requires_grad):
+    """Also where nothing asks for gradients: an operator without derivatives would give 0, and say nothing."""
+    x, z = torch.randn(4, 3, 2, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    w, b = (torch.randn(2, 3, dtype=torch.float64, requires_grad=requires_grad) for _ in range(2))
+    groups = [torch.tensor([0, 1, 0, 1]), torch.tensor([1, 1, 0])]
+
+    def f(x):
+        (y, q), moments = batch_norm([x, z], w, b, group=groups, num_groups=2, shared_statistics=shared)
+        return y, q, moments.mean, moments.m2
+
+    for ours, expected in zip(torch.func.jacfwd(f)(x), torch.autograd.functional.jacobian(f, x), strict=True):
+        torch.testing.assert_close(ours, expected)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        y, _ = batch_norm(torch.autograd.forward_ad.make_dual(x, x))
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+
+
+def test_gradients_of_single_samples_by_torch_func():
+    x, w = torch.randn(5, 4, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+
+    def loss(x):
+        return batch_norm(x, w)[0].square().sum() + batch_norm([x, 2 * x])[0][0].exp().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss))(x)
+    apart = torch.stack([torch.autograd.functional.jacobian(loss, one) for one in x])
+    torch.testing.assert_close(together, apart)

@@ -10,7 +10,7 @@ from precisebn.errors import InputError
 from precisebn.functional import batch_norm
 from precisebn.moments import Moments
 from precisebn.nn._base import PopulationNorm
-from precisebn.nn.use_domain import Domain, check_domain, current_domain
+from precisebn.nn.use_domain import Domain, checked_domain, current_domain
 
 __all__ = ["DomainSpecificBN"]
 
@@ -54,7 +54,10 @@ class DomainSpecificBN(PopulationNorm):
         num_domains: K.
         eps: as in :class:`torch.nn.BatchNorm2d`, as is momentum.
         momentum: of the running statistics.
-        affine: ``"domain"``: weight and bias are ``(K, C)``; ``"shared"``: ``(C,)``; None: there are none.
+        affine: ``"domain"``: weight and bias are ``(K, C)``; ``"shared"``: ``(C,)``; None: there are none. As rows of
+            one parameter, those of a domain that a step does not see have gradient 0, not None: momentum and weight
+            decay move them all the same. And rules that exclude parameters of one dimension from weight decay (timm's)
+            miss them. Let every optimizer step see every domain, or share the affine.
         track_running_stats: whether there are running statistics; without, batch statistics serve at test time too.
         device: where parameters and buffers live.
         dtype: theirs.
@@ -131,7 +134,7 @@ class DomainSpecificBN(PopulationNorm):
         if domain is None:
             domain = current_domain(self._shown(), x, self.num_domains)
         else:
-            check_domain(self._shown(), domain, self.num_domains)
+            domain = checked_domain(self._shown(), domain, self.num_domains)
         if not isinstance(domain, Tensor):
             return self._one(x, domain)
         if domain.shape[0] != x.shape[0] or domain.device != x.device:
@@ -211,7 +214,10 @@ class DomainSpecificBN(PopulationNorm):
         return domain if self.population == "domain" else None
 
     def extra_repr(self) -> str:
-        """As torch's, and the settings."""
-        shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        settings = f"num_domains={self.num_domains}, normalize={self.normalize}, population={self.population}"
-        return f"{shown}, {settings}, own_affine={self._own_affine}"
+        """The arguments of the constructor."""
+        affine = None if not self.affine else "domain" if self._own_affine else "shared"
+        return (
+            f"{self.num_features}, num_domains={self.num_domains}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={affine!r}, track_running_stats={self.track_running_stats}, normalize={self.normalize!r}, "
+            f"population={self.population!r}"
+        )

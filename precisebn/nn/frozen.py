@@ -87,17 +87,15 @@ class FrozenNorm(_NormBase):
         """
         mean, var, tracked = (prefix + name for name in ("running_mean", "running_var", "num_batches_tracked"))
         version = local_metadata.get("version")
-        if (
-            prefix + "weight" in state_dict
-            and mean not in state_dict
-            and var not in state_dict
-            and version in (None, 1)
-        ):
-            weight = state_dict[prefix + "weight"]
-            state_dict[mean] = torch.zeros_like(weight, dtype=self.running_mean.dtype)
-            state_dict[var] = torch.full_like(weight, 1.0 - self.eps, dtype=self.running_var.dtype)
+        holds_statistics = mean in state_dict or var in state_dict
+        # Not where weight is a parameter: a checkpoint of the parameters alone must not touch the statistics.
+        if prefix + "weight" in state_dict and not holds_statistics and version in (None, 1):
+            if not self.trainable_affine:
+                weight = state_dict[prefix + "weight"]
+                state_dict[mean] = torch.zeros_like(weight, dtype=self.running_mean.dtype)
+                state_dict[var] = torch.full_like(weight, 1.0 - self.eps, dtype=self.running_var.dtype)
         elif version == 2 and tracked not in state_dict and var in state_dict:
-            state_dict[var] = state_dict[var] - self.eps
+            state_dict[var] = (state_dict[var] - self.eps).clamp(min=0.0)
         if var in state_dict and tracked not in state_dict:
             state_dict[tracked] = torch.zeros((), dtype=torch.long)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)

@@ -8,13 +8,15 @@ domains.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from precisebn.errors import InputError
 
-__all__ = ["Domain", "check_domain", "current_domain", "use_domain"]
+__all__ = ["Domain", "checked_domain", "current_domain", "use_domain"]
 
 Domain = int | Tensor
 """The number of a domain, from 0; or one for each sample, int64 ``(N,)``."""
@@ -46,16 +48,21 @@ def use_domain(domain: Domain) -> Iterator[None]:
         >>> model[1].num_batches_tracked
         tensor([0, 1])
     """
-    check_domain("use_domain", domain)
-    token = _current.set(domain)
+    token = _current.set(checked_domain("use_domain", domain))
     try:
         yield
     finally:
         _current.reset(token)
 
 
-def check_domain(who: str, domain: object, num_domains: int | None = None) -> None:
-    """Raise InputError unless this is a domain, and in range as far as the device need not be waited for."""
+def checked_domain(who: str, domain: Any, num_domains: int | None = None) -> Domain:
+    """A domain, also of NumPy's integers, that is in range as far as the device need not be waited for.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(domain, int | Tensor | torch.SymInt) and isinstance(domain, Integral):
+        domain = int(domain)
     if isinstance(domain, Tensor):
         if domain.dtype != torch.int64 or domain.dim() != 1:
             raise InputError(
@@ -80,6 +87,8 @@ def check_domain(who: str, domain: object, num_domains: int | None = None) -> No
     elif domain < 0 or (num_domains is not None and domain >= num_domains):
         allowed = "0 or more" if num_domains is None else f"from 0 to {num_domains - 1}"
         raise InputError(f"{who}: the domain must be {allowed}, but is {domain}")
+    checked: Domain = domain
+    return checked
 
 
 def current_domain(who: str, x: Tensor, num_domains: int) -> Domain:
@@ -101,10 +110,9 @@ def current_domain(who: str, x: Tensor, num_domains: int) -> Domain:
         )
         raise InputError(
             f"{who}: of which domain is the input? Call it with domain=, on a list with one tensor for each domain, or "
-            f"inside a block `with use_domain(...)`.{repeated}"
+            f"inside a block `with use_domain(...)`, which for update_bn_stats goes into forward=.{repeated}"
         )
-    check_domain(who, domain, num_domains)
-    return domain
+    return checked_domain(who, domain, num_domains)
 
 
 def _current_domain_of_samples(x: Tensor, num_domains: int, who: str) -> Tensor:

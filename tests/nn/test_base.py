@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from precisebn import Moments
 from precisebn.errors import InputError
+from precisebn.nn import GhostBN
 from precisebn.nn._base import PopulationNorm, in_backward, update_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -251,3 +252,20 @@ def test_what_treats_batchnorms_alike_leaves_it_alone():
 def test_wrong_inputs_say_what_is_wrong(x, message):
     with pytest.raises(InputError, match=message):
         Tracking(CHANNELS)(x)
+
+
+def test_an_averaged_number_of_mini_batches_counts_on():
+    """Averages of state dicts, entry by entry, make it a floating-point number."""
+    layer = GhostBN(3, 2)
+    averaged = {key: value.float() + 0.5 for key, value in layer.state_dict().items()}
+    layer.load_state_dict(averaged, assign=True)
+    layer(torch.randn(4, 3))
+    assert layer.num_batches_tracked.item() == 1.5
+
+
+def test_every_buffer_that_training_writes_says_so():
+    """Whoever keeps buffers (a recalibration of other layers, autograd) looks at their version."""
+    layer = GhostBN(3, 2)
+    before = [buffer._version for buffer in layer.buffers()]
+    layer(torch.randn(4, 3))
+    assert all(buffer._version > version for buffer, version in zip(layer.buffers(), before, strict=True))

@@ -634,3 +634,26 @@ def test_wrong_calls_say_what_is_wrong(name):
 def test_statistics_cannot_be_done_without():
     with pytest.raises(InputError, match="track_running_stats=False leaves no statistics"):
         FrozenBatchNorm2d(4, track_running_stats=False)
+
+
+def test_a_checkpoint_of_the_trained_parameters_alone_leaves_the_statistics_as_they_are():
+    """It must not be taken for Caffe2's, which means an affine map by the same two keys."""
+    layer = FrozenBatchNorm2d(4, trainable_affine=True)
+    layer.running_mean.fill_(5.0)
+    layer.running_var.fill_(9.0)
+    checkpoint = {name: torch.full_like(value, 2.0) for name, value in layer.named_parameters()}
+    missing = layer.load_state_dict(checkpoint, strict=False).missing_keys
+    assert {"running_mean", "running_var"} <= set(missing)
+    assert layer.weight.tolist() == [2.0] * 4
+    assert (layer.running_mean[0].item(), layer.running_var[0].item()) == (5.0, 9.0)
+
+
+def test_taking_eps_off_never_makes_a_variance_negative():
+    """nn.BatchNorm's state dict without its count of mini-batches looks like detectron2's version 2."""
+    source = nn.BatchNorm2d(4)
+    source.running_var.fill_(1e-6)
+    checkpoint = source.state_dict()
+    del checkpoint["num_batches_tracked"]
+    frozen = FrozenBatchNorm2d(4)
+    frozen.load_state_dict(checkpoint)
+    assert frozen.running_var.min().item() == 0.0
