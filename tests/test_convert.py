@@ -56,8 +56,8 @@ Convert = Callable[[nn.Module], nn.Module]
 CONVERSIONS: dict[str, Convert] = {
     "frozen": convert_frozen_batchnorm,
     "frozen, trainable affine": lambda model, **kw: convert_frozen_batchnorm(model, trainable_affine=True, **kw),
-    "domain": lambda model, **kw: convert_domain_specific(model, 2, **kw),
-    "domain, shared affine": lambda model, **kw: convert_domain_specific(model, 2, affine="shared", **kw),
+    "domain": lambda model, **kw: convert_domain_specific(model, 2, affine="domain", **kw),
+    "domain, shared affine": lambda model, **kw: convert_domain_specific(model, 2, **kw),
     "domain, shared population": lambda model, **kw: convert_domain_specific(model, 2, population="shared", **kw),
     "cycle": lambda model, **kw: convert_cycle(model, 2, **kw),
     "concat": convert_concat_shared,
@@ -650,15 +650,15 @@ def test_other_settings_make_a_layer_anew():
     assert model[1].weight is before.weight
     assert convert_cycle(model, 2, include="1")[1].length == 2
     assert len(convert_cycle(model, 3)[1]) == 3
-    assert convert_domain_specific(model, 3, include="1")[1].weight.shape == (3, 4)
-    assert convert_domain_specific(model, 3, affine="shared")[1].weight is before.weight
+    assert convert_domain_specific(model, 3, affine="domain", include="1")[1].weight.shape == (3, 4)
+    assert convert_domain_specific(model, 3)[1].weight is before.weight
     assert type(convert_to_batchnorm(model)[1]) is nn.BatchNorm2d
 
 
 def test_the_rows_of_domains_stay_the_same_parameters_where_they_can():
-    model = convert_domain_specific(convnet(), 2)
+    model = convert_domain_specific(convnet(), 2, affine="domain")
     weight = model[1].weight
-    convert_domain_specific(model, 2, normalize="shared")
+    convert_domain_specific(model, 2, affine="domain", normalize="shared")
     assert model[1].weight is weight
 
 

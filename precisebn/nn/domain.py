@@ -37,7 +37,7 @@ class DomainSpecificBN(PopulationNorm):
     ``domain``   ``shared``      shared      row 3: a plain BatchNorm called level by level; they disagree
     ``domain``   ``domain``      shared      row 4: :class:`CycleBatchNormList`; they agree
     ``shared``   ``shared``      domain      as row 1, with separate affines
-    ``domain``   ``domain``      domain      as row 4, with separate affines: separate layers
+    ``domain``   ``domain``      domain      as row 4, with separate affines: K layers in one
     ===========  ==============  ==========  ====================================================================
 
     The domain is given by argument, ``bn(x, domain=k)``; for each sample, ``bn(x, domain=vector)``; by position,
