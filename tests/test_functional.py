@@ -572,6 +572,7 @@ def test_compiled_frozen_is_plain_arithmetic_and_equals_eager(dtype, trained, gr
 
     graphs = Graphs()
     y, grads_of_y = run(torch.compile(frozen_batch_norm, fullgraph=True, backend=graphs.compile))
+    assert y.dtype == dtype
     assert len(graphs.graphs) == 2
     assert not [name for name in graphs.operators() if "precisebn" in name]
     expected, expected_grads = run(frozen_batch_norm)

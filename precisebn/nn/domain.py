@@ -74,7 +74,8 @@ class DomainSpecificBN(PopulationNorm):
         The keys of nn.BatchNorm, whose checkpoints fill every domain.
 
     Raises:
-        InputError: wrong input, no domain or one out of range, or a single value per channel. (For a tensor of domains
+        InputError: wrong input, no domain or one out of range, or a single value per channel (in a vector, a domain
+            with one value is normalized to its bias instead). (For a tensor of domains
             on a GPU the range is checked there, by a device-side assertion.)
 
     Example:

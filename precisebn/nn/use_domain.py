@@ -31,7 +31,9 @@ def use_domain(domain: Domain) -> Iterator[None]:
     Works around any network: ``nn.Sequential``, DistributedDataParallel, a compiled model. Blocks nest, the inner one
     counts; threads and asyncio tasks each have their own. Put it around compiled code, not inside. What runs on other
     threads does not see it and says so: the replicas of DataParallel, and forwards that activation checkpointing
-    repeats in the backward of a CUDA model (on the CPU, put ``backward()`` inside the block too).
+    repeats in the backward of a CUDA model (on the CPU, put ``backward()`` inside the block too). A backward
+    that runs inside a block of another domain repeats such forwards with that domain, which nothing can notice: keep to
+    the same block, or pass ``domain=``.
 
     Args:
         domain: its number, from 0; or one for each sample of the mini-batch, int64 ``(N,)``.

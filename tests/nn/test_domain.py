@@ -429,6 +429,15 @@ def test_a_plain_checkpoint_fills_every_domain(setting):
     assert not torch.any(plain[0].running_mean == 7.0)
 
 
+def test_a_plain_checkpoint_that_is_assigned_gives_every_domain_memory_of_its_own():
+    layer = DomainSpecificBN(C, K, affine="domain", device="meta")
+    layer.load_state_dict(nn.BatchNorm1d(C).state_dict(), assign=True)
+    layer(torch.randn(8, C) + 3, domain=2)
+    assert layer.num_batches_tracked.tolist() == [0, 0, 1, 0]
+    assert [bool(row.any()) for row in layer.running_mean] == [False, False, True, False]
+    assert all(tensor.is_contiguous() for tensor in layer.state_dict().values())
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_an_own_checkpoint_round_trips(setting):
     first, second = build(setting), DomainSpecificBN(C, K, affine=setting[2], population=setting[1])

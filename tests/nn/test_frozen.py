@@ -329,6 +329,8 @@ def test_a_checkpoint_of_batch_norm_is_not_taken_for_detectron2_version_2_though
 
 def test_an_own_checkpoint_round_trips():
     first, second = nn.Sequential(drawn(FrozenBatchNorm2d(4))), nn.Sequential(FrozenBatchNorm2d(4))
+    # What detectron2 tells by: this running_var is without eps.
+    assert first.state_dict()._metadata["0"] == {"version": 3}
     buffer = io.BytesIO()
     torch.save(first.state_dict(), buffer)
     buffer.seek(0)
