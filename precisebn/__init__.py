@@ -1,7 +1,7 @@
 """precisebn: exact population statistics for BatchNorm, and modules for every choice of the batch."""
 
 from precisebn._version import __version__
-from precisebn.convert import (
+from precisebn.conversion.converters import (
     convert_batch_stat,
     convert_concat_shared,
     convert_cycle,
@@ -21,12 +21,12 @@ from precisebn.errors import (
     PreciseBNError,
     RankFailedError,
 )
-from precisebn.estimator import PopulationEstimator
 from precisebn.functional import batch_norm, frozen_batch_norm
-from precisebn.moments import Moments
-from precisebn.report import LayerReport, UpdateReport
-from precisebn.selection import get_bn_modules
-from precisebn.update import adapt_bn_stats, update_bn_stats
+from precisebn.models.selection import get_bn_modules
+from precisebn.recalibration.report import LayerReport, UpdateReport
+from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
+from precisebn.statistics.estimator import PopulationEstimator
+from precisebn.statistics.moments import Moments
 
 __all__ = [
     "__version__",

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from precisebn import InsufficientDataError, update_bn_stats
-from precisebn.recording import _normalizes_its_input
+from precisebn.recalibration.recording import _normalizes_its_input
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from precisebn.functional import batch_norm
-from precisebn.nn._base import PopulationNorm
+from precisebn.nn.population import PopulationNorm
 
 __all__ = ["BatchStatBN"]
 

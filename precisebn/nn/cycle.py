@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from precisebn.errors import CycleError, InputError
 from precisebn.functional import batch_norm, frozen_batch_norm
-from precisebn.nn._base import in_backward, update_running_statistics
+from precisebn.nn.population import in_backward, update_running_statistics
 
 __all__ = ["CycleBatchNormList", "one_cycle"]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from precisebn.errors import InputError
 from precisebn.functional import batch_norm
-from precisebn.moments import Moments
-from precisebn.nn._base import PopulationNorm
+from precisebn.nn.population import PopulationNorm
 from precisebn.nn.use_domain import Domain, checked_domain, current_domain
+from precisebn.statistics.moments import Moments
 
 __all__ = ["DomainSpecificBN"]
 

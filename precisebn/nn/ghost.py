@@ -5,7 +5,7 @@ from torch import Tensor
 
 from precisebn.errors import InputError
 from precisebn.functional import batch_norm
-from precisebn.nn._base import PopulationNorm
+from precisebn.nn.population import PopulationNorm
 
 __all__ = ["GhostBN"]
 

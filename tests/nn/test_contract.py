@@ -56,7 +56,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.*"),
 ]
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "modules.md"
+PAGE = Path(__file__).parents[2] / "docs" / "modules.md"
 
 # ---- The modules --------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from precisebn.errors import InputError
-from precisebn.nn._base import PopulationNorm
 from precisebn.nn.frozen import FrozenNorm
+from precisebn.nn.population import PopulationNorm
 
 __all__ = ["ModuleSelection", "find_bn", "get_bn_modules", "matching", "named_modules", "select_bn"]
 

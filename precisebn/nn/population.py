@@ -3,7 +3,7 @@
 A slot is one set of running statistics. Most modules have one, in buffers of nn.BatchNorm's shape; a module with a
 population for each of K domains has K, in buffers with one dimension more. A module works out the Moments of what it
 normalizes and hands them to :meth:`PopulationNorm.track`, the one place where running statistics are updated; a
-recalibration (:mod:`precisebn.recording`) takes them there, exactly as they are, instead.
+recalibration (:mod:`precisebn.recalibration.recording`) takes them there, exactly as they are, instead.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from precisebn import ops
 from precisebn.errors import InputError
 from precisebn.functional import frozen_batch_norm
-from precisebn.moments import Moments
+from precisebn.statistics.moments import Moments
 
 __all__ = ["PopulationNorm", "Recorder", "in_backward", "update_running_statistics"]
 

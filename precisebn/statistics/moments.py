@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from precisebn import ops
-from precisebn._merge import merge, merge_rows
 from precisebn.errors import InputError
+from precisebn.ops.chan import merge, merge_rows
 
 __all__ = ["Moments"]
 

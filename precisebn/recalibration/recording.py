@@ -26,14 +26,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from precisebn import ops
-from precisebn._merge import merge
 from precisebn.errors import BatchFormatError, CycleError, InputError, NonFiniteStatisticsError
-from precisebn.estimator import EstimatorName, PopulationEstimator
-from precisebn.moments import Moments
-from precisebn.nn._base import PopulationNorm, Recorder
+from precisebn.models.selection import named_modules
 from precisebn.nn.cycle import CycleBatchNormList
 from precisebn.nn.frozen import FrozenNorm
-from precisebn.selection import named_modules
+from precisebn.nn.population import PopulationNorm, Recorder
+from precisebn.ops.chan import merge
+from precisebn.statistics.estimator import EstimatorName, PopulationEstimator
+from precisebn.statistics.moments import Moments
 
 __all__ = ["RecordedLayer", "Recording", "buffers_kept"]
 
@@ -60,7 +60,7 @@ class Recording(AbstractContextManager["Recording"]):
         model: the model; wrappers in it (DDP, DataParallel, torch.compile) stand aside for the duration, and all its
             buffers are as before afterwards.
         layers: what to record, by qualified name. Layers need running statistics and initialized parameters.
-        kind: which statistics to estimate, see :class:`precisebn.estimator.PopulationEstimator`.
+        kind: which statistics to estimate, see :class:`precisebn.statistics.estimator.PopulationEstimator`.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, _NormBase], kind: EstimatorName) -> None:

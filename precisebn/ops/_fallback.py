@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from precisebn._merge import merge
+from precisebn.ops.chan import merge
 
 Moments = tuple[Tensor, Tensor, Tensor]  # count [G], mean [G, C], m2 [G, C], all float64
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from precisebn import Moments, PopulationEstimator, ops
-from precisebn.estimator import MIN_BLOCKS
+from precisebn.statistics.estimator import MIN_BLOCKS
 
 NO_EPS = torch.zeros(1, dtype=torch.float64)
 

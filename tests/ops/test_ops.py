@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from precisebn import Moments, _fallback, ops
+from precisebn import Moments, ops
 from precisebn.errors import InputError
+from precisebn.ops import _fallback
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from precisebn.errors import InputError
 from precisebn.functional import batch_norm, frozen_batch_norm
-from precisebn.moments import Moments
+from precisebn.statistics.moments import Moments
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from precisebn import Moments
 from precisebn.errors import InputError
 from precisebn.nn import GhostBN
-from precisebn.nn._base import PopulationNorm, in_backward, update_running_statistics
+from precisebn.nn.population import PopulationNorm, in_backward, update_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

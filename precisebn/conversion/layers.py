@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from precisebn.errors import InputError
+from precisebn.models.selection import named_modules
 from precisebn.nn import CycleBatchNormList
-from precisebn.nn._base import PopulationNorm
 from precisebn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenNorm
-from precisebn.selection import named_modules
+from precisebn.nn.population import PopulationNorm
 
 __all__ = [
     "MEMORY",

@@ -10,12 +10,12 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from precisebn.conversion.engine import Conversion, replace_batchnorm, replace_layers
+from precisebn.conversion.layers import describe, frozen_class, memory_of, placement, plain_class, recognized
 from precisebn.errors import InputError
-from precisebn.layers import describe, frozen_class, memory_of, placement, plain_class, recognized
+from precisebn.models.selection import ModuleSelection
 from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN
 from precisebn.nn.frozen import FrozenNorm
-from precisebn.replace import Conversion, replace_batchnorm, replace_layers
-from precisebn.selection import ModuleSelection
 
 __all__ = [
     "convert_batch_stat",

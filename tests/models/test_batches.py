@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from precisebn import BatchFormatError, InputError, adapt_bn_stats, update_bn_stats
-from precisebn.batches import call_model, common_device, move_to, num_samples
+from precisebn.models.batches import call_model, common_device, move_to, num_samples
 
 IMAGE, LABELS, FLOAT_TARGET, MASK = torch.randn(4, 3, 8, 8), torch.arange(4), torch.randn(4, 1), torch.ones(4).bool()
 Pair = namedtuple("Pair", ["image", "label"])

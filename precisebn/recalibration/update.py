@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from precisebn.batches import ForwardFn, call_model, common_device, move_to, num_samples
 from precisebn.distributed import ProcessGroup, Ranks, Tally
 from precisebn.errors import InputError, InsufficientDataError, NonFiniteStatisticsError, RankFailedError
-from precisebn.estimator import ESTIMATORS, MIN_BLOCKS, EstimatorName, Population
-from precisebn.nn._base import PopulationNorm
+from precisebn.models.batches import ForwardFn, call_model, common_device, move_to, num_samples
+from precisebn.models.selection import ModuleSelection, find_bn, select_bn
 from precisebn.nn.frozen import FrozenNorm
-from precisebn.recording import RecordedLayer, Recording, buffers_kept
-from precisebn.report import LayerReport, UpdateReport, largest
-from precisebn.selection import ModuleSelection, find_bn, select_bn
+from precisebn.nn.population import PopulationNorm
+from precisebn.recalibration.recording import RecordedLayer, Recording, buffers_kept
+from precisebn.recalibration.report import LayerReport, UpdateReport, largest
+from precisebn.statistics.estimator import ESTIMATORS, MIN_BLOCKS, EstimatorName, Population
 
 __all__ = ["adapt_bn_stats", "update_bn_stats"]
 

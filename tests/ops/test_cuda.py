@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precisebn import _fallback, functional, ops, update_bn_stats
+from precisebn import functional, ops, update_bn_stats
 from precisebn.errors import InputError
+from precisebn.ops import _fallback
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from precisebn import ops
-from precisebn._merge import merge, merge_rows
 from precisebn.errors import InputError
-from precisebn.moments import Moments
+from precisebn.ops.chan import merge, merge_rows
+from precisebn.statistics.moments import Moments
 
 __all__ = ["batch_norm", "frozen_batch_norm"]
 

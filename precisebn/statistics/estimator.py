@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from precisebn._merge import merge, merge_rows
-from precisebn.moments import Moments
+from precisebn.ops.chan import merge, merge_rows
+from precisebn.statistics.moments import Moments
 
 __all__ = ["ESTIMATORS", "MIN_BLOCKS", "EstimatorName", "Population", "PopulationEstimator"]
 

@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from precisebn import _fallback
 from precisebn.errors import InputError
+from precisebn.ops import _fallback
 
 __all__ = [
     "Backend",
@@ -777,8 +777,8 @@ torch.library.register_autograd(
 
 
 def _load(name: str) -> str:
-    """Load a shared library that lies beside this file. Returns why that failed, or an empty string."""
-    path = Path(__file__).with_name(name)
+    """Load a shared library that lies in the package. Returns why that failed, or an empty string."""
+    path = Path(__file__).parents[1] / name
     if not path.exists():
         return f"{name} was not built"
     try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from precisebn import InputError, NonFiniteStatisticsError, update_bn_stats
-from precisebn.recording import Recording
+from precisebn.recalibration.recording import Recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ from conftest import state_of
 from torch import nn
 
 from precisebn import InputError, get_bn_modules, update_bn_stats
-from precisebn.selection import find_bn, select_bn
+from precisebn.models.selection import find_bn, select_bn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

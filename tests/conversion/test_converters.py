@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 
 from precisebn import InputError, update_bn_stats
-from precisebn.convert import (
+from precisebn.conversion.converters import (
     convert_batch_stat,
     convert_concat_shared,
     convert_cycle,
@@ -31,7 +31,7 @@ from precisebn.convert import (
     convert_to_batchnorm,
     replace_batchnorm,
 )
-from precisebn.layers import find_layers, memory_of
+from precisebn.conversion.layers import find_layers, memory_of
 from precisebn.nn import (
     BatchStatBN,
     ConcatSharedBN,
@@ -1196,7 +1196,7 @@ def _interrupt(after: int, action: Callable[[], object]) -> bool:
 
     def trace(frame: types.FrameType, event: str, argument: object) -> Any:
         nonlocal lines
-        if not frame.f_code.co_filename.endswith("replace.py"):
+        if not frame.f_code.co_filename.endswith("engine.py"):
             return None
         lines += event == "line"
         if lines == after:

@@ -2,8 +2,9 @@
 
 A new layer takes over from the old one: parameters and buffers themselves, where it has the same (so that an optimizer
 made before keeps training the right tensors), and their values otherwise; mode, hooks, and whatever else has been put
-on the old one. It remembers the old layer (:class:`precisebn.layers.Memory`), and the way back re-instates that very
-layer with the values that the new one has by then. A conversion of a converted layer goes that way back first.
+on the old one. It remembers the old layer (:class:`precisebn.conversion.layers.Memory`), and the way back re-instates
+that very layer with the values that the new one has by then. A conversion of a converted layer goes that way back
+first.
 
 All that is done to existing modules is done through the functions at the end of this file, which note how to undo it;
 whatever fails, the model is then as it was.
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _WrappedHook
 
-from precisebn import layers
+from precisebn.conversion import layers
+from precisebn.conversion.layers import MEMORY, OURS, Memory, describe, memory_of
 from precisebn.errors import InputError
-from precisebn.layers import MEMORY, OURS, Memory, describe, memory_of
+from precisebn.models.selection import ModuleSelection, matching, named_modules
 from precisebn.nn import CycleBatchNormList
-from precisebn.selection import ModuleSelection, matching, named_modules
 
 __all__ = ["Conversion", "replace_batchnorm", "replace_layers"]
 

@@ -1,0 +1,1 @@
+"""Conversion: other layers in the places of BatchNorm layers, and back."""

@@ -1,0 +1,1 @@
+"""Sufficient statistics of BatchNorm: Moments, and the estimator of the populations of many layers at once."""
