@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,8 @@ class Benchmark(NamedTuple):
     devices: tuple[str, ...] = harness.DEVICES
     share: int = 1
     """Of the time, where ``--budget`` limits it."""
+    threads: int | None = None
+    """How many it runs on, where the question fixes that; otherwise torch's default, or ``--threads``."""
 
 
 BENCHMARKS = {
@@ -27,6 +31,7 @@ BENCHMARKS = {
     "update": Benchmark("update_bn_stats against fvcore, swa_utils and the plain forward", share=4),
     "batch_norm": Benchmark("functional.batch_norm, forward and backward, against torch's", share=5),
     "modules": Benchmark("the modules against what they replace", share=4),
+    "overhead": Benchmark("what a call costs beside its work", devices=("cpu",), threads=1),
     "numerics": Benchmark("the error of the variance over mean / std"),
     # It counts samples, not seconds: the device would change nothing but the waiting.
     "tolerance": Benchmark("samples to accuracy with tolerance=", devices=("cpu",)),
@@ -83,9 +88,9 @@ def _run(
 ) -> harness.Result:
     benchmark = importlib.import_module(f"benchmarks.{name}")
     question = BENCHMARKS[name].question
-    machine = harness.machine(arguments.device)
     start = time.perf_counter()
-    with console.status(f"{name}: {question}"):
+    with _threads(BENCHMARKS[name].threads), console.status(f"{name}: {question}"):
+        machine = harness.machine(arguments.device)
         result: harness.Result = benchmark.run(device=arguments.device, quick=arguments.quick, deadline=deadline)
     result |= {"machine": machine, "quick": arguments.quick, "seconds": round(time.perf_counter() - start, 1)}
     harness.print_table(console, f"{name}: {question}", result["rows"])
@@ -97,6 +102,16 @@ def _run(
         if arguments.plot and result["rows"] and hasattr(benchmark, "plot"):
             benchmark.plot(result, path.with_name(f"{arguments.device}-{name}.png"))
     return result
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _parser() -> argparse.ArgumentParser:
