@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Result, goal
-from benchmarks.inputs import LAYOUTS, Setting, laid_out, pairs, random_pool
-from benchmarks.modules_cases import (
+from benchmarks.harness import Question, Result, goal
+from benchmarks.harness.inputs import LAYOUTS, Setting, laid_out, pairs, random_pool
+from benchmarks.harness.timing import comparison, in_time, measure, peak_bytes, speeds
+from benchmarks.peers import missing
+from benchmarks.questions._modules_cases import (
     CONCATENATED,
     EVALUATION,
     FLATTEN,
@@ -26,10 +28,15 @@ from benchmarks.modules_cases import (
     cases,
     weight_of,
 )
-from benchmarks.peers import missing
-from benchmarks.timing import comparison, in_time, measure, peak_bytes, speeds
 
-__all__ = ["run"]
+__all__ = ["QUESTION", "run"]
+
+QUESTION = Question(
+    "Is each module faster, and smaller, than what it replaces?",
+    against="torchvision's FrozenBatchNorm2d, `nn.BatchNorm2d.eval()`, detectron2's formulas, flatten-"
+    "cat-BN-split, loops over domains and chunks",
+    share=4,
+)
 
 
 def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")) -> Result:
@@ -42,7 +49,7 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
         "rows left out for lack of time": len(makers) - len(rows),
         "peers": missing(["torchvision"]),
     }
-    return {"name": "modules", "rows": rows, "summary": summary}
+    return {"rows": rows, "summary": summary}
 
 
 def _row(case: Case, feeds: "_Feeds", device: str, quick: bool) -> dict[str, Any]:

@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import precisebn
-from benchmarks.harness import Result, goal
+from benchmarks.harness import Question, Result, goal
+from benchmarks.harness.timing import Times, comparison, interleave, now, speeds
 from benchmarks.peers import installed, missing
-from benchmarks.timing import Times, comparison, interleave, now, speeds
 from precisebn.functional import batch_norm
 
-__all__ = ["run"]
+__all__ = ["QUESTION", "run"]
+
+QUESTION = Question(
+    "What does a call cost beside its work, on tensors so small that it hardly counts?",
+    against="`F.batch_norm`, fvcore, swa_utils, the plain forward",
+    devices=("cpu",),
+    threads=1,
+)
 
 SHAPE = (2, 64, 8, 8)
 NETWORK, BATCH = "shufflenet_v2_x1_0", (8, 3, 64, 64)
@@ -49,7 +56,7 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
         if FVCORE in row["_peers"]
     ]
     summary = {"goals": goals, "peers": missing(["fvcore", "torchvision"])}
-    return {"name": "overhead", "rows": rows, "summary": summary}
+    return {"rows": rows, "summary": summary}
 
 
 def _row(
