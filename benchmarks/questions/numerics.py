@@ -27,8 +27,8 @@ QUESTION = Question(
 )
 
 NUM_BATCHES, SHAPE = 20, (32, 16, 8, 8)
+Update = Callable[[nn.Module, list[Tensor], int], object]
 PEERS = ("precisebn", "fvcore", "swa_utils")
-Float64Array = npt.NDArray[np.float64]
 
 
 def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")) -> Result:
@@ -85,7 +85,9 @@ def _row(mean: float, device: str) -> dict[str, Any]:
     }
 
 
-def _variance(update: Callable[[nn.Module, list[Tensor], int], object], batches: list[Tensor]) -> Float64Array:
+def _variance(
+    update: Callable[[nn.Module, list[Tensor], int], object], batches: list[Tensor]
+) -> "npt.NDArray[np.float64]":
     norm = nn.BatchNorm2d(SHAPE[1], device=batches[0].device)
     update(nn.Sequential(norm).train(), batches, len(batches))
     assert norm.running_var is not None
