@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_demo_shows_that_precise_statistics_beat_ema_and_adaptation_repairs_a_shift(tmp_path: Path) -> None:
-    picture = tmp_path / "pictures" / "demo.png"
+    picture = tmp_path / "build" / "demo.png"  # where git ignores it, not the one in docs/
     search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "digits.py"), "--quick", "--output", str(picture)],
+        [sys.executable, str(ROOT / "examples" / "digits.py"), "--quick"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": search_path, "PYTHONIOENCODING": "utf-8", "COLUMNS": "120"},
         capture_output=True,
@@ -33,3 +33,14 @@ def test_demo_shows_that_precise_statistics_beat_ema_and_adaptation_repairs_a_sh
 
     [(clean, shifted, adapted)] = re.findall(r"│ +([\d.]+)% +│ +([\d.]+)% +│ +([\d.]+)% +│", result.stdout)
     assert float(clean) < float(adapted) < float(shifted)
+
+
+def test_the_demo_of_the_makefile_does_not_overwrite_the_picture_of_the_readme() -> None:
+    shown = subprocess.run(
+        ["make", "--dry-run", "--always-make", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "examples/digits.py" in shown
+    assert "docs/demo.png" not in shown
+    refreshing = ["make", "--dry-run", "--always-make", "docs-demo"]
+    assert "--output docs/demo.png" in subprocess.run(refreshing, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "/build/" in (ROOT / ".gitignore").read_text().splitlines()
