@@ -14,8 +14,11 @@ from benchmarks.harness.inputs import cache_bytes
 from benchmarks.harness.timing import clock
 
 DEVICES = ("cpu", "cuda")
-THREADING = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
-"""How the variables begin that change how threads run, and with them the figures."""
+ENVIRONMENT = {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "GOMP_", "KMP_"))}
+"""The variables by which the caller has changed how threads run; empty in the environment that users have by default.
+
+Taken before peers are imported, some of which set others, too late to change anything.
+"""
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -26,7 +29,7 @@ def machine(device: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "clock": clock(device),
-        "environment": environment(),
+        "environment": ENVIRONMENT,
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -42,11 +45,6 @@ def machine(device: str) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     return found
-
-
-def environment() -> dict[str, str]:
-    """The variables that are set and change how threads run; empty in the environment that users have by default."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(THREADING)}
 
 
 def describe(machine: Mapping[str, Any]) -> str:
