@@ -6,6 +6,8 @@ forward and backward beyond what they held before, from the allocator's own reco
 """
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from benchmarks.questions._modules_cases import (
     cases,
     weight_of,
 )
+from benchmarks.questions._modules_steps import STEP, steps
 
 __all__ = ["QUESTION", "run"]
 
@@ -41,9 +44,13 @@ QUESTION = Question(
 
 def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")) -> Result:
     """Time of every module, how many times as fast as its peers it is, and memory."""
-    makers = list(cases(device, quick))
     feeds = _Feeds(device, quick)
-    rows = [_row(make(), feeds, device, quick) for make in in_time(makers, deadline)]
+
+    def row_of(make: Callable[[], Case]) -> dict[str, Any]:
+        return _row(make(), feeds, device, quick)
+
+    makers = [*steps(device, quick), *(partial(row_of, make) for make in cases(device, quick))]
+    rows = [make() for make in in_time(makers, deadline)]
     summary = {
         "goals": _goals(rows),
         "rows left out for lack of time": len(makers) - len(rows),
@@ -128,7 +135,11 @@ class _Feeds:
 
 
 def _goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    goals = []
+    goals = [
+        goal(f"{STEP}, {row['layout']}: x {TORCHVISION}", speeds([row], TORCHVISION)[0], at_least=1.0)
+        for row in rows
+        if row["module"] == STEP
+    ]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for layout in LAYOUTS:
             mine = [row for row in rows if (row["module"], row["layout"], row["dtype"]) == (FROZEN, layout, dtype)]
