@@ -33,14 +33,3 @@ def test_demo_shows_that_precise_statistics_beat_ema_and_adaptation_repairs_a_sh
 
     [(clean, shifted, adapted)] = re.findall(r"│ +([\d.]+)% +│ +([\d.]+)% +│ +([\d.]+)% +│", result.stdout)
     assert float(clean) < float(adapted) < float(shifted)
-
-
-def test_the_demo_of_the_makefile_does_not_overwrite_the_picture_of_the_readme() -> None:
-    shown = subprocess.run(
-        ["make", "--dry-run", "--always-make", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert "examples/digits.py" in shown
-    assert "docs/demo.png" not in shown
-    refreshing = ["make", "--dry-run", "--always-make", "docs-demo"]
-    assert "--output docs/demo.png" in subprocess.run(refreshing, cwd=ROOT, capture_output=True, text=True).stdout
-    assert "/build/" in (ROOT / ".gitignore").read_text().splitlines()
