@@ -213,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--epochs", type=int, default=12, help="how long to train (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many trainings (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs/demo.png"), help="picture (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("build/demo.png"), help="picture (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, three epochs")
     arguments = parser.parse_args()
     num_seeds, num_epochs = (1, 3) if arguments.quick else (arguments.seeds, arguments.epochs)

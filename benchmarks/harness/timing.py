@@ -152,6 +152,14 @@ def in_time(settings: Iterable[Any], deadline: float) -> Iterator[Any]:
         yield setting
 
 
+def copy_bandwidth(quick: bool = False) -> float:
+    """Bytes per second of a device-to-device copy of 1 GiB, reads and writes."""
+    x = torch.randn((1 << 28) // (8 if quick else 1), device="cuda")
+    y = torch.empty_like(x)
+    times = measure({"copy": lambda: y.copy_(x)}, [()], "cuda", rounds=15, budget=5, calls=3)["copy"]
+    return 2 * x.nbytes / statistics.median(times)
+
+
 # ---- Comparing ------------------------------------------------------------------------------------------------------
 
 

@@ -16,14 +16,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Result, goal
-from benchmarks.inputs import LAYOUTS, PYRAMID, RESNET50, Pair, Setting, Shape, dtype_name, laid_out, pairs, random_pool
-from benchmarks.kernels import copy_bandwidth
-from benchmarks.peers import batch_norm_peers, missing, right_ones
-from benchmarks.timing import Times, comparison, in_time, measure, speeds
+from benchmarks.harness import Question, Result, goal
+from benchmarks.harness.inputs import (
+    LAYOUTS,
+    PYRAMID,
+    RESNET50,
+    Pair,
+    Setting,
+    Shape,
+    dtype_name,
+    laid_out,
+    pairs,
+    random_pool,
+)
+from benchmarks.harness.timing import Times, comparison, copy_bandwidth, in_time, measure, speeds
+from benchmarks.peers import missing
+from benchmarks.peers.batch_norm import batch_norm_peers, right_ones
 from precisebn.functional import batch_norm
 
-__all__ = ["concatenated_batch_norm", "run"]
+__all__ = ["QUESTION", "concatenated_batch_norm", "run"]
+
+QUESTION = Question(
+    "Is the batch norm over groups as fast in training as torch's?",
+    against="`F.batch_norm` (on CUDA with and without cuDNN), `nn.BatchNorm2d`, timm's BatchNormAct2d, "
+    "apex's SyncBatchNorm; flatten, concatenate, normalize, split",
+    share=5,
+)
 
 NUM_GROUPS = 4
 FORWARD, TRAINING, GROUPED, PYRAMID_LEVELS = (
@@ -59,7 +77,7 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
         "peers": missing(["timm", "apex"]),
         "peers that do not run": "; ".join(f"{name}: {why}" for name, why in failed.items()) or "none",
     }
-    return {"name": "batch_norm", "rows": rows, "summary": summary}
+    return {"rows": rows, "summary": summary}
 
 
 def _settings(device: str, quick: bool) -> list[list[Setting]]:

@@ -20,13 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Result, goal
-from benchmarks.inputs import LAYOUTS, ODD, RESNET50, Setting, dtype_name, pairs, random_pool
-from benchmarks.kernels_contestants import PEERS, READS, WRITES, able, check, contestants
-from benchmarks.kernels_plot import plot
-from benchmarks.timing import Times, comparison, in_time, measure, speeds
+from benchmarks.harness import Question, Result, goal
+from benchmarks.harness.inputs import LAYOUTS, ODD, RESNET50, Setting, dtype_name, pairs, random_pool
+from benchmarks.harness.timing import Times, comparison, copy_bandwidth, in_time, measure, speeds
+from benchmarks.peers.kernels import PEERS, READS, WRITES, able, check, contestants
+from benchmarks.questions._kernels_plot import plot
 
-__all__ = ["page", "plot", "run"]
+__all__ = ["QUESTION", "page", "plot", "run"]
+
+QUESTION = Question(
+    "How far is each operator from what memory allows?",
+    against="`x.sum()`, `torch.add`, `torch.var_mean`, `torch.batch_norm_update_stats`, "
+    "`batch_norm_stats`, `batch_norm_elemt`, `batch_norm_backward_reduce`, "
+    "`batch_norm_backward_elemt`, `native_batch_norm_backward`, `F.batch_norm`",
+    share=8,
+)
 
 OTHER_DTYPES = [torch.float64, torch.bfloat16, torch.float16]
 LARGE = 64 << 20
@@ -56,7 +64,7 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
     }
     if copy is not None:
         summary["bandwidth of a device-to-device copy, GB/s"] = copy / 1e9
-    return {"name": "kernels", "rows": rows, "summary": summary}
+    return {"rows": rows, "summary": summary}
 
 
 # ---- What is measured -----------------------------------------------------------------------------------------------
@@ -130,14 +138,6 @@ def _floor_on_cpu(operator: str, times: Times) -> list[float]:
         "forward": [a + b for a, b in zip(read, write, strict=True)],
         "backward": [a + b for a, b in zip(read_two, write_from_two, strict=True)],
     }[operator]
-
-
-def copy_bandwidth(quick: bool = False) -> float:
-    """Bytes per second of a device-to-device copy of 1 GiB, reads and writes."""
-    x = torch.randn((1 << 28) // (8 if quick else 1), device="cuda")
-    y = torch.empty_like(x)
-    times = measure({"copy": lambda: y.copy_(x)}, [()], "cuda", rounds=15, budget=5, calls=3)["copy"]
-    return 2 * x.nbytes / statistics.median(times)
 
 
 # ---- Goals ----------------------------------------------------------------------------------------------------------

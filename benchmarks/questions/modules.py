@@ -6,14 +6,18 @@ forward and backward beyond what they held before, from the allocator's own reco
 """
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Result, goal
-from benchmarks.inputs import LAYOUTS, Setting, laid_out, pairs, random_pool
-from benchmarks.modules_cases import (
+from benchmarks.harness import Question, Result, goal
+from benchmarks.harness.inputs import LAYOUTS, Setting, laid_out, pairs, random_pool
+from benchmarks.harness.timing import comparison, in_time, measure, peak_bytes, speeds
+from benchmarks.peers import missing
+from benchmarks.questions._modules_cases import (
     CONCATENATED,
     EVALUATION,
     FLATTEN,
@@ -26,23 +30,33 @@ from benchmarks.modules_cases import (
     cases,
     weight_of,
 )
-from benchmarks.peers import missing
-from benchmarks.timing import comparison, in_time, measure, peak_bytes, speeds
+from benchmarks.questions._modules_steps import STEP, steps
 
-__all__ = ["run"]
+__all__ = ["QUESTION", "run"]
+
+QUESTION = Question(
+    "Is each module faster, and smaller, than what it replaces?",
+    against="torchvision's FrozenBatchNorm2d, `nn.BatchNorm2d.eval()`, detectron2's formulas, flatten-"
+    "cat-BN-split, loops over domains and chunks",
+    share=4,
+)
 
 
 def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")) -> Result:
     """Time of every module, how many times as fast as its peers it is, and memory."""
-    makers = list(cases(device, quick))
     feeds = _Feeds(device, quick)
-    rows = [_row(make(), feeds, device, quick) for make in in_time(makers, deadline)]
+
+    def row_of(make: Callable[[], Case]) -> dict[str, Any]:
+        return _row(make(), feeds, device, quick)
+
+    makers = [*steps(device, quick), *(partial(row_of, make) for make in cases(device, quick))]
+    rows = [make() for make in in_time(makers, deadline)]
     summary = {
         "goals": _goals(rows),
         "rows left out for lack of time": len(makers) - len(rows),
         "peers": missing(["torchvision"]),
     }
-    return {"name": "modules", "rows": rows, "summary": summary}
+    return {"rows": rows, "summary": summary}
 
 
 def _row(case: Case, feeds: "_Feeds", device: str, quick: bool) -> dict[str, Any]:
@@ -121,7 +135,11 @@ class _Feeds:
 
 
 def _goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    goals = []
+    goals = [
+        goal(f"{STEP}, {row['layout']}: x {TORCHVISION}", speeds([row], TORCHVISION)[0], at_least=1.0)
+        for row in rows
+        if row["module"] == STEP
+    ]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for layout in LAYOUTS:
             mine = [row for row in rows if (row["module"], row["layout"], row["dtype"]) == (FROZEN, layout, dtype)]

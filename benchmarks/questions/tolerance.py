@@ -16,29 +16,24 @@ too few samples cost.
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import torch
 from fvcore.nn import update_bn_stats as fvcore_update_bn_stats
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch import nn
 
 import precisebn
-from benchmarks.harness import Result, goal
-from examples.digits import (
-    BATCH_SIZE,
-    LEARNING_RATE,
-    digits,
-    error_percent,
-    shuffled,
-    small_resnet,
-    train_one_epoch,
-)
+from benchmarks.harness import Question, Result, goal
+from benchmarks.questions._digits import distance, endless, trained
+from examples.digits import BATCH_SIZE, error_percent
 
-NUM_EPOCHS = 8
+QUESTION = Question(
+    "How many samples are enough?",
+    against="fvcore's 200 mini-batches of 32",
+    devices=("cpu",),
+    threads=1,  # 8x8 images keep one thread busy, and the figures do not depend on the machine's cores
+)
 CALIBRATION_BATCH_SIZE, FVCORE_ITERS = 32, 200
 TOLERANCE = 0.05
 TOLERANCES = (0.1, TOLERANCE, 0.035, 0.025)
@@ -63,12 +58,29 @@ class Recalibration:
 
 def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")) -> Result:
     """Test error, samples used and standard errors, by kind of statistics; means over seeds and shuffles."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # 8x8 images keep one thread busy, and the figures do not depend on the machine's cores
-    try:
-        return _run(quick)
-    finally:
-        torch.set_num_threads(threads)
+    seeds, shuffles = (2, 1) if quick else (5, 3)
+    tolerances = (0.1, TOLERANCE) if quick else TOLERANCES
+    runs = [run for seed in range(seeds) for run in _recalibrate(seed, shuffles, tolerances)]
+    by_statistics = {name: [run for run in runs if run.statistics == name] for name in _names(runs)}
+    rows = [_row(name, group, seeds) for name, group in by_statistics.items()]
+
+    reference = by_statistics["fvcore"]
+    chosen = by_statistics[f"tolerance={TOLERANCE:g}"]
+    most = max(run.samples for run in chosen)
+    excess = _test_error(chosen) - _test_error(reference)
+    summary = {
+        "tolerance": TOLERANCE,
+        "why": f"a round figure below 1 / sqrt({BATCH_SIZE}), the noise of the statistics in training",
+        "test error with EMA, with fvcore, with tolerance [%]": ", ".join(
+            f"{_test_error(by_statistics[name]):.2f}" for name in ("EMA", "fvcore", f"tolerance={TOLERANCE:g}")
+        ),
+        "goals": [
+            goal(f"test error with tolerance={TOLERANCE:g} beyond fvcore's, in points", excess, at_most=0.3),
+            goal("fvcore's samples over the most that any run with tolerance used",
+                 reference[0].samples / most, at_least=8),
+        ],
+    }  # fmt: skip
+    return {"rows": rows, "summary": summary}
 
 
 def plot(result: Result, path: Path) -> None:
@@ -104,44 +116,18 @@ def plot(result: Result, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _run(quick: bool) -> Result:
-    seeds, shuffles = (2, 1) if quick else (5, 3)
-    tolerances = (0.1, TOLERANCE) if quick else TOLERANCES
-    runs = [run for seed in range(seeds) for run in _recalibrate(seed, shuffles, tolerances)]
-    by_statistics = {name: [run for run in runs if run.statistics == name] for name in _names(runs)}
-    rows = [_row(name, group, seeds) for name, group in by_statistics.items()]
-
-    reference = by_statistics["fvcore"]
-    chosen = by_statistics[f"tolerance={TOLERANCE:g}"]
-    most = max(run.samples for run in chosen)
-    excess = _test_error(chosen) - _test_error(reference)
-    summary = {
-        "tolerance": TOLERANCE,
-        "why": f"a round figure below 1 / sqrt({BATCH_SIZE}), the noise of the statistics in training",
-        "test error with EMA, with fvcore, with tolerance [%]": ", ".join(
-            f"{_test_error(by_statistics[name]):.2f}" for name in ("EMA", "fvcore", f"tolerance={TOLERANCE:g}")
-        ),
-        "goals": [
-            goal(f"test error with tolerance={TOLERANCE:g} beyond fvcore's, in points", excess, at_most=0.3),
-            goal("fvcore's samples over the most that any run with tolerance used",
-                 reference[0].samples / most, at_least=8),
-        ],
-    }  # fmt: skip
-    return {"name": "tolerance", "rows": rows, "summary": summary}
-
-
 def _recalibrate(seed: int, shuffles: int, tolerances: tuple[float, ...]) -> list[Recalibration]:
     """Train one network, and give it statistics in every way."""
-    model, train_data, test_data = _trained(seed)
+    model, train_data, test_data = trained(seed)
     images, labels = test_data.tensors
 
     reference = copy.deepcopy(model)
-    fvcore_update_bn_stats(reference, _endless(train_data, seed=1000 + seed), FVCORE_ITERS)
+    fvcore_update_bn_stats(reference, endless(train_data, CALIBRATION_BATCH_SIZE, seed=1000 + seed), FVCORE_ITERS)
 
     def judged(
         name: str, candidate: nn.Module, samples: int, report: precisebn.UpdateReport | None = None
     ) -> Recalibration:
-        actual_error = _distance(candidate, reference)
+        actual_error = distance(candidate, reference)
         test_error = error_percent(copy.deepcopy(candidate), images, labels)
         reported_error = None if report is None or math.isnan(report.max_error) else report.max_error
         return Recalibration(name, seed, samples, reported_error, actual_error, test_error)
@@ -153,41 +139,10 @@ def _recalibrate(seed: int, shuffles: int, tolerances: tuple[float, ...]) -> lis
         name = f"num_iters={num_iters}" if tolerance is None else f"tolerance={tolerance:g}"
         for shuffle in range(shuffles):
             candidate = copy.deepcopy(model)
-            batches = _endless(train_data, seed=2000 + shuffles * seed + shuffle)
+            batches = endless(train_data, CALIBRATION_BATCH_SIZE, seed=2000 + shuffles * seed + shuffle)
             report = precisebn.update_bn_stats(candidate, batches, num_iters, tolerance=tolerance)
             results.append(judged(name, candidate, report.num_samples, report))
     return results
-
-
-def _trained(seed: int) -> tuple[nn.Module, TensorDataset, TensorDataset]:
-    torch.manual_seed(seed)
-    train_data, test_data = digits()
-    model = small_resnet()
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    loader = shuffled(train_data, BATCH_SIZE, seed, drop_last=True)
-    for _ in range(NUM_EPOCHS):
-        train_one_epoch(model, loader, optimizer)
-    return model, train_data, test_data
-
-
-def _endless(data: TensorDataset, seed: int) -> Iterator[Tensor]:
-    """Images in shuffled mini-batches, without end."""
-    loader = shuffled(data, CALIBRATION_BATCH_SIZE, seed, drop_last=True)
-    while True:
-        for images, _ in loader:
-            yield images
-
-
-def _distance(model: nn.Module, reference: nn.Module) -> float:
-    """How far statistics lie from the reference's: in the units of standard errors, and the worst layer's."""
-    statistics, exact = dict(model.named_buffers()), dict(reference.named_buffers())
-    distances = []
-    for layer in [name.removesuffix(".running_var") for name in exact if name.endswith(".running_var")]:
-        mean, var = f"{layer}.running_mean", f"{layer}.running_var"
-        scale = exact[var] + 1e-5  # every layer's eps
-        distances.append((statistics[mean] - exact[mean]).square().div(scale).mean().sqrt().item())
-        distances.append((statistics[var] - exact[var]).div(scale).square().mean().sqrt().item())
-    return max(distances)
 
 
 def _row(name: str, group: list[Recalibration], seeds: int) -> dict[str, object]:
@@ -202,7 +157,6 @@ def _row(name: str, group: list[Recalibration], seeds: int) -> dict[str, object]
         "test error [%]": _test_error(group),
         **by_seed,
         "_mean samples": mean(samples),
-        "_runs": [vars(run) for run in group],
     }
 
 

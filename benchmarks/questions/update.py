@@ -21,11 +21,17 @@ from torch.optim.swa_utils import update_bn
 from torch.profiler import ProfilerActivity, profile
 
 import precisebn
-from benchmarks.harness import Result, goal
+from benchmarks.harness import Question, Result, goal
+from benchmarks.harness.timing import in_time, interleave, now, quartiles, ratios
 from benchmarks.peers import installed, missing
-from benchmarks.timing import in_time, interleave, now, quartiles, ratios
 
-__all__ = ["plot", "run"]
+__all__ = ["QUESTION", "plot", "run"]
+
+QUESTION = Question(
+    "What does a recalibration cost?",
+    against="`fvcore.nn.update_bn_stats`, `torch.optim.swa_utils.update_bn`, the plain train-mode forward",
+    share=4,
+)
 
 PEERS = ("fvcore", "swa_utils", "forward")
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -69,7 +75,7 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
         "peers": missing(["fvcore"]),
         "models": needed,
     }
-    return {"name": "update", "rows": rows, "summary": summary}
+    return {"rows": rows, "summary": summary}
 
 
 def _cpu_settings(quick: bool) -> Iterator[Setting]:
@@ -212,7 +218,6 @@ def _row(setting: Setting) -> dict[str, Any]:
         **details,
         "error": error,
         "_quartiles": against,
-        "_seconds": times,
     }
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.inputs import LAYOUTS, PYRAMID, RESNET50, Setting, Shape, dtype_name, shape_name
-from benchmarks.modules_peers import (
+from benchmarks.harness.inputs import LAYOUTS, PYRAMID, RESNET50, Setting, Shape, dtype_name, shape_name
+from benchmarks.peers.modules import (
     CycleOfLayers,
     FixedAffine,
     FlattenedLevels,

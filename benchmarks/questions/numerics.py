@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import precisebn
-from benchmarks.harness import Result, goal
+from benchmarks.harness import Question, Result, goal
 from benchmarks.peers import installed, missing
 
-__all__ = ["plot", "run"]
+__all__ = ["QUESTION", "plot", "run"]
+
+QUESTION = Question(
+    "How exact is the variance, for mean / std from 1 to 1e5?",
+    against="fvcore and swa_utils, all against float64 NumPy",
+)
 
 NUM_BATCHES, SHAPE = 20, (32, 16, 8, 8)
+Update = Callable[[nn.Module, list[Tensor], int], object]
 PEERS = ("precisebn", "fvcore", "swa_utils")
-Float64Array = npt.NDArray[np.float64]
 
 
 def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")) -> Result:
@@ -32,7 +37,7 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
     worst = max(row["precisebn"] for row in rows if row["mean / std"] <= 1.001e4)
     goals = [goal("relative error of the variance, mean / std up to 1e4", worst, at_most=1e-6)]
     summary = {"goals": goals, "peers": missing(["fvcore"])}
-    return {"name": "numerics", "rows": rows, "summary": summary}
+    return {"rows": rows, "summary": summary}
 
 
 def plot(result: Result, path: Path) -> None:
@@ -80,7 +85,9 @@ def _row(mean: float, device: str) -> dict[str, Any]:
     }
 
 
-def _variance(update: Callable[[nn.Module, list[Tensor], int], object], batches: list[Tensor]) -> Float64Array:
+def _variance(
+    update: Callable[[nn.Module, list[Tensor], int], object], batches: list[Tensor]
+) -> "npt.NDArray[np.float64]":
     norm = nn.BatchNorm2d(SHAPE[1], device=batches[0].device)
     update(nn.Sequential(norm).train(), batches, len(batches))
     assert norm.running_var is not None

@@ -1,7 +1,7 @@
 """Who takes part in the benchmark ``kernels``: ours, torch's natives for the same work, and the memory's own speed.
 
-Every contestant is called with the fields of an :class:`~benchmarks.inputs.Pair`. Coefficients and statistics that an
-operator takes besides its tensors are worked out beforehand, for ours and for peers alike.
+Every contestant is called with the fields of a :class:`~benchmarks.harness.inputs.Pair`. Coefficients and statistics
+that an operator takes besides its tensors are worked out beforehand, for ours and for peers alike.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.inputs import Pair
+from benchmarks.harness.inputs import Pair
 from precisebn import ops
 
 Contestant = Callable[[Tensor, Tensor, Tensor, Tensor], Any]

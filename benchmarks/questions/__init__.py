@@ -1,0 +1,1 @@
+"""One file a question; ``benchmarks.harness.question`` says what such a file holds."""
