@@ -1,0 +1,69 @@
+"""backward_batch: the whole backward of ``normalize_batch``."""
+
+import torch
+from torch import Tensor
+
+from precisebn.ops.operator import Operator, raw
+
+__all__ = ["OPERATOR"]
+
+
+def backward_batch(
+    dy: Tensor,
+    x: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``backward_reduce``, ``backward_coefficients`` and ``backward_apply`` in one call. Not differentiable.
+
+    Args:
+        dy: the gradient of what was normalized.
+        x: ``(N, C, *)``, as it was before.
+        count: of ``normalize_batch``, as are the next two.
+        mean: float64.
+        m2: float64.
+        weight: ``(C,)`` or ``(G, C)``, floating point; None is 1.
+        eps: added to the variance.
+        group: as in ``moments``.
+
+    Returns:
+        The gradients of x, and of weight and bias as of ``backward_coefficients``.
+
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> _, *statistics = raw.normalize_batch(x, None, None, 0.0)
+    >>> [t.flatten().tolist() for t in backward_batch(torch.tensor([[1.0], [2.0]]), x, *statistics, None, 0.0)]
+    [[0.0, 0.0], [1.0], [3.0]]
+    """
+    about = torch.atleast_2d(mean)
+    sums = (s.reshape(mean.shape) for s in raw.backward_reduce(dy, x, about, group, len(about)))
+    var = m2 / count.clamp(min=1.0).unsqueeze(-1)
+    *coefficients, grad_weight, grad_bias = raw.backward_coefficients(
+        count, mean, var, *sums, weight, eps, x.dtype == torch.float64
+    )
+    return raw.backward_apply(dy, x, *coefficients, group), grad_weight, grad_bias
+
+
+def _fake(
+    dy: Tensor,
+    x: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    affine = mean if weight is None else weight
+    return torch.empty_like(x), affine.new_empty(affine.shape), affine.new_empty(affine.shape)
+
+
+OPERATOR = Operator(
+    "backward_batch(Tensor dy, Tensor x, Tensor count, Tensor mean, Tensor m2, Tensor? weight, float eps, "
+    "Tensor? group=None) -> (Tensor dx, Tensor grad_weight, Tensor grad_bias)",
+    fallback=backward_batch,
+    fake=_fake,
+)
