@@ -4,9 +4,10 @@ A change of torch then shows in one place, and fails the test of that function.
 """
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["in_backward", "is_transformed"]
+__all__ = ["assert_async", "in_backward", "is_transformed"]
 
 
 def is_transformed() -> bool:
@@ -17,3 +18,8 @@ def is_transformed() -> bool:
 def in_backward() -> bool:
     """Whether this runs inside a backward; never while being traced."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Raise RuntimeError unless a tensor of one element is true; on a GPU later, without waiting for it now."""
+    torch._assert_async(condition, message)

@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from precisebn.ops.chan import merge
+from precisebn.ops.moments import fallback as moments
 from precisebn.ops.operator import Operator, raw
 
-__all__ = ["OPERATOR", "accumulate"]
+__all__ = ["OPERATOR", "accumulate", "fallback"]
 
 
 def accumulate(
@@ -39,7 +40,7 @@ def accumulate(
     raw.accumulate(x, count, mean, m2, batch_mean, batch_var)
 
 
-def _fallback(
+def fallback(
     x: Tensor,
     count: Tensor,
     mean: Tensor,
@@ -47,7 +48,7 @@ def _fallback(
     batch_mean: Tensor | None = None,
     batch_var: Tensor | None = None,
 ) -> None:
-    batch_count, (x_mean,), (x_m2,) = raw.moments(x)
+    batch_count, (x_mean,), (x_m2,) = moments(x)
     if x.numel() == 0:
         return
     if batch_mean is not None:
@@ -74,6 +75,6 @@ def _fake(
 OPERATOR = Operator(
     "accumulate(Tensor x, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor(d!)? batch_mean=None, "
     "Tensor(e!)? batch_var=None) -> ()",
-    fallback=_fallback,
+    fallback=fallback,
     fake=_fake,
 )

@@ -10,7 +10,7 @@ from precisebn.ops.grouping import per_sample
 from precisebn.ops.normalize import products
 from precisebn.ops.operator import Derivative, Operator, differentiable
 
-__all__ = ["OPERATOR", "backward_apply"]
+__all__ = ["OPERATOR", "backward_apply", "fallback"]
 
 
 def backward_apply(
@@ -49,7 +49,7 @@ def backward_apply(
     return result
 
 
-def _fallback(
+def fallback(
     dy: Tensor, x: Tensor, center: Tensor, a: Tensor, b: Tensor, c: Tensor, group: Tensor | None = None
 ) -> Tensor:
     """Computed in the dtype of ``a``, returned in that of ``x``."""
@@ -83,7 +83,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 OPERATOR = Operator(
     "backward_apply(Tensor dy, Tensor x, Tensor center, Tensor a, Tensor b, Tensor c, Tensor? group=None) -> Tensor",
-    fallback=_fallback,
+    fallback=fallback,
     fake=_fake,
     derivative=Derivative(_save, _backward),
 )

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from precisebn.ops.operator import Operator, raw
+from precisebn.ops.backward_apply import fallback as backward_apply
+from precisebn.ops.backward_coefficients import backward_coefficients
+from precisebn.ops.backward_reduce import fallback as backward_reduce
+from precisebn.ops.operator import Operator
 
 __all__ = ["OPERATOR"]
 
@@ -33,18 +36,19 @@ def backward_batch(
     Returns:
         The gradients of x, and of weight and bias as of ``backward_coefficients``.
 
+    >>> from precisebn.ops.normalize_batch import normalize_batch
     >>> x = torch.tensor([[1.0], [3.0]])
-    >>> _, *statistics = raw.normalize_batch(x, None, None, 0.0)
+    >>> _, *statistics = normalize_batch(x, None, None, 0.0)
     >>> [t.flatten().tolist() for t in backward_batch(torch.tensor([[1.0], [2.0]]), x, *statistics, None, 0.0)]
     [[0.0, 0.0], [1.0], [3.0]]
     """
     about = torch.atleast_2d(mean)
-    sums = (s.reshape(mean.shape) for s in raw.backward_reduce(dy, x, about, group, len(about)))
+    sum_dy, sum_dy_xmu = (s.reshape(mean.shape) for s in backward_reduce(dy, x, about, group, len(about)))
     var = m2 / count.clamp(min=1.0).unsqueeze(-1)
-    *coefficients, grad_weight, grad_bias = raw.backward_coefficients(
-        count, mean, var, *sums, weight, eps, x.dtype == torch.float64
+    center, a, b, c, grad_weight, grad_bias = backward_coefficients(
+        count, mean, var, sum_dy, sum_dy_xmu, weight, eps, x.dtype == torch.float64
     )
-    return raw.backward_apply(dy, x, *coefficients, group), grad_weight, grad_bias
+    return backward_apply(dy, x, center, a, b, c, group), grad_weight, grad_bias
 
 
 def _fake(

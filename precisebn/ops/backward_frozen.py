@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from precisebn.ops.operator import Operator, raw
+from precisebn.ops.backward_coefficients import backward_coefficients
+from precisebn.ops.backward_reduce import fallback as backward_reduce
+from precisebn.ops.normalize import fallback as normalize
+from precisebn.ops.operator import Operator
 
 __all__ = ["OPERATOR"]
 
@@ -36,12 +39,12 @@ def backward_frozen(
     [[2.0, 4.0], [4.0], [3.0]]
     """
     about = torch.atleast_2d(mean).double()
-    sums = (s.reshape(mean.shape) for s in raw.backward_reduce(dy, x, about, group, len(about)))
-    _, a, _, _, grad_weight, grad_bias = raw.backward_coefficients(
-        None, mean, var, *sums, weight, eps, x.dtype == torch.float64
+    sum_dy, sum_dy_xmu = (s.reshape(mean.shape) for s in backward_reduce(dy, x, about, group, len(about)))
+    _, a, _, _, grad_weight, grad_bias = backward_coefficients(
+        None, mean, var, sum_dy, sum_dy_xmu, weight, eps, x.dtype == torch.float64
     )
     like_x = dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
-    return raw.normalize(like_x, None, a, None, group), grad_weight, grad_bias
+    return normalize(like_x, None, a, None, group), grad_weight, grad_bias
 
 
 def _fake(

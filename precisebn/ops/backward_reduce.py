@@ -10,7 +10,7 @@ from precisebn.ops.grouping import chunks, sum_by_group
 from precisebn.ops.normalize import centered
 from precisebn.ops.operator import Derivative, Operator, differentiable
 
-__all__ = ["OPERATOR", "backward_reduce"]
+__all__ = ["OPERATOR", "backward_reduce", "fallback"]
 
 
 def backward_reduce(
@@ -43,7 +43,7 @@ def backward_reduce(
     return result
 
 
-def _fallback(
+def fallback(
     dy: Tensor, x: Tensor, mean: Tensor, group: Tensor | None = None, num_groups: int = 1
 ) -> tuple[Tensor, Tensor]:
     sum_dy = x.new_zeros(num_groups, x.shape[1], dtype=torch.float64)
@@ -80,7 +80,7 @@ def _backward(
 OPERATOR = Operator(
     "backward_reduce(Tensor dy, Tensor x, Tensor mean, Tensor? group=None, int num_groups=1) "
     "-> (Tensor sum_dy, Tensor sum_dy_xmu)",
-    fallback=_fallback,
+    fallback=fallback,
     fake=_fake,
     derivative=Derivative(_save, _backward),
 )

@@ -39,8 +39,8 @@ def coefficients(
     shift = (center.double() - mean) * scale
     shift = shift if bias is None else bias.double() + shift
     # An operator returns none of its inputs, and no tensor twice.
-    center, scale, shift = (torch.atleast_2d(t.expand_as(shift).to(dtype)).clone() for t in (center, scale, shift))
-    return center, scale, shift
+    center, scale = (t.expand_as(shift).to(dtype, copy=True) for t in (center, scale))
+    return torch.atleast_2d(center), torch.atleast_2d(scale), torch.atleast_2d(shift.to(dtype))
 
 
 def _fake(

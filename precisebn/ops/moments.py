@@ -11,7 +11,7 @@ from precisebn.ops.grouping import chunks, sum_by_group
 from precisebn.ops.normalize import centered
 from precisebn.ops.operator import Derivative, Operator, differentiable
 
-__all__ = ["OPERATOR", "moments"]
+__all__ = ["OPERATOR", "fallback", "moments"]
 
 Moments = tuple[Tensor, Tensor, Tensor]  # count [G], mean [G, C], m2 [G, C], all float64
 
@@ -45,7 +45,7 @@ def moments(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> Mome
     return result
 
 
-def _fallback(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> Moments:
+def fallback(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> Moments:
     """In float64, chunk by chunk, each chunk in several passes, the chunks merged exactly.
 
     ``E[x^2] - E[x]^2`` appears nowhere: it cancels catastrophically once the mean is large against the standard
@@ -99,7 +99,7 @@ def _backward(ctx: Any, _: Tensor, grad_mean: Tensor, grad_m2: Tensor) -> tuple[
 
 OPERATOR = Operator(
     "moments(Tensor x, Tensor? group=None, int num_groups=1) -> (Tensor count, Tensor mean, Tensor m2)",
-    fallback=_fallback,
+    fallback=fallback,
     fake=_fake,
     derivative=Derivative(_save, _backward),
 )

@@ -9,7 +9,7 @@ from precisebn.ops.checks import check_coefficients, check_group, check_x, compu
 from precisebn.ops.grouping import per_sample
 from precisebn.ops.operator import Derivative, Operator, differentiable
 
-__all__ = ["OPERATOR", "centered", "normalize", "products"]
+__all__ = ["OPERATOR", "centered", "fallback", "normalize", "products"]
 
 
 def normalize(
@@ -65,7 +65,7 @@ def products(a: Tensor, b: Tensor, center: Tensor | None, like: Tensor, group: T
     return sum_a.to(like.dtype), sum_ab.to(like.dtype)
 
 
-def _fallback(
+def fallback(
     x: Tensor, center: Tensor | None, scale: Tensor, shift: Tensor | None = None, group: Tensor | None = None
 ) -> Tensor:
     """Computed in the dtype of ``scale``, returned in that of ``x``."""
@@ -103,7 +103,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 OPERATOR = Operator(
     "normalize(Tensor x, Tensor? center, Tensor scale, Tensor? shift=None, Tensor? group=None) -> Tensor",
-    fallback=_fallback,
+    fallback=fallback,
     fake=_fake,
     derivative=Derivative(_save, _backward),
 )

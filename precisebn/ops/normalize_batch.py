@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from precisebn.ops.operator import Operator, raw
+from precisebn.ops.coefficients import coefficients
+from precisebn.ops.moments import fallback as moments
+from precisebn.ops.normalize import fallback as normalize
+from precisebn.ops.operator import Operator
 
 __all__ = ["OPERATOR"]
 
@@ -33,10 +36,10 @@ def normalize_batch(
     >>> y.flatten().tolist(), count.item(), mean.tolist(), m2.tolist()
     ([-1.0, 1.0], 2.0, [2.0], [2.0])
     """
-    count, mean, m2 = raw.moments(x, group, num_groups)
+    count, mean, m2 = moments(x, group, num_groups)
     var = m2 / count.clamp(min=1.0).unsqueeze(-1)
-    coefficients = raw.coefficients(mean, var, weight, bias, eps, x.dtype == torch.float64)
-    y: Tensor = raw.normalize(x, *coefficients, group)
+    affine = coefficients(mean, var, weight, bias, eps, x.dtype == torch.float64)
+    y = normalize(x, *affine, group)
     if group is None:
         count, mean, m2 = (t.squeeze(0).clone() for t in (count, mean, m2))
     return y, count, mean, m2

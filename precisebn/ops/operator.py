@@ -1,8 +1,8 @@
 """What an operator is declared by, and the two namespaces through which the declared ones are called.
 
 An operator's file holds its :class:`Operator`; :mod:`precisebn.ops.registry` makes all of them known to torch and fills
-:data:`raw` and :data:`differentiable`. Operators call one another through these two, so that the files need not import
-each other.
+:data:`raw` and :data:`differentiable`. Wrappers and derivatives call operators through these two. Fallbacks call other
+fallbacks, so that each is a specification that no kernel has a part in.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from precisebn.ops.operator import Operator, raw
 
-__all__ = ["OPERATOR", "track"]
+__all__ = ["OPERATOR", "fallback", "track"]
 
 
 def track(
@@ -41,7 +41,7 @@ def track(
     """
     # An averaged state dict may have made a floating-point number of mini-batches; nn.BatchNorm counts on in it.
     if torch.compiler.is_compiling() or num_batches.dtype != torch.int64:
-        _fallback(count, mean, m2, running_mean, running_var, num_batches, momentum)
+        fallback(count, mean, m2, running_mean, running_var, num_batches, momentum)
         return
     raw.track(count, mean, m2, running_mean, running_var, num_batches, momentum)
     # A backward may need what they were, and who keeps buffers looks here for whether they have changed.
@@ -49,7 +49,7 @@ def track(
 
 
 @torch.no_grad()
-def _fallback(
+def fallback(
     count: Tensor,
     mean: Tensor,
     m2: Tensor,
@@ -82,6 +82,6 @@ def _fake(
 OPERATOR = Operator(
     "track(Tensor count, Tensor mean, Tensor m2, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "Tensor(c!) num_batches, float? momentum) -> ()",
-    fallback=_fallback,
+    fallback=fallback,
     fake=_fake,
 )

@@ -3,10 +3,12 @@
 All hold for either backend: run with PRECISEBN_BACKEND=native and with PRECISEBN_BACKEND=fallback.
 """
 
+import inspect
 import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +20,8 @@ from torch import Tensor
 from precisebn import Moments, ops
 from precisebn.errors import InputError
 from precisebn.ops.grouping import per_sample
-from precisebn.ops.operator import raw
-from precisebn.ops.registry import OPERATORS
+from precisebn.ops.operator import differentiable, raw
+from precisebn.ops.registry import NAMES, OPERATORS
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [
@@ -636,7 +638,63 @@ def test_opcheck(name, layout):
         torch.library.opcheck(getattr(torch.ops.precisebn, name).default, args)
 
 
-def test_meta_and_fake_tensors_have_the_right_shapes():
+def parameters(signature: inspect.Signature) -> list[tuple[str, object]]:
+    return [(p.name, p.default) for p in signature.parameters.values()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stands_in_the_file_of_an_operator_agrees_with_its_schema(name):
+    """Names, order and defaults of the arguments: of the fallback, the shapes, and the wrapper for users, if any."""
+    schema = getattr(torch.ops.precisebn, name).default._schema
+    expected = [
+        (a.name, a.default_value if a.has_default_value() else inspect.Parameter.empty) for a in schema.arguments
+    ]
+    operator = OPERATORS[name]
+    assert operator.name == schema.name.removeprefix("precisebn::")
+    given = [operator.fallback, operator.fake, *([getattr(ops, name)] if name in ops.__all__ else [])]
+    for function in given:
+        assert parameters(inspect.signature(function)) == expected, function
+
+
+def test_every_operator_has_a_file_and_every_file_of_an_operator_is_registered():
+    folder = Path(ops.__file__).parent
+    declaring = {path.stem for path in folder.glob("*.py") if "OPERATOR = Operator(" in path.read_text()}
+    assert declaring == set(NAMES)
+    assert set(vars(raw)) == set(OPERATORS)
+    assert {name for name, operator in OPERATORS.items() if operator.derivative} == set(vars(differentiable))
+
+
+def operands(name: str) -> tuple[object, ...]:
+    """Of a call with groups."""
+    x = double(4, 3, 2, 3, requires_grad=False)
+    return OPCHECK_INPUTS[name][1](x, x.flip(0), torch.tensor([0, 1, 1, 0]), double(2, 3, requires_grad=False))
+
+
+@pytest.mark.parametrize("name", OPCHECK_INPUTS)
+def test_operators_of_meta_tensors_give_meta_tensors_of_the_right_shape(name):
+    args = operands(name)
+    on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    results, expected = (getattr(raw, name)(*a) for a in (on_meta, args))
+    results, expected = ([t] if isinstance(t, Tensor) else t or [] for t in (results, expected))
+    for result, like in zip(results, expected, strict=True):
+        assert result.is_meta
+        assert (result.shape, result.dtype, result.stride()) == (like.shape, like.dtype, like.stride())
+
+
+@pytest.mark.parametrize("name", OPCHECK_INPUTS)
+def test_one_meta_operand_among_others_is_an_error_and_not_memory_that_nobody_wrote(name):
+    args = operands(name)
+    wrappers = [getattr(ops, name)] if name in ops.__all__ else []
+    for i, argument in enumerate(args):
+        if not isinstance(argument, Tensor):
+            continue
+        mixed = [*args[:i], argument.to("meta"), *args[i + 1 :]]
+        for call in (*wrappers, getattr(raw, name), getattr(torch.ops.precisebn, name)):
+            with pytest.raises(InputError, match=r"meta.*cpu|cpu.*meta"):
+                call(*mixed)
+
+
+def test_meta_tensors_keep_the_memory_format():
     x = torch.empty(4, 3, 5, 5, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     count, mean, m2 = torch.ops.precisebn.moments(x, None, 2)
     assert (count.shape, mean.shape, m2.shape) == ((2,), (2, 3), (2, 3))
