@@ -89,23 +89,22 @@ def _ours(mean: Tensor, statistics: _Statistics, weight: Tensor, bias: Tensor) -
     total = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=mean.device).split([1, channels, channels])
     batch = torch.empty(2, channels, dtype=weight.dtype, device=mean.device).unbind()
     scale = (weight * statistics.inverse_std)[None]
-    shift = bias[None] - statistics.mean * scale
-    means = mean[None]
+    center, shift, means = statistics.mean[None], bias[None], mean[None]
 
     def forward(x: Tensor, *_: Tensor) -> Tensor:
         ops.moments(x)
-        return ops.normalize(x, scale, shift)
+        return ops.normalize(x, center, scale, shift)
 
     def backward(x: Tensor, dy: Tensor, *_: Tensor) -> Tensor:
         ops.backward_reduce(dy, x, means)
-        return ops.backward_apply(dy, x, scale, shift, shift)
+        return ops.backward_apply(dy, x, center, scale, shift, shift)
 
     return {
         "moments": lambda x, dy, raw_x, raw_dy: ops.moments(x),
         "accumulate": lambda x, dy, raw_x, raw_dy: ops.accumulate(x, *total, *batch),
-        "normalize": lambda x, dy, raw_x, raw_dy: ops.normalize(x, scale, shift),
+        "normalize": lambda x, dy, raw_x, raw_dy: ops.normalize(x, center, scale, shift),
         "backward_reduce": lambda x, dy, raw_x, raw_dy: ops.backward_reduce(dy, x, means),
-        "backward_apply": lambda x, dy, raw_x, raw_dy: ops.backward_apply(dy, x, scale, shift, shift),
+        "backward_apply": lambda x, dy, raw_x, raw_dy: ops.backward_apply(dy, x, center, scale, shift, shift),
         "forward": forward,
         "backward": backward,
     }
@@ -176,8 +175,9 @@ def check(pair: Pair) -> dict[str, float]:
     mean = wide_x.mean(1)
     centered = wide_x - mean[:, None]
     var = centered.square().sum(1) / n
-    a, b, c = (torch.rand(1, x.shape[1], dtype=ops.compute_dtype(x), device=x.device) + 0.5 for _ in range(3))
-    wide_a, wide_b, wide_c = (t.double().T for t in (a, b, c))
+    center, a, b, c = (torch.rand(1, x.shape[1], dtype=ops.compute_dtype(x), device=x.device) + 0.5 for _ in range(4))
+    wide_center, wide_a, wide_b, wide_c = (t.double().T for t in (center, a, b, c))
+    difference = wide_x - wide_center
 
     (count,), (our_mean,), (m2,) = ops.moments(x)
     total = torch.zeros(1 + 2 * len(mean), dtype=torch.float64, device=x.device).split([1, len(mean), len(mean)])
@@ -187,13 +187,13 @@ def check(pair: Pair) -> dict[str, float]:
     errors = {
         "moments": max(_error(our_mean, mean), _error(m2 / count, var)),
         "accumulate": max(_error(total[1], mean), _error(total[2] / n, var)),
-        "normalize": _error(_by_channel(ops.normalize(x, a, b)), wide_a * wide_x + wide_b),
+        "normalize": _error(_by_channel(ops.normalize(x, center, a, b)), wide_a * difference + wide_b),
         "backward_reduce": max(
             _error(sum_dy, wide_dy.sum(1), wide_dy.abs().sum(1)),
             _error(sum_dy_xmu, products.sum(1), products.abs().sum(1)),
         ),
         "backward_apply": _error(
-            _by_channel(ops.backward_apply(dy, x, a, b, c)), wide_a * wide_dy + wide_b * wide_x + wide_c
+            _by_channel(ops.backward_apply(dy, x, center, a, b, c)), wide_a * wide_dy + wide_b * difference + wide_c
         ),
     }
     for name, error in errors.items():

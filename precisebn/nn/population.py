@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from precisebn import ops
+from precisebn._torch import in_backward
 from precisebn.errors import InputError
 from precisebn.functional import frozen_batch_norm
 from precisebn.statistics.moments import Moments
@@ -163,8 +164,3 @@ def update_running_statistics(
         momentum: None is the average over all mini-batches.
     """
     ops.track(moments.count, moments.mean, moments.m2, mean, var, num_batches, momentum)
-
-
-def in_backward() -> bool:
-    """Whether this runs inside a backward; never while being traced."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

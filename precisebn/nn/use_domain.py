@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precisebn._torch import assert_async, in_backward
 from precisebn.errors import InputError
 
 __all__ = ["Domain", "checked_domain", "current_domain", "use_domain"]
@@ -80,7 +81,7 @@ def checked_domain(who: str, domain: Any, num_domains: int | None = None) -> Dom
                     )
             else:
                 in_range = ((domain >= 0) & (domain < num_domains)).all()
-                torch._assert_async(in_range, f"{who}: domains must be from 0 to {num_domains - 1}")
+                assert_async(in_range, f"{who}: domains must be from 0 to {num_domains - 1}")
     elif isinstance(domain, bool) or not isinstance(domain, int | torch.SymInt):
         raise InputError(
             f"{who}: a domain is a whole number, or an int64 tensor (N,) with one for each sample, not "
@@ -107,7 +108,7 @@ def current_domain(who: str, x: Tensor, num_domains: int) -> Domain:
         repeated = (
             " (This forward runs inside a backward, repeated by activation checkpointing: put backward() inside the "
             "block too, or pass domain=.)"
-            if torch._C._current_graph_task_id() != -1
+            if in_backward()
             else ""
         )
         raise InputError(

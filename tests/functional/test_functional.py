@@ -705,3 +705,43 @@ def test_gradients_of_single_samples_by_torch_func():
     together = torch.func.vmap(torch.func.grad(loss))(x)
     apart = torch.stack([torch.autograd.functional.jacobian(loss, one) for one in x])
     torch.testing.assert_close(together, apart)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_on_the_meta_device_results_have_the_shape_that_they_have_elsewhere(requires_grad):
+    def run(device):
+        x, z = (torch.ones(n, 3, 2, device=device, requires_grad=requires_grad) for n in (4, 3))
+        w, b = (torch.ones(3, device=device, requires_grad=requires_grad) for _ in range(2))
+        group = torch.zeros(4, dtype=torch.int64, device=device)
+        y, moments = batch_norm(x, w, b)
+        ys, _ = batch_norm([x, z], w, b)
+        grouped, of_groups = batch_norm(x, w, b, group=group, num_groups=2)
+        frozen = frozen_batch_norm(x, b, w, w, b)
+        outputs = [y, *ys, grouped, frozen]
+        gradients = torch.autograd.grad(sum(o.sum() for o in outputs), [x, z, w, b]) if requires_grad else ()
+        return [*outputs, moments.count, moments.mean, of_groups.m2, *gradients]
+
+    for on_meta, on_cpu in zip(run("meta"), run("cpu"), strict=True):
+        assert on_meta.is_meta
+        assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (on_cpu.shape, on_cpu.dtype, on_cpu.stride())
+
+
+WRONG_DEVICES = {
+    "weight": lambda: batch_norm(torch.ones(2, 3), ON_META),
+    "bias": lambda: batch_norm(torch.ones(2, 3), bias=ON_META),
+    "group": lambda: batch_norm(torch.ones(2, 3), group=torch.zeros(2, dtype=torch.int64, device="meta")),
+    "a tensor": lambda: batch_norm([torch.ones(2, 3), torch.ones(2, 3, device="meta")]),
+    "x": lambda: batch_norm(torch.ones(2, 3, device="meta"), ONE, ONE),
+    "mean": lambda: frozen_batch_norm(torch.ones(2, 3), ON_META, ONE),
+    "var": lambda: frozen_batch_norm(torch.ones(2, 3), ONE, ON_META),
+    "x of frozen": lambda: frozen_batch_norm(torch.ones(2, 3, device="meta"), ONE, ONE),
+    "group of frozen": lambda: frozen_batch_norm(
+        torch.ones(2, 3), THREE, THREE, group=torch.zeros(2, dtype=torch.int64, device="meta")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DEVICES)
+def test_a_tensor_of_another_device_is_an_error(name):
+    with pytest.raises(InputError, match="meta"):
+        WRONG_DEVICES[name]()

@@ -3,10 +3,12 @@
 All hold for either backend: run with PRECISEBN_BACKEND=native and with PRECISEBN_BACKEND=fallback.
 """
 
+import inspect
 import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from torch import Tensor
 
 from precisebn import Moments, ops
 from precisebn.errors import InputError
-from precisebn.ops import _fallback
+from precisebn.ops.grouping import per_sample
+from precisebn.ops.operator import differentiable, raw
+from precisebn.ops.registry import NAMES, OPERATORS
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [
@@ -277,8 +281,8 @@ def test_elementwise_operators_match_float64(shape, layout, dtype):
     x, dy = laid_out(tensor(shape, dtype), layout), tensor(shape, dtype, seed=1)
     num_groups = 3
     group = groups_of(x, num_groups)
-    a, b, c = (tensor((num_groups, shape[1]), torch.float32, mean=0, seed=s) for s in range(3))
-    # One rounding of each product, of their sum, and of the result in its dtype.
+    a, b, c, center = (tensor((num_groups, shape[1]), torch.float32, mean=0, seed=s) for s in range(4))
+    # One rounding of the difference, of each product, of their sum, and of the result in its dtype.
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 0)
 
     def check(actual: Tensor, terms: list[Tensor]) -> None:
@@ -289,11 +293,15 @@ def test_elementwise_operators_match_float64(shape, layout, dtype):
         assert ((actual.double() - expected).abs() <= bound).logical_or(actual.double() == expected).all()
 
     for index, k in ((None, 1), (group, num_groups)):
-        a_, b_, c_ = (_fallback._per_sample(t[:k].double(), x, index) for t in (a, b, c))
-        check(ops.normalize(x, a[:k], b[:k], index), [a_ * x.double(), b_.expand_as(x)])
+        a_, b_, c_, center_ = (per_sample(t[:k].double(), x, index) for t in (a, b, c, center))
+        difference = x.double() - center_
+        check(ops.normalize(x, center[:k], a[:k], b[:k], index), [a_ * difference, b_.expand_as(x)])
+        check(ops.normalize(x, center[:k], a[:k], None, index), [a_ * difference])
+        check(ops.normalize(x, None, a[:k], b[:k], index), [a_ * x.double(), b_.expand_as(x)])
+        check(ops.normalize(x, None, a[:k], group=index), [a_ * x.double()])
         check(
-            ops.backward_apply(dy, x, a[:k], b[:k], c[:k], index),
-            [a_ * dy.double(), b_ * x.double(), c_.expand_as(x)],
+            ops.backward_apply(dy, x, center[:k], a[:k], b[:k], c[:k], index),
+            [a_ * dy.double(), b_ * difference, c_.expand_as(x)],
         )
 
 
@@ -319,25 +327,25 @@ def test_backward_reduce_matches_float64(shape, layout, dtype):
 def test_every_16_bit_number_converts_exactly(dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(2**12, 16)
     one, zero = torch.ones(1, 16), torch.zeros(1, 16)
-    y = ops.normalize(x, one, zero)
+    y = ops.normalize(x, zero, one)
     assert torch.equal(y.isnan(), x.isnan())
     assert torch.equal(y[~x.isnan()], x[~x.isnan()])
     values = torch.cat([torch.randn(20000) * s for s in (1e-8, 1e-6, 1e-4, 1.0, 3e4, 1e38)])[None]
-    rounded = ops.normalize(torch.ones(1, values.shape[1], dtype=dtype), torch.zeros_like(values), values)
+    rounded = ops.normalize(torch.ones(1, values.shape[1], dtype=dtype), None, torch.zeros_like(values), values)
     assert torch.equal(rounded, values.to(dtype))
 
 
 def test_channels_last_and_contiguous_agree_in_values_and_keep_their_format():
     x = tensor((4, 24, 9, 9))
-    scale, shift = tensor((1, 24)), tensor((1, 24), seed=1)
-    y = ops.normalize(x, scale, shift)
-    y_last = ops.normalize(x.to(memory_format=torch.channels_last), scale, shift)
+    coefficients = [tensor((1, 24), seed=seed) for seed in range(3)]
+    y = ops.normalize(x, *coefficients)
+    y_last = ops.normalize(x.to(memory_format=torch.channels_last), *coefficients)
     assert y.is_contiguous()
     assert y_last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(y, y_last)
 
 
-# ---- fold, track, backward_fold: what is done with tensors (G, C) ----------------------------------------------------
+# ---- coefficients, track, backward_coefficients: what is done with tensors (G, C) -----------------------------------
 
 ROWS = [None, 1, 3]  # of a tensor (R, C); None: (C,)
 
@@ -354,31 +362,27 @@ def assert_rounded(actual: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(actual.double(), exact, rtol=max(eps, 1e-14), atol=eps * 2**-10 + 1e-14)
 
 
+def assert_center(center: Tensor, shift: Tensor, about: Tensor, slope: Tensor, offset: Tensor | float) -> None:
+    """That center is ``about`` rounded, and that shift is ``offset`` and what slope makes of the rounding."""
+    assert torch.equal(center, about.to(center.dtype).expand_as(center))
+    assert_rounded(shift, offset + (center.double() - about) * slope)
+
+
 @pytest.mark.parametrize("statistics_dtype", DTYPES)
 @pytest.mark.parametrize("affine_dtype", DTYPES)
 @pytest.mark.parametrize("double", [False, True])
-def test_fold_in_every_combination_of_rows_and_dtypes(statistics_dtype, affine_dtype, double):
-    for of_mean, of_weight, of_bias, has_count in itertools.product(ROWS, ["absent", *ROWS], ["absent", *ROWS], (0, 1)):
-        count = torch.tensor([0.0, 1.0, 8.0], dtype=torch.float64)[: of_mean or 1].reshape(
-            () if of_mean is None else -1
-        )
-        mean, spread = rows(of_mean, statistics_dtype, 0), rows(of_mean, statistics_dtype, 1, positive=True)
+def test_coefficients_in_every_combination_of_rows_and_dtypes(statistics_dtype, affine_dtype, double):
+    for of_mean, of_weight, of_bias in itertools.product(ROWS, ["absent", *ROWS], ["absent", *ROWS]):
+        mean, var = rows(of_mean, statistics_dtype, 0), rows(of_mean, statistics_dtype, 1, positive=True)
         weight, bias = (None if r == "absent" else rows(r, affine_dtype, s) for s, r in ((2, of_weight), (3, of_bias)))
-        scale, shift = ops.fold(count if has_count else None, mean, spread, weight, bias, 1e-3, double)
-        exact = _fallback.fold(
-            count if has_count else None,
-            mean.double(),
-            spread.double(),
-            None if weight is None else weight.double(),
-            None if bias is None else bias.double(),
-            1e-3,
-            True,
-        )
+        center, scale, shift = raw.coefficients(mean, var, weight, bias, 1e-3, double)
         expected_rows = 3 if 3 in (of_mean, of_weight, of_bias) else 1
-        assert scale.shape == shift.shape == (expected_rows, 5)
-        assert scale.dtype == shift.dtype == (torch.float64 if double else torch.float32)
-        assert_rounded(scale, exact[0])
-        assert_rounded(shift, exact[1])
+        exact = (var.double() + 1e-3).rsqrt() * (1.0 if weight is None else weight.double())
+        for result in (center, scale, shift):
+            assert result.shape == (expected_rows, 5)
+            assert result.dtype == (torch.float64 if double else torch.float32)
+        assert_rounded(scale, exact.expand_as(scale))
+        assert_center(center, shift, mean.double(), exact.expand_as(scale), 0.0 if bias is None else bias.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -391,7 +395,7 @@ def test_track_moves_rows_of_two_values_or_more(num_rows, momentum, dtype):
     batches = torch.full(counts.shape, 4)
     before = [t.clone() for t in running]
     exact = [t.double() for t in running]
-    _fallback.track(counts, mean, m2, *exact, batches.clone(), momentum)
+    OPERATORS["track"].fallback(counts, mean, m2, *exact, batches.clone(), momentum)
     ops.track(counts, mean, m2, *running, batches, momentum)
     assert torch.equal(batches, 4 + (counts > 1).long())
     for actual, expected, old in zip(running, exact, before, strict=True):
@@ -457,21 +461,24 @@ def test_track_compiles_to_plain_arithmetic():
 
 @pytest.mark.parametrize("affine_dtype", DTYPES)
 @pytest.mark.parametrize("double", [False, True])
-def test_backward_fold_in_every_combination_of_rows(affine_dtype, double):
+def test_backward_coefficients_in_every_combination_of_rows(affine_dtype, double):
     for num_rows, of_weight, has_count in itertools.product(ROWS, ["absent", None, "rows"], (0, 1)):
         if of_weight == "rows":
             of_weight = num_rows or 1
         count = torch.tensor([0.0, 1.0, 8.0], dtype=torch.float64)[: num_rows or 1]
         count = count.reshape(() if num_rows is None else -1) if has_count else None
         mean, sum_dy, product = (rows(num_rows, torch.float64, s) for s in range(3))
-        spread = rows(num_rows, torch.float64, 3, positive=True)
+        var = rows(num_rows, torch.float64, 3, positive=True)
         weight = None if of_weight == "absent" else rows(of_weight, affine_dtype, 4)
-        results = ops.backward_fold(count, mean, spread, sum_dy, product, weight, 1e-3, double)
-        exact = _fallback.backward_fold(
-            count, mean, spread, sum_dy, product, None if weight is None else weight.double(), 1e-3, True
+        center, *results = raw.backward_coefficients(count, mean, var, sum_dy, product, weight, 1e-3, double)
+        _, *exact = OPERATORS["backward_coefficients"].fallback(
+            count, mean, var, sum_dy, product, None if weight is None else weight.double(), 1e-3, True
         )
         affine = torch.empty(mean.shape, dtype=torch.float64) if weight is None else weight
         coefficients = torch.empty(num_rows or 1, 5, dtype=torch.float64 if double else torch.float32)
+        assert (center.shape, center.dtype) == (coefficients.shape, coefficients.dtype)
+        assert_center(center, results[2], mean, exact[1], exact[2])
+        exact[2] = exact[2] + (center.double() - mean) * exact[1]
         for actual, expected, like in zip(results, exact, [coefficients] * 3 + [affine] * 2, strict=True):
             assert (actual.shape, actual.dtype) == (like.shape, like.dtype)
             assert_rounded(actual, expected)
@@ -489,29 +496,30 @@ def test_several_operators_in_one_call_are_these_operators(shape, layout, dtype)
     channels, double = shape[1], dtype == torch.float64
     for group, k in ((None, 1), (groups_of(x), 3)):
         weight, bias = torch.rand(channels), torch.rand(k, channels)
-        y, *statistics = ops.normalize_batch(x, weight, bias, 1e-3, group, k)
+        y, *statistics = raw.normalize_batch(x, weight, bias, 1e-3, group, k)
         apart = ops.moments(x, group, k)
         if group is None:
             assert statistics[0].dim() == 0
         assert all(torch.equal(one.reshape(other.shape), other) for one, other in zip(statistics, apart, strict=True))
-        scale, shift = ops.fold(*apart, weight, bias, 1e-3, double)
-        assert torch.equal(y, ops.normalize(x, scale, shift, group))
+        count, mean, m2 = apart
+        var = m2 / count.clamp(min=1.0).unsqueeze(-1)
+        assert torch.equal(y, ops.normalize(x, *raw.coefficients(mean, var, weight, bias, 1e-3, double), group))
         assert y.stride() == torch.empty_like(x).stride()
 
         for gradient in (dy, dy[:1, :1].expand_as(dy) if dy.numel() else dy):
-            dx, grad_weight, grad_bias = ops.backward_batch(gradient, x, *statistics, weight, 1e-3, group)
-            sums = ops.backward_reduce(gradient, x, apart[1], group, k)
-            a, b, c, *affine = ops.backward_fold(*apart, *sums, weight, 1e-3, double)
-            assert torch.equal(dx, ops.backward_apply(gradient, x, a, b, c, group))
-            assert dx.stride() == torch.empty_like(x).stride()
-            assert torch.equal(grad_weight, affine[0])
-            assert torch.equal(grad_bias, affine[1])
-
-            var = torch.rand(apart[1].shape)
-            dx, *_ = ops.backward_batch(gradient, x, None, apart[1], var, weight, 1e-3, group)
-            scale, _ = ops.fold(None, apart[1], var, weight, None, 1e-3, double)
-            assert torch.equal(dx, ops.normalize(gradient, scale, torch.zeros_like(scale), group))
-            assert dx.stride() == torch.empty_like(x).stride()
+            sums = ops.backward_reduce(gradient, x, mean, group, k)
+            for of_count, results in (
+                (count, raw.backward_batch(gradient, x, *statistics, weight, 1e-3, group)),
+                (None, raw.backward_frozen(gradient, x, mean, var, weight, 1e-3, group)),
+            ):
+                dx, *affine = results
+                *coefficients, grad_weight, grad_bias = raw.backward_coefficients(
+                    of_count, mean, var, *sums, weight, 1e-3, double
+                )
+                assert torch.equal(dx, ops.backward_apply(gradient, x, *coefficients, group))
+                assert dx.stride() == torch.empty_like(x).stride()
+                assert torch.equal(affine[0], grad_weight)
+                assert torch.equal(affine[1], grad_bias)
 
 
 # ---- derivatives, tracing, registration ---------------------------------------------------------------------------
@@ -529,12 +537,14 @@ def test_first_and_second_derivatives(group, channels_last):
     x, dy = double(4, 2, 1, 3), double(4, 2, 1, 3, seed=1)
     if channels_last:
         x = laid_out(x.detach(), "channels_last").requires_grad_()
-    a, b, c = (double(k, 2, seed=s) for s in (2, 3, 4))
+    a, b, c, e = (double(k, 2, seed=s) for s in (2, 3, 4, 5))
     for function, inputs in (
         (lambda x: ops.moments(x, group, k)[1:], (x,)),
-        (lambda x, a, b: ops.normalize(x, a, b, group), (x, a, b)),
+        (lambda x, a, b, c: ops.normalize(x, a, b, c, group), (x, a, b, c)),
+        (lambda x, a, b: ops.normalize(x, None, a, b, group), (x, a, b)),
+        (lambda x, a, b: ops.normalize(x, a, b, None, group), (x, a, b)),
         (lambda dy, x, a: ops.backward_reduce(dy, x, a, group, k), (dy, x, a)),
-        (lambda dy, x, a, b, c: ops.backward_apply(dy, x, a, b, c, group), (dy, x, a, b, c)),
+        (lambda dy, x, a, b, c, e: ops.backward_apply(dy, x, a, b, c, e, group), (dy, x, a, b, c, e)),
     ):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
@@ -543,7 +553,7 @@ def test_first_and_second_derivatives(group, channels_last):
 def batch_norm(x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> Tensor:
     count, mean, m2 = ops.moments(x, group, num_groups)
     scale = (m2 / count[:, None] + 1e-5).rsqrt()
-    return ops.normalize(x, scale, -mean * scale, group)
+    return ops.normalize(x, mean, scale, None, group)
 
 
 def test_batch_normalization_and_its_gradient_are_torchs():
@@ -584,22 +594,22 @@ def test_exports():
 
 OPCHECK_INPUTS = {
     "moments": [lambda x, d, g, a: (x,), lambda x, d, g, a: (x, g, 2)],
-    "normalize": [lambda x, d, g, a: (x, a[:1], a[:1]), lambda x, d, g, a: (x, a, a, g)],
+    "normalize": [lambda x, d, g, a: (x, None, a[:1], a[:1]), lambda x, d, g, a: (x, a, a, None, g)],
     "backward_reduce": [lambda x, d, g, a: (d, x, a[:1]), lambda x, d, g, a: (d, x, a, g, 2)],
-    "backward_apply": [lambda x, d, g, a: (d, x, a[:1], a[:1], a[:1]), lambda x, d, g, a: (d, x, a, a, a, g)],
+    "backward_apply": [lambda x, d, g, a: (d, x, *[a[:1]] * 4), lambda x, d, g, a: (d, x, a, a, a, a, g)],
     "accumulate": [
         lambda x, d, g, a: (x.detach(), *accumulators(3)),
         lambda x, d, g, a: (x.detach(), *accumulators(3), torch.zeros(3), torch.zeros(3)),
     ],
-    "fold": [
-        lambda x, d, g, a: (None, a[0], a[0] ** 2, None, a, 1e-3, False),
-        lambda x, d, g, a: (a[:, 0] ** 2, a, a**2, a[0].float(), None, 1e-3, True),
+    "coefficients": [
+        lambda x, d, g, a: (a[0], a[0] ** 2, None, a, 1e-3, False),
+        lambda x, d, g, a: (a, a**2, a[0].float(), None, 1e-3, True),
     ],
     "track": [
         lambda x, d, g, a: (a[0, 0] ** 2 + 2, a[0], a[0] ** 2, torch.zeros(3), torch.ones(3), torch.tensor(0), None),
         lambda x, d, g, a: (a[:, 0] ** 2, a, a**2, torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2).long(), 0.1),
     ],
-    "backward_fold": [
+    "backward_coefficients": [
         lambda x, d, g, a: (None, a[0], a[0] ** 2, a[0], a[0], None, 1e-3, False),
         lambda x, d, g, a: (a[:, 0] ** 2, a, a**2, a, a, a[0].bfloat16(), 1e-3, True),
     ],
@@ -609,7 +619,11 @@ OPCHECK_INPUTS = {
     ],
     "backward_batch": [
         lambda x, d, g, a: (d.detach(), x.detach(), a[0, 0] ** 2, a[0], a[0] ** 2, None, 1e-3),
-        lambda x, d, g, a: (d.detach(), x.detach(), None, a, a**2, a.float(), 1e-3, g),
+        lambda x, d, g, a: (d.detach(), x.detach(), a[:, 0] ** 2, a, a**2, a.float(), 1e-3, g),
+    ],
+    "backward_frozen": [
+        lambda x, d, g, a: (d.detach(), x.detach(), a[0], a[0] ** 2, None, 1e-3),
+        lambda x, d, g, a: (d.detach(), x.detach(), a, a**2, a.float(), 1e-3, g),
     ],
 }
 
@@ -624,11 +638,67 @@ def test_opcheck(name, layout):
         torch.library.opcheck(getattr(torch.ops.precisebn, name).default, args)
 
 
-def test_meta_and_fake_tensors_have_the_right_shapes():
+def parameters(signature: inspect.Signature) -> list[tuple[str, object]]:
+    return [(p.name, p.default) for p in signature.parameters.values()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stands_in_the_file_of_an_operator_agrees_with_its_schema(name):
+    """Names, order and defaults of the arguments: of the fallback, the shapes, and the wrapper for users, if any."""
+    schema = getattr(torch.ops.precisebn, name).default._schema
+    expected = [
+        (a.name, a.default_value if a.has_default_value() else inspect.Parameter.empty) for a in schema.arguments
+    ]
+    operator = OPERATORS[name]
+    assert operator.name == schema.name.removeprefix("precisebn::")
+    given = [operator.fallback, operator.fake, *([getattr(ops, name)] if name in ops.__all__ else [])]
+    for function in given:
+        assert parameters(inspect.signature(function)) == expected, function
+
+
+def test_every_operator_has_a_file_and_every_file_of_an_operator_is_registered():
+    folder = Path(ops.__file__).parent
+    declaring = {path.stem for path in folder.glob("*.py") if "OPERATOR = Operator(" in path.read_text()}
+    assert declaring == set(NAMES)
+    assert set(vars(raw)) == set(OPERATORS)
+    assert {name for name, operator in OPERATORS.items() if operator.derivative} == set(vars(differentiable))
+
+
+def operands(name: str) -> tuple[object, ...]:
+    """Of a call with groups."""
+    x = double(4, 3, 2, 3, requires_grad=False)
+    return OPCHECK_INPUTS[name][1](x, x.flip(0), torch.tensor([0, 1, 1, 0]), double(2, 3, requires_grad=False))
+
+
+@pytest.mark.parametrize("name", OPCHECK_INPUTS)
+def test_operators_of_meta_tensors_give_meta_tensors_of_the_right_shape(name):
+    args = operands(name)
+    on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    results, expected = (getattr(raw, name)(*a) for a in (on_meta, args))
+    results, expected = ([t] if isinstance(t, Tensor) else t or [] for t in (results, expected))
+    for result, like in zip(results, expected, strict=True):
+        assert result.is_meta
+        assert (result.shape, result.dtype, result.stride()) == (like.shape, like.dtype, like.stride())
+
+
+@pytest.mark.parametrize("name", OPCHECK_INPUTS)
+def test_one_meta_operand_among_others_is_an_error_and_not_memory_that_nobody_wrote(name):
+    args = operands(name)
+    wrappers = [getattr(ops, name)] if name in ops.__all__ else []
+    for i, argument in enumerate(args):
+        if not isinstance(argument, Tensor):
+            continue
+        mixed = [*args[:i], argument.to("meta"), *args[i + 1 :]]
+        for call in (*wrappers, getattr(raw, name), getattr(torch.ops.precisebn, name)):
+            with pytest.raises(InputError, match=r"meta.*cpu|cpu.*meta"):
+                call(*mixed)
+
+
+def test_meta_tensors_keep_the_memory_format():
     x = torch.empty(4, 3, 5, 5, device="meta", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     count, mean, m2 = torch.ops.precisebn.moments(x, None, 2)
     assert (count.shape, mean.shape, m2.shape) == ((2,), (2, 3), (2, 3))
-    y = torch.ops.precisebn.normalize(x, mean.float(), m2.float())
+    y = torch.ops.precisebn.normalize(x, mean[:1].float(), m2[:1].float())
     assert (y.dtype, y.stride()) == (x.dtype, x.stride())
 
 
@@ -645,12 +715,16 @@ def test_meta_and_fake_tensors_have_the_right_shapes():
         (lambda: ops.moments(torch.ones(3, 2), torch.zeros(3)), "int64"),
         (lambda: ops.moments(torch.ones(3, 2), torch.tensor([0, 2, 1]), 2), "0 to 1, but holds 0 to 2"),
         (lambda: ops.moments(torch.ones(3, 2), torch.tensor([0, -1, 1]), 2), "holds -1 to 1"),
-        (lambda: ops.normalize(torch.ones(3, 2), torch.ones(2), torch.ones(2)), r"scale must have shape \(G, C\)"),
-        (lambda: ops.normalize(torch.ones(3, 2), torch.ones(1, 2), torch.ones(1, 3)), r"shift.*\(1, 2\).*\(1, 3\)"),
-        (lambda: ops.normalize(torch.ones(3, 2), torch.ones(2, 2), torch.ones(2, 2)), "group is not given"),
+        (lambda: ops.normalize(torch.ones(3, 2), None, torch.ones(2)), r"scale must have shape \(G, C\)"),
+        (
+            lambda: ops.normalize(torch.ones(3, 2), None, torch.ones(1, 2), torch.ones(1, 3)),
+            r"shift.*\(1, 2\).*\(1, 3\)",
+        ),
+        (lambda: ops.normalize(torch.ones(3, 2), torch.ones(1, 3), torch.ones(1, 2)), r"center.*\(1, 2\).*\(1, 3\)"),
+        (lambda: ops.normalize(torch.ones(3, 2), None, torch.ones(2, 2)), "group is not given"),
         (lambda: ops.backward_reduce(torch.ones(3, 1), torch.ones(3, 2), torch.ones(1, 2)), "dy"),
         (
-            lambda: ops.backward_apply(torch.ones(3, 2).double(), torch.ones(3, 2), *[torch.ones(1, 2)] * 3),
+            lambda: ops.backward_apply(torch.ones(3, 2).double(), torch.ones(3, 2), *[torch.ones(1, 2)] * 4),
             "float64.*float32",
         ),
     ],
@@ -666,7 +740,7 @@ def test_a_group_out_of_range_never_reaches_memory(layout):
     with pytest.raises((RuntimeError, IndexError)):
         torch.ops.precisebn.moments(x, group, 2)
     with pytest.raises((RuntimeError, IndexError)):
-        torch.ops.precisebn.normalize(x, torch.ones(2, 4), torch.ones(2, 4), group)
+        torch.ops.precisebn.normalize(x, torch.ones(2, 4), torch.ones(2, 4), None, group)
 
 
 def run_with_backend(choice: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,87 @@
+"""Which implementation of the operators runs: loads the shared libraries that lie in the package, and tells.
+
+The environment variable ``PRECISEBN_BACKEND`` chooses: ``auto`` (default), ``native`` (an error where the kernels
+cannot be loaded) or ``fallback``.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import precisebn.ops.registry  # noqa: F401  # kernels are registered for operators that exist
+from precisebn.errors import InputError
+
+__all__ = ["Backend", "backend"]
+
+_library = torch.library.Library("precisebn", "FRAGMENT")
+_library.define("_cpu_capability() -> str")
+
+
+class Backend(NamedTuple):
+    """What runs the operators on each device; ``str()`` is one plain line."""
+
+    cpu: str
+    """``"native"`` or ``"fallback"``."""
+    cpu_detail: str
+    """The instruction set in use (``"avx512"``, ``"avx2"``, ``"baseline"``), or why the fallback is used."""
+    cuda: str
+    """``"native"``, ``"fallback"`` or ``"unavailable"``."""
+    cuda_detail: str
+    """Empty, or why CUDA does not run natively."""
+
+    def __str__(self) -> str:
+        cpu = f"cpu: {self.cpu} ({self.cpu_detail})"
+        cuda = f"cuda: {self.cuda}" + (f" ({self.cuda_detail})" if self.cuda_detail else "")
+        return f"{cpu}; {cuda}"
+
+
+def backend() -> Backend:
+    """Which implementation of the operators is in use, and why.
+
+    >>> backend().cpu in ("native", "fallback")
+    True
+    """
+    cpu_detail = _cpu_failure or torch.ops.precisebn._cpu_capability()
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        cuda, cuda_detail = "unavailable", "torch has no CUDA device"
+    else:
+        cuda, cuda_detail = "fallback" if _cuda_failure else "native", _cuda_failure
+    return Backend("fallback" if _cpu_failure else "native", cpu_detail, cuda, cuda_detail)
+
+
+def _load(name: str) -> str:
+    """Load a shared library that lies in the package. Returns why that failed, or an empty string."""
+    path = Path(__file__).parents[1] / name
+    if not path.exists():
+        return f"{name} was not built"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{name} could not be loaded: {error.__cause__ or error}"
+    return ""
+
+
+def _load_libraries() -> tuple[str, str]:
+    """Load what there is. Returns why the CPU and the CUDA kernels are not in use, empty where they are.
+
+    Does not ask whether there is a CUDA device: that would initialize CUDA, and a process that has done so cannot fork
+    workers that use it.
+    """
+    choice = os.environ.get("PRECISEBN_BACKEND", "auto")
+    if choice not in ("auto", "native", "fallback"):
+        raise InputError(f"PRECISEBN_BACKEND must be auto, native or fallback, but is {choice!r}")
+    if choice == "fallback":
+        return "PRECISEBN_BACKEND=fallback", "PRECISEBN_BACKEND=fallback"
+    cpu_failure = _load("_C_cpu.so")
+    cuda_failure = "torch has no CUDA" if torch.version.cuda is None else _load("_C_cuda.so")
+    if choice == "native" and (cpu_failure or (torch.version.cuda is not None and cuda_failure)):
+        raise ImportError(
+            f"PRECISEBN_BACKEND=native, but {cpu_failure or cuda_failure}. Reinstall precisebn where a C++ compiler is "
+            "available, or unset PRECISEBN_BACKEND"
+        )
+    return cpu_failure, cuda_failure
+
+
+_cpu_failure, _cuda_failure = _load_libraries()

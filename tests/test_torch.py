@@ -1,0 +1,68 @@
+"""Private names of torch: each still does what the library takes it to do."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from precisebn import _torch
+
+
+def test_is_transformed_inside_torch_func_and_forward_mode_alone():
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(_torch.is_transformed())
+        return x.sin()
+
+    x = torch.ones(3)
+    assert not _torch.is_transformed()
+    torch.func.vmap(look)(x)
+    torch.func.grad(lambda x: look(x).sum())(x)
+    torch.func.jvp(look, (x,), (x,))
+    with forward_ad.dual_level():
+        look(x)
+    assert seen == [True] * 4
+    look(x.requires_grad_()).sum().backward()
+    torch.compile(look, backend="eager")(x)
+    assert seen[4:] == [False] * 2
+    assert not _torch.is_transformed()
+
+
+def test_in_backward_while_autograd_runs_alone():
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(_torch.in_backward())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            seen.append(_torch.in_backward())
+            return dy
+
+    x = torch.ones(3, requires_grad=True)
+    Look.apply(x).sum().backward()
+    assert seen == [False, True]
+    assert not _torch.in_backward()
+
+    def repeated(x: torch.Tensor) -> torch.Tensor:
+        seen.append(_torch.in_backward())
+        return x.sin()
+
+    torch.utils.checkpoint.checkpoint(repeated, x, use_reentrant=False).sum().backward()
+    assert seen[2:] == [False, True]
+    assert torch.compile(lambda x: x + _torch.in_backward(), fullgraph=True, backend="eager")(x).tolist() == [1.0] * 3
+
+
+def test_assert_async_raises_with_its_message_also_from_a_graph():
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        _torch.assert_async((x > 0).all(), "x must be positive")
+        return x + 1
+
+    x = torch.ones(2)
+    for f in (checked, torch.compile(checked, fullgraph=True, backend="aot_eager")):
+        assert f(x).tolist() == [2.0, 2.0]
+        with pytest.raises(RuntimeError, match="x must be positive"):
+            f(-x)
