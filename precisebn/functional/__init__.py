@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from precisebn import ops
+from precisebn._torch import is_tracing
 from precisebn.errors import InputError
+from precisebn.functional import portable
 from precisebn.ops.chan import merge, merge_rows
 from precisebn.statistics.moments import Moments
 
@@ -95,8 +97,11 @@ def batch_norm(
     """
     tensors = [xs] if isinstance(xs, Tensor) else list(xs)
     groups = [] if group is None else _groups_of(tensors, group, isinstance(xs, Tensor))
-    _check(tensors, weight, bias, groups, num_groups)
-    if torch.compiler.is_compiling():
+    if not is_tracing():  # whose graph would be of these very sizes; torch's own operators check
+        _check(tensors, weight, bias, groups, num_groups)
+    if portable.is_portable():
+        ys, count, mean, m2 = portable.batch_norm(tensors, weight, bias, eps, groups, num_groups, shared_statistics)
+    elif torch.compiler.is_compiling():
         ys, count, mean, m2 = torch.ops.precisebn.batch_norm(
             tensors, weight, bias, eps, groups, num_groups, shared_statistics
         )
@@ -518,8 +523,9 @@ def frozen_batch_norm(
     """Normalize by a given mean and variance: ``y = (x - mean) / sqrt(var + eps) * weight + bias``.
 
     ``torch.nn.functional.batch_norm(..., training=False)``, in one pass over memory forward and, where only ``x`` needs
-    a gradient, one backward that does not need ``x``. In a graph (torch.compile, torch.export) it is plain arithmetic,
-    so that compilers fuse it with what stands beside it; under torch.func and in forward-mode derivatives too.
+    a gradient, one backward that does not need ``x``. In torch.compile it is plain arithmetic, so that compilers fuse
+    it with what stands beside it; under torch.func and in forward-mode derivatives too. Where torch.export, torch.onnx
+    or torch.jit make a graph that is to run elsewhere, it is torch's own operator.
     Differentiable, twice, in x, weight and bias.
 
     Args:
@@ -542,7 +548,8 @@ def frozen_batch_norm(
         >>> frozen_batch_norm(torch.tensor([[5.0]]), torch.tensor([1.0]), torch.tensor([4.0]), eps=0.0)
         tensor([[2.]])
     """
-    _check_frozen(x, mean, var, weight, bias, group)
+    if not is_tracing():
+        _check_frozen(x, mean, var, weight, bias, group)
     return frozen_batch_norm_unchecked(x, mean, var, weight, bias, eps, group)
 
 
@@ -556,7 +563,9 @@ def frozen_batch_norm_unchecked(
     group: Tensor | None = None,
 ) -> Tensor:
     """:func:`frozen_batch_norm` of arguments that are known to be right."""
-    if torch.compiler.is_compiling() or _is_transformed():
+    if torch.compiler.is_compiling() or is_tracing() or _is_transformed():
+        if group is None and portable.is_portable():
+            return portable.frozen_batch_norm(x, mean, var, weight, bias, eps)
         return _plain(x, mean, var, weight, bias, eps, group)
     if _needs_gradient(x, weight, bias):
         y: Tensor = _FrozenBatchNorm.apply(x, mean, var, weight, bias, eps, group)  # type: ignore[no-untyped-call]

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from precisebn._torch import is_batched, is_tracing
 from precisebn.errors import InputError
 from precisebn.ops import _fallback
 
@@ -320,7 +321,8 @@ def track(
     (1.0, 4.0, 1)
     """
     # An averaged state dict may have made a floating-point number of mini-batches; nn.BatchNorm counts on in it.
-    if torch.compiler.is_compiling() or num_batches.dtype != torch.int64:
+    in_a_graph = torch.compiler.is_compiling() or is_tracing()
+    if in_a_graph or num_batches.dtype != torch.int64 or is_batched(running_mean):
         _fallback.track(count, mean, m2, running_mean, running_var, num_batches, momentum)
         return
     bare.track(count, mean, m2, running_mean, running_var, num_batches, momentum)
