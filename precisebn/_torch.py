@@ -1,4 +1,4 @@
-"""What the library asks torch that has no public name there: each in one small function.
+"""What the library asks torch that has no public name there, or none that type checkers see, one small function each.
 
 A change of torch then shows in one place, and fails the test of that function.
 """
@@ -6,13 +6,40 @@ A change of torch then shows in one place, and fails the test of that function.
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
-__all__ = ["assert_async", "in_backward", "is_transformed"]
+__all__ = [
+    "assert_async",
+    "in_backward",
+    "is_batched",
+    "is_exporting",
+    "is_scripting",
+    "is_tracing",
+    "is_transformed",
+]
 
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which know torch's own operators alone."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor inside torch.func stands for several, by torch.vmap, at any depth."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work.
+
+    Not torch.compiler.is_exporting, which Dynamo takes to be true in torch.compile as well (seen in torch 2.10).
+    """
+    return bool(torch.compiler._is_exporting_flag)
 
 
 def in_backward() -> bool:

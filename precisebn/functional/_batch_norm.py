@@ -7,7 +7,8 @@ one gradient; besides the inputs only tensors of size (groups, channels) are kep
 The mean is subtracted before anything is scaled, forward and backward, so that both keep float32's digits where the
 mean is large against the standard deviation.
 
-The same function takes five ways, of which :func:`batch_norm` chooses: in a graph, one operator; under torch.func and
+The same function takes six ways, of which :func:`batch_norm` chooses: in a graph that is to run elsewhere, torch's own
+operators alone; in another graph, one operator; under torch.func and
 in forward mode, plain arithmetic; of a single tensor, whose groups each have their own statistics, one operator forward
 and one backward; of anything else the operators one by one, with autograd or without.
 """
@@ -18,8 +19,9 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from precisebn._torch import is_transformed
+from precisebn._torch import is_tracing, is_transformed
 from precisebn.errors import InputError
+from precisebn.functional import portable
 from precisebn.functional.parameters import Form, form_of, needs_gradient, shares_form
 from precisebn.ops.chan import merge
 from precisebn.ops.checks import check_input, compute_dtype
@@ -122,8 +124,11 @@ def batch_norm(
     tensors = [xs] if isinstance(xs, Tensor) else list(xs)
     groups = [] if group is None else _groups_of(tensors, group, isinstance(xs, Tensor))
     call = Call(tensors, weight, bias, eps, groups, num_groups, shared_statistics)
-    _check(call)
-    if torch.compiler.is_compiling():
+    if not is_tracing():  # whose graph would be of these very sizes; torch's own operators check
+        _check(call)
+    if portable.is_portable():
+        ys, *statistics = portable.batch_norm(*call)
+    elif torch.compiler.is_compiling():
         ys, *statistics = torch.ops.precisebn.batch_norm(*call)
     elif is_transformed():
         ys, *statistics = _plain(call)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precisebn._torch import is_transformed
+from precisebn._torch import is_tracing, is_transformed
 from precisebn.errors import InputError
+from precisebn.functional import portable
 from precisebn.functional.parameters import Form, cast, form_of, needs_gradient, shares_form
 from precisebn.ops.checks import check_input, compute_dtype
 from precisebn.ops.operator import differentiable, raw
@@ -32,8 +33,9 @@ def frozen_batch_norm(
     """Normalize by a given mean and variance: ``y = (x - mean) / sqrt(var + eps) * weight + bias``.
 
     ``torch.nn.functional.batch_norm(..., training=False)``, in one pass over memory forward and, where only ``x`` needs
-    a gradient, one backward that does not need ``x``. In a graph (torch.compile, torch.export) it is plain arithmetic,
-    so that compilers fuse it with what stands beside it; under torch.func and in forward-mode derivatives too.
+    a gradient, one backward that does not need ``x``. In torch.compile it is plain arithmetic, so that compilers fuse
+    it with what stands beside it; under torch.func and in forward-mode derivatives too. Where torch.export, torch.onnx
+    or torch.jit make a graph that is to run elsewhere, it is torch's own operator.
     Differentiable, twice, in x, weight and bias.
 
     Args:
@@ -56,7 +58,8 @@ def frozen_batch_norm(
         >>> frozen_batch_norm(torch.tensor([[5.0]]), torch.tensor([1.0]), torch.tensor([4.0]), eps=0.0)
         tensor([[2.]])
     """
-    _check_frozen(x, mean, var, weight, bias, group)
+    if not is_tracing():  # whose graph would be of these very sizes; torch's own operators check
+        _check_frozen(x, mean, var, weight, bias, group)
     return frozen_batch_norm_unchecked(x, mean, var, weight, bias, eps, group)
 
 
@@ -71,7 +74,9 @@ def frozen_batch_norm_unchecked(
 ) -> Tensor:
     """:func:`frozen_batch_norm` of arguments that are known to be right."""
     arguments = (x, mean, var, weight, bias, eps, group)
-    if torch.compiler.is_compiling() or is_transformed():
+    if torch.compiler.is_compiling() or is_tracing() or is_transformed():
+        if group is None and portable.is_portable():
+            return portable.frozen_batch_norm(x, mean, var, weight, bias, eps)
         return _plain(*arguments)
     if needs_gradient(x, weight, bias):
         y: Tensor = _FrozenBatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]

@@ -1,6 +1,8 @@
 """BatchStatBN: batch normalization that uses the statistics of the mini-batch at test time too."""
 
 from torch import Tensor
+from torch.fx import Proxy
+from torch.nn import functional as F
 
 from precisebn.functional import batch_norm
 from precisebn.nn.population import PopulationNorm
@@ -31,6 +33,7 @@ class BatchStatBN(PopulationNorm):
         track_running_stats: whether there are running statistics.
         device: where parameters and buffers live.
         dtype: theirs.
+        bias: whether an affine has a bias; it is a weight alone otherwise.
 
     Shape:
         ``(N, C, *)``, float32, float64, float16 or bfloat16, to the same.
@@ -47,6 +50,8 @@ class BatchStatBN(PopulationNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(N, C, *)`` by its own statistics."""
+        if isinstance(x, Proxy) and not self.training:  # by torch.fx, of which no sizes are known
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         y, moments = batch_norm(self.check(x), self.weight, self.bias, eps=self.eps)
         self.track(moments)
         return y

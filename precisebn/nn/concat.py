@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import overload
 
 from torch import Tensor
+from torch.fx import Proxy
 
 from precisebn.errors import InputError
 from precisebn.functional import batch_norm
@@ -36,6 +37,7 @@ class ConcatSharedBN(PopulationNorm):
         track_running_stats: whether there are running statistics.
         device: where parameters and buffers live.
         dtype: theirs.
+        bias: whether an affine has a bias; it is a weight alone otherwise.
 
     Shape:
         A list or tuple of tensors ``(N, C, *)``, whose other dimensions may differ, to a list; a single tensor, which
@@ -57,8 +59,8 @@ class ConcatSharedBN(PopulationNorm):
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]: ...
     def forward(self, xs: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Normalize tensors together: in training by their common statistics, at test time by the running ones."""
-        single = isinstance(xs, Tensor)
-        if not isinstance(xs, Tensor | Sequence):
+        single = isinstance(xs, Tensor | Proxy)
+        if not single and not isinstance(xs, Sequence):
             raise InputError(f"{self._shown()} takes a tensor or a list of tensors, got {type(xs).__name__}")
         tensors = [self.check(x) for x in ([xs] if single else xs)]
         if self.uses_batch_statistics:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from precisebn._torch import is_tracing
 from precisebn.errors import CycleError, InputError
-from precisebn.functional import batch_norm, frozen_batch_norm
+from precisebn.functional import batch_norm, frozen_batch_norm, portable
+from precisebn.nn.norm import TO_PLAIN
 from precisebn.nn.population import in_backward, update_running_statistics
 
 __all__ = ["CycleBatchNormList", "one_cycle"]
@@ -37,7 +40,7 @@ class CycleBatchNormList(nn.Module):
     Args:
         length: BatchNorms in a cycle.
         bn_class: their class; called with ``affine=False`` and the keyword arguments.
-        **kwargs: as ``num_features``, which is needed; ``affine`` is that of the shared weight and bias.
+        **kwargs: as ``num_features``, which is needed; ``affine`` and ``bias`` are those of the shared weight and bias.
 
     Shape:
         What ``bn_class`` takes, to the same.
@@ -68,13 +71,13 @@ class CycleBatchNormList(nn.Module):
             raise InputError(
                 "CycleBatchNormList needs num_features= as a keyword: CycleBatchNormList(length, num_features=C)"
             )
-        affine = kwargs.pop("affine", True)
+        affine, bias = kwargs.pop("affine", True), kwargs.pop("bias", True)
         self.length = length
         for k in range(length):
             self.add_module(str(k), bn_class(**kwargs, affine=False))
-        for name, fill in (("weight", torch.ones), ("bias", torch.zeros)):
+        for name, fill, there in (("weight", torch.ones, affine), ("bias", torch.zeros, affine and bias)):
             own = fill(kwargs["num_features"], device=kwargs.get("device"), dtype=kwargs.get("dtype"))
-            self.register_parameter(name, nn.Parameter(own) if affine else None)
+            self.register_parameter(name, nn.Parameter(own) if there else None)
         self._pos = 0
         self._left_at = 0  # where an earlier cycle was left when the mode changed
         self._calls: int | None = None  # since one_cycle began
@@ -104,7 +107,7 @@ class CycleBatchNormList(nn.Module):
             self._pos = (self._pos + 1) % self.length
             if self._calls is not None:
                 self._calls += 1
-            if y.requires_grad and not torch.compiler.is_compiling():
+            if _is_eager(y) and y.requires_grad:
                 y.register_hook(self._check_finished)
         return y
 
@@ -114,8 +117,9 @@ class CycleBatchNormList(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0, which ``to_empty`` leaves unset; the members have the same for theirs."""
-        if self.weight is not None and self.bias is not None:
+        if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def train(self, mode: bool = True) -> "CycleBatchNormList":
@@ -136,15 +140,22 @@ class CycleBatchNormList(nn.Module):
             zero, one = torch.zeros_like(self.weight), torch.ones_like(self.weight)
             return frozen_batch_norm(y, zero, one, self.weight, self.bias, eps=0.0)
         assert isinstance(member, _BatchNorm)  # plain
-        member._check_input_dim(x)
         mean, var = member.running_mean, member.running_var
+        if isinstance(x, Proxy):
+            if member.training or mean is None or var is None:
+                raise InputError(
+                    f"{self._shown()}: torch.fx cannot trace what takes the statistics of its input; call eval() "
+                    f"before, or {TO_PLAIN}"
+                )
+            return portable.frozen_batch_norm(x, mean, var, self.weight, self.bias, member.eps)
+        member._check_input_dim(x)
         if not member.training and mean is not None and var is not None:
             return frozen_batch_norm(x, mean, var, self.weight, self.bias, eps=member.eps)
         y, moments = batch_norm(x, self.weight, self.bias, eps=member.eps)
         tracked = member.num_batches_tracked
         updated = member.training and member.track_running_stats and not repeated
         if updated and mean is not None and var is not None and tracked is not None:
-            update_running_statistics(moments, mean, var, tracked, member.momentum)
+            update_running_statistics(self._shown(), moments, mean, var, tracked, member.momentum)
         return y
 
     def _check_repeatable(self) -> None:
@@ -170,6 +181,10 @@ class CycleBatchNormList(nn.Module):
 
     def _shown(self) -> str:
         return f"CycleBatchNormList({self.length})"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks first."""
+        raise InputError(f"{self._shown()}: torch.jit.script cannot compile it; {TO_PLAIN}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pos": 0, "_left_at": 0, "_calls": None}
@@ -216,6 +231,11 @@ def one_cycle(model: nn.Module) -> Iterator[None]:
         for layer in cycles.values():
             layer.reset()
             layer._calls = None
+
+
+def _is_eager(y: Tensor) -> bool:
+    """Whether this runs, rather than being made into a graph, which has no hooks."""
+    return not (torch.compiler.is_compiling() or is_tracing() or isinstance(y, Proxy))
 
 
 def _is_plain(member: nn.Module) -> bool:

@@ -6,8 +6,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from precisebn._torch import is_tracing
 from precisebn.errors import InputError
-from precisebn.functional import batch_norm
+from precisebn.functional import batch_norm, portable
 from precisebn.nn.population import PopulationNorm
 from precisebn.nn.use_domain import Domain, checked_domain, current_domain
 from precisebn.statistics.moments import Moments
@@ -65,6 +66,7 @@ class DomainSpecificBN(PopulationNorm):
         population: ``"domain"``: running statistics for each domain, ``(K, C)``, each updated by calls that hold
             samples of it, and used for it at test time; ``"shared"``: one set, ``(C,)``, of all samples of a call
             together.
+        bias: whether an affine has a bias; it is a weight alone otherwise.
 
     Shape:
         ``(N, C, *)`` to the same; or a list of K of them (a domain without samples has N = 0), whose other dimensions
@@ -100,6 +102,7 @@ class DomainSpecificBN(PopulationNorm):
         *,
         normalize: Sharing = "domain",
         population: Sharing = "domain",
+        bias: bool = True,
     ) -> None:
         if isinstance(num_domains, bool) or not isinstance(num_domains, int) or num_domains < 1:
             raise InputError(f"num_domains={num_domains!r} must be a whole number, 1 or more")
@@ -107,16 +110,10 @@ class DomainSpecificBN(PopulationNorm):
             if value not in ("domain", "shared") and not (name == "affine" and value is None):
                 also = ", or None" if name == "affine" else ""
                 raise InputError(f"DomainSpecificBN: {name}={value!r} must be 'domain' or 'shared'{also}")
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine is not None,
-            track_running_stats,
-            device,
-            dtype,
-            num_slots=num_domains if population == "domain" else None,
-            num_affine=num_domains if affine == "domain" else None,
+        super().__init__(num_features, eps, momentum, affine is not None, track_running_stats, device, dtype, bias=bias)
+        self._repeat(
+            populations=num_domains if population == "domain" else None,
+            affines=num_domains if affine == "domain" else None,
         )
         self.num_domains = num_domains
         self.normalize = normalize
@@ -138,7 +135,7 @@ class DomainSpecificBN(PopulationNorm):
             domain = checked_domain(self._shown(), domain, self.num_domains)
         if not isinstance(domain, Tensor):
             return self._one(x, domain)
-        if domain.shape[0] != x.shape[0] or domain.device != x.device:
+        if not is_tracing() and (domain.shape[0] != x.shape[0] or domain.device != x.device):
             raise InputError(
                 f"{self._shown()}: there are {domain.shape[0]} domains on {domain.device} for {x.shape[0]} samples on "
                 f"{x.device}; pass one for each sample, on their device"
@@ -185,7 +182,7 @@ class DomainSpecificBN(PopulationNorm):
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         if self._own_affine:
-            weight, bias = (None if own is None else own[domain] for own in (weight, bias))
+            weight, bias = (None if own is None else portable.row(x, own, domain) for own in (weight, bias))
         if not self.uses_batch_statistics:
             return self.frozen(x, weight, bias, slot=self._slot(domain)), None
         return batch_norm(x, weight, bias, eps=self.eps)
@@ -219,6 +216,6 @@ class DomainSpecificBN(PopulationNorm):
         affine = None if not self.affine else "domain" if self._own_affine else "shared"
         return (
             f"{self.num_features}, num_domains={self.num_domains}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={affine!r}, track_running_stats={self.track_running_stats}, normalize={self.normalize!r}, "
-            f"population={self.population!r}"
+            f"affine={affine!r}, bias={self.bias is not None}, track_running_stats={self.track_running_stats}, "
+            f"normalize={self.normalize!r}, population={self.population!r}"
         )

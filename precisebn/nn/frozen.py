@@ -4,18 +4,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
+from torch.fx import Proxy
+from torch.nn import functional as F
 
 from precisebn import ops
+from precisebn._torch import is_scripting, is_tracing
 from precisebn.errors import InputError
-from precisebn.functional import frozen_batch_norm, frozen_batch_norm_unchecked
+from precisebn.functional import frozen_batch_norm, frozen_batch_norm_unchecked, portable
+from precisebn.nn.norm import Norm
 
 __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d", "FrozenNorm"]
 
-torch.fx.wrap("frozen_batch_norm")  # a leaf where a model is traced: it looks at shapes, which torch.fx does not know
 
-
-class FrozenNorm(_NormBase):
+class FrozenNorm(Norm):
     """Base of the FrozenBatchNorm classes, which differ in the inputs that they take."""
 
     _version = 3  # of detectron2's FrozenBatchNorm2d: running_var is without eps
@@ -34,22 +35,30 @@ class FrozenNorm(_NormBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         trainable_affine: bool = False,
     ) -> None:
         if not track_running_stats:
             raise InputError(f"{type(self).__name__}: track_running_stats=False leaves no statistics to normalize by")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.trainable_affine = trainable_affine
         if affine and not trainable_affine:
             for name in ("weight", "bias"):
                 value = self._parameters.pop(name)
-                assert value is not None  # affine
-                self.register_buffer(name, value.detach())
+                self.register_buffer(name, None if value is None else value.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(N, C, *)`` by the frozen statistics."""
+        if is_scripting():  # which knows torch's own operators alone, and a little of Python
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        else:  # noqa: RET505  (or torch.jit.script would compile what follows)
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return portable.frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
         self._check(x)
-        if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
+        if torch.compiler.is_compiling():
             return frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         buffers = self._buffers  # not as attributes, which nn.Module looks for in vain at first, and slowly
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -62,9 +71,11 @@ class FrozenNorm(_NormBase):
         return frozen_batch_norm_unchecked(x, mean, var, weight, bias, self.eps)
 
     def _check(self, x: Tensor) -> None:
-        if isinstance(x, torch.fx.Proxy):
-            return
-        if not isinstance(x, Tensor) or x.dim() not in self._dims or x.shape[1] != self.num_features:
+        if (
+            not isinstance(x, Tensor)
+            or x.dim() not in self._dims
+            or (not is_tracing() and x.shape[1] != self.num_features)  # whose graph is of any shape
+        ):
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(
                 f"{type(self).__name__}({self.num_features}) takes tensors (N, {self.num_features}, *) of "
@@ -73,8 +84,7 @@ class FrozenNorm(_NormBase):
 
     def extra_repr(self) -> str:
         """As torch's, and whether the affine is trained."""
-        shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return shown + (", trainable_affine=True" if self.trainable_affine else "")
+        return super().extra_repr() + (", trainable_affine=True" if self.trainable_affine else "")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
@@ -142,6 +152,7 @@ class FrozenBatchNorm2d(FrozenNorm):
         track_running_stats: must be True.
         device: where everything lives.
         dtype: of weight, bias and statistics; half precision is possible, the arithmetic is that of float32.
+        bias: whether an affine has a bias; it is a weight alone otherwise.
         trainable_affine: whether weight and bias are parameters.
 
     Shape:

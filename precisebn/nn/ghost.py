@@ -36,6 +36,7 @@ class GhostBN(PopulationNorm):
         track_running_stats: whether there are running statistics; without, ghost batches serve at test time too.
         device: where parameters and buffers live.
         dtype: theirs.
+        bias: whether an affine has a bias; it is a weight alone otherwise.
 
     Shape:
         ``(N, C, *)``, float32, float64, float16 or bfloat16, to the same.
@@ -61,10 +62,12 @@ class GhostBN(PopulationNorm):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         if not isinstance(ghost_size, int) or isinstance(ghost_size, bool) or ghost_size < 1:
             raise InputError(f"ghost_size={ghost_size!r} must be a whole number of samples, 1 or more")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.ghost_size = ghost_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,5 +95,4 @@ class GhostBN(PopulationNorm):
 
     def extra_repr(self) -> str:
         """As torch's, and the ghost size."""
-        shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{shown}, ghost_size={self.ghost_size}"
+        return f"{super().extra_repr()}, ghost_size={self.ghost_size}"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from precisebn.errors import InputError
 from precisebn.nn.concat import ConcatSharedBN
@@ -37,9 +38,9 @@ class MultiInputSequential(nn.Sequential):
 
     def forward(self, xs: Any) -> Any:
         """Run all layers over a list of tensors, or over one tensor."""
-        if isinstance(xs, Tensor):
+        if isinstance(xs, Tensor | Proxy):
             return super().forward(xs)  # type: ignore[no-untyped-call]
-        if not isinstance(xs, Sequence) or not all(isinstance(x, Tensor) for x in xs):
+        if not isinstance(xs, Sequence) or not all(isinstance(x, Tensor | Proxy) for x in xs):
             got = f"[{', '.join(type(x).__name__ for x in xs)}]" if isinstance(xs, list | tuple) else type(xs).__name__
             raise InputError(f"MultiInputSequential takes a tensor or a list of tensors, got {got}")
         ys = list(xs)

@@ -7,16 +7,17 @@ recalibration (:mod:`precisebn.recalibration.recording`) takes them there, exact
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
+from torch.fx import Proxy
 
 from precisebn import ops
-from precisebn._torch import in_backward
+from precisebn._torch import in_backward, is_batched, is_tracing
 from precisebn.errors import InputError
-from precisebn.functional import frozen_batch_norm
+from precisebn.functional import frozen_batch_norm, portable
+from precisebn.nn.norm import TO_PLAIN, Norm
 from precisebn.statistics.moments import Moments
 
 __all__ = ["PopulationNorm", "Recorder", "in_backward", "update_running_statistics"]
@@ -25,50 +26,26 @@ Recorder = Callable[[Moments, int | None], None]
 """Takes the Moments ``(C,)`` of one slot, by its number, or ``(K, C)`` of all of them (None)."""
 
 
-class PopulationNorm(_NormBase):
+class PopulationNorm(Norm):
     """Base of modules that normalize with batch statistics and keep population statistics.
 
-    Not a ``torch.nn.modules.batchnorm._BatchNorm``, so that nothing that treats those alike (SyncBatchNorm's
-    conversion, the fusion of convolutions) replaces it by something with another meaning.
-
-    Args:
-        num_features: C.
-        eps: as in :class:`torch.nn.BatchNorm2d`, as are the next five.
-        momentum: None averages over all mini-batches.
-        affine: whether there are ``weight`` and ``bias``.
-        track_running_stats: whether there are population statistics; without, batch statistics are always used.
-        device: where parameters and buffers live.
-        dtype: theirs.
-        num_slots: K, which makes running statistics ``(K, C)``; None: one slot, ``(C,)``.
-        num_affine: the same of weight and bias.
+    Its constructor is :class:`Norm`'s; without ``track_running_stats`` batch statistics are always used.
     """
 
     # Set on the instance while a recalibration lasts. A class attribute otherwise, so that no state is left behind.
     _recorder: Recorder | None = None
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        num_slots: int | None = None,
-        num_affine: int | None = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if num_slots is not None and track_running_stats:
-            for name, buffer in self._buffers.items():
-                if buffer is not None:
-                    self._buffers[name] = buffer.expand(num_slots, *buffer.shape).clone()
-        if num_affine is not None and affine:
-            self.weight, self.bias = (
-                torch.nn.Parameter(parameter.detach().expand(num_affine, -1).clone())
-                for parameter in (self.weight, self.bias)
-            )
+    def _repeat(self, *, populations: int | None = None, affines: int | None = None) -> None:
+        """For constructors: make running statistics ``(populations, C)``, and weight and bias ``(affines, C)``.
+
+        With None they stay ``(C,)``.
+        """
+        for owned, times in ((self._buffers, populations), (self._parameters, affines)):
+            for name, value in owned.items():
+                if times is None or value is None:
+                    continue
+                repeated = value.detach().expand(times, *value.shape).clone()
+                setattr(self, name, torch.nn.Parameter(repeated) if owned is self._parameters else repeated)
 
     @property
     def num_slots(self) -> int | None:
@@ -93,18 +70,31 @@ class PopulationNorm(_NormBase):
         assert mean is not None
         assert var is not None  # the caller has asked uses_batch_statistics
         if slot is not None:
-            mean, var = mean[slot], var[slot]
+            mean, var = portable.row(x, mean, slot), portable.row(x, var, slot)
+        if isinstance(x, Proxy):
+            if group is not None:
+                raise InputError(
+                    f"{self._shown()}: torch.fx cannot trace a call with a domain for each sample; {TO_PLAIN}"
+                )
+            return portable.frozen_batch_norm(x, mean, var, weight, bias, self.eps)
         return frozen_batch_norm(x, mean, var, weight, bias, eps=self.eps, group=group)
 
     def check(self, x: object) -> Tensor:
         """Return ``x``, which must be a tensor ``(N, C, *)``.
 
         Raises:
-            InputError: it is not.
+            InputError: it is not; or torch.fx traces a layer that takes batch statistics.
         """
+        if isinstance(x, Proxy):  # stands for a tensor, in torch.fx
+            if self.uses_batch_statistics:
+                raise InputError(
+                    f"{self._shown()}: torch.fx cannot trace what takes the statistics of its input; call eval() "
+                    f"before, or {TO_PLAIN}"
+                )
+            return cast(Tensor, x)
         if not isinstance(x, Tensor):
             raise InputError(f"{self._shown()} takes tensors (N, {self.num_features}, *), got {type(x).__name__}")
-        if x.dim() < 2 or x.shape[1] != self.num_features:
+        if x.dim() < 2 or (not is_tracing() and x.shape[1] != self.num_features):  # whose graph is of any shape
             raise InputError(
                 f"{self._shown()} takes tensors (N, {self.num_features}, *), got shape {tuple(x.shape)}; build it with "
                 "num_features= the number of channels, and put channels second"
@@ -131,7 +121,7 @@ class PopulationNorm(_NormBase):
             return
         if slot is not None:
             mean, var, batches = mean[slot], var[slot], batches[slot]
-        update_running_statistics(moments, mean, var, batches, self.momentum)
+        update_running_statistics(self._shown(), moments, mean, var, batches, self.momentum)
 
     def _shown(self) -> str:
         return f"{type(self).__name__}({self.num_features})"
@@ -147,9 +137,13 @@ class PopulationNorm(_NormBase):
                 state_dict[prefix + name] = value.expand(own.shape).clone()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What torch.jit.script asks first."""
+        raise InputError(f"{self._shown()}: torch.jit.script cannot compile it; {TO_PLAIN}")
+
 
 def update_running_statistics(
-    moments: Moments, mean: Tensor, var: Tensor, num_batches: Tensor, momentum: float | None
+    who: str, moments: Moments, mean: Tensor, var: Tensor, num_batches: Tensor, momentum: float | None
 ) -> None:
     """Update running statistics as torch does: ``running = (1 - momentum) * running + momentum * batch``.
 
@@ -157,10 +151,19 @@ def update_running_statistics(
     out.
 
     Args:
+        who: the layer, for messages.
         moments: of the mini-batch, ``(C,)`` or ``(K, C)``.
         mean: running mean, of the same shape, updated in place, as are the next two.
         var: running variance.
         num_batches: ``()`` or ``(K,)``.
         momentum: None is the average over all mini-batches.
+
+    Raises:
+        InputError: torch.vmap has given every sample statistics of its own.
     """
+    if not torch.compiler.is_compiling() and is_batched(moments.mean) and not is_batched(mean):
+        raise InputError(
+            f"{who}: vmap gives every sample statistics of its own, which cannot all become the running statistics; "
+            "call eval() before, or build the layer with track_running_stats=False"
+        )
     ops.track(moments.count, moments.mean, moments.m2, mean, var, num_batches, momentum)

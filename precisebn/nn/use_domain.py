@@ -2,7 +2,7 @@
 
 The domain is a context variable (PEP 567), so that it nests, and threads and asyncio tasks do not see each other's.
 Compiled code cannot look at it while it is traced: it asks an operator, each time it runs, and so one graph serves all
-domains.
+domains. A graph that leaves Python for good (torch.jit.trace, torch.onnx) is of the domain of the block it is made in.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from precisebn._torch import assert_async, in_backward
+from precisebn._torch import assert_async, in_backward, is_tracing
 from precisebn.errors import InputError
+from precisebn.nn.norm import TO_PLAIN
 
 __all__ = ["Domain", "checked_domain", "current_domain", "use_domain"]
 
@@ -72,7 +74,7 @@ def checked_domain(who: str, domain: Any, num_domains: int | None = None) -> Dom
                 f"{who}: a tensor of domains must be int64 (N,), one number for each sample, but is {domain.dtype} of "
                 f"shape {tuple(domain.shape)}; for a single domain pass int(domain)"
             )
-        if num_domains is not None and domain.numel():
+        if num_domains is not None and not _is_baked_in() and domain.numel():
             if domain.device.type == "cpu" and not torch.compiler.is_compiling():
                 lowest, highest = (int(bound) for bound in domain.aminmax())
                 if lowest < 0 or highest >= num_domains:
@@ -100,7 +102,7 @@ def current_domain(who: str, x: Tensor, num_domains: int) -> Domain:
     Raises:
         InputError: none is set, or it is out of range.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not _is_baked_in(x):
         vector: Tensor = torch.ops.precisebn.current_domain(x, num_domains, who)
         return vector
     domain = _current.get()
@@ -111,11 +113,25 @@ def current_domain(who: str, x: Tensor, num_domains: int) -> Domain:
             if in_backward()
             else ""
         )
+        if _is_baked_in(x):
+            raise _unasked(who)
         raise InputError(
             f"{who}: of which domain is the input? Call it with domain=, on a list with one tensor for each domain, or "
             f"inside a block `with use_domain(...)`, which for update_bn_stats goes into forward=.{repeated}"
         )
     return checked_domain(who, domain, num_domains)
+
+
+def _is_baked_in(x: Tensor | None = None) -> bool:
+    """Whether a graph is being made that cannot ask for the domain: the one of its making becomes a constant."""
+    return is_tracing() or isinstance(x, Proxy) or torch.onnx.is_in_onnx_export()
+
+
+def _unasked(who: str) -> InputError:
+    return InputError(
+        f"{who}: of which domain is the input? Export the model itself inside a block `with use_domain(k):`, which "
+        f"makes a graph of that domain, or one without domains: {TO_PLAIN}"
+    )
 
 
 def _current_domain_of_samples(x: Tensor, num_domains: int, who: str) -> Tensor:
@@ -130,6 +146,12 @@ def _current_domain_of_samples(x: Tensor, num_domains: int, who: str) -> Tensor:
     return domain.clone()  # an operator must not return what it was not given
 
 
+def _fake_current_domain(x: Tensor, num_domains: int, who: str) -> Tensor:
+    if torch.onnx.is_in_onnx_export():  # of a program of torch.export, or through Dynamo: ONNX has no such operator
+        raise _unasked(who)
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
 _library = torch.library.Library("precisebn", "FRAGMENT")
 _library.define(
     "current_domain(Tensor x, int num_domains, str who) -> Tensor",
@@ -137,6 +159,4 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 _library.impl("current_domain", _current_domain_of_samples, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "precisebn::current_domain", lambda x, num_domains, who: x.new_empty(x.shape[0], dtype=torch.int64)
-)
+torch.library.register_fake("precisebn::current_domain", _fake_current_domain)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from precisebn._torch import is_batched, is_tracing
 from precisebn.ops.operator import Operator, raw
 
 __all__ = ["OPERATOR", "fallback", "track"]
@@ -40,7 +41,8 @@ def track(
     (1.0, 4.0, 1)
     """
     # An averaged state dict may have made a floating-point number of mini-batches; nn.BatchNorm counts on in it.
-    if torch.compiler.is_compiling() or num_batches.dtype != torch.int64:
+    in_a_graph = torch.compiler.is_compiling() or is_tracing()
+    if in_a_graph or num_batches.dtype != torch.int64 or is_batched(running_mean):
         fallback(count, mean, m2, running_mean, running_var, num_batches, momentum)
         return
     raw.track(count, mean, m2, running_mean, running_var, num_batches, momentum)

@@ -7,13 +7,17 @@ after the other, whatever its way is. What a module computes from them is told b
 
 import copy
 import datetime
+import io
 import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 
 import precisebn.nn
 from precisebn import adapt_bn_stats, update_bn_stats
-from precisebn.errors import CycleError, PreciseBNError
+from precisebn.errors import CycleError, InputError, PreciseBNError
 from precisebn.nn import (
     BatchStatBN,
     ConcatSharedBN,
@@ -54,6 +58,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # torch.compile and torch.export of 2.10 to 2.13 warn of their own use of deprecated parts of torch.
     pytest.mark.filterwarnings("ignore::FutureWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
 ]
 
 PAGE = Path(__file__).parents[2] / "docs" / "modules.md"
@@ -172,7 +177,7 @@ COLUMNS = {
     f"test_{column}"
     for column in (
         "train", "eval", "state_dict", "copies", "dtype", "meta", "compile", "export", "autocast", "ddp",
-        "update_bn_stats",
+        "update_bn_stats", "onnx", "jit", "fx",
     )
 }  # fmt: skip
 
@@ -391,6 +396,155 @@ def test_export(module, training):
         {key: value for key, value in exported.state_dict().items() if "running" in key or "tracked" in key},
         {key: value for key, value in net.state_dict().items() if "running" in key or "tracked" in key},
     )
+
+
+# ---- Graphs that run without this library -------------------------------------------------------------------------
+
+
+class Apart(nn.Module):
+    """A network that takes its two tensors one by one, and gives its outputs so: what exporters like."""
+
+    def __init__(self, module: Module) -> None:
+        super().__init__()
+        self.net = Net(module)
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.net([first, second])
+        return a, b
+
+
+TORCHS = replace(MODULES["FrozenBatchNorm2d"], build=lambda: nn.BatchNorm2d(3))
+"""torch's own BatchNorm in the place of a module, which is what deployment tools know."""
+
+
+def onnx_operators_and_session(net: nn.Module, inputs: tuple[Tensor, ...], dynamo: bool) -> tuple[list[str], Any]:
+    """Export; the names of the operators, and what runs them."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    file = io.BytesIO()
+    if dynamo:
+        pytest.importorskip("onnxscript")
+        torch.onnx.export(net, inputs, dynamo=True, verbose=False).save(file)
+    else:
+        torch.onnx.export(net, inputs, file, dynamo=False)
+    operators = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
+    return operators, runtime.InferenceSession(file.getvalue())
+
+
+@every_module
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "legacy"])
+@pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning")
+def test_onnx(module, dynamo):
+    """In evaluation the graph is that of nn.BatchNorm2d, by either exporter; onnxruntime computes the same from it."""
+    net = Apart(module).eval()
+    before = state_of(net)
+    operators, session = onnx_operators_and_session(net, tuple(images()), dynamo)
+    assert state_of(net) == before
+    if not module.batch_statistics_in_eval:
+        theirs, _ = onnx_operators_and_session(Apart(TORCHS).eval(), tuple(images()), dynamo)
+        ours = [name for name in operators if name != "Identity"]  # the same weights under two names
+        if not dynamo and isinstance(net.net.layer, DomainSpecificBN):
+            # The legacy exporter merges with the convolution before it knows that a row of a constant is one.
+            assert ours.count("BatchNormalization") == 2
+            ours = [name for name in ours if name != "BatchNormalization"]
+        assert sorted(ours) == sorted(name for name in theirs if name != "Identity")
+    xs = images(seed=2)
+    ys = session.run(None, {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), xs, strict=True)})
+    for got, expected in zip(ys, net(*xs), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), expected)
+
+
+@every_module
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "legacy"])
+@pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning")
+def test_onnx_merges_it_with_the_convolution_before(module, dynamo):
+    """As deployment tools do with nn.BatchNorm2d; also where the domain is that of a block."""
+    if module.batch_statistics_in_eval:
+        pytest.skip("its statistics are those of the input")
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), module.new()).eval()
+    with use_domain(1):
+        operators, session = onnx_operators_and_session(net, (images()[0],), dynamo)
+        expected = copy.deepcopy(net)(images()[0])  # a cycle's copy starts afresh, as the export has
+    as_itself = not dynamo and isinstance(net[1], DomainSpecificBN)  # see above
+    assert operators == (["Conv", "BatchNormalization"] if as_itself else ["Conv"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: images()[0].numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), expected)
+
+
+LOADS_WITHOUT = """
+import pathlib, sys, torch
+folder = pathlib.Path(sys.argv[1])
+inputs, results = torch.load(folder / "inputs"), {}
+for path in folder.glob("*.ts"):
+    traced = torch.jit.load(path)
+    results[path.stem] = [traced(*xs) for xs in inputs], dict(traced.named_buffers())
+assert "precisebn" not in sys.modules
+torch.save(results, folder / "outputs")
+"""
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each module's trace, in either mode, computes in a process that does not have this library."""
+    folder = tmp_path_factory.mktemp("traced")
+    torch.save([images(seed=seed) for seed in (1, 2)], folder / "inputs")
+    for name, module in MODULES.items():
+        for training in (False, True):
+            net = Apart(module).train(training)
+            with warnings.catch_warnings():
+                if training and name == "GhostBN":  # into how many ghost batches it cuts is part of the graph
+                    warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                torch.jit.trace(net, tuple(images()), check_trace=False).save(folder / f"{name}-{training}.ts")
+    command = [sys.executable, "-c", LOADS_WITHOUT, str(folder)]
+    subprocess.run(command, check=True, cwd=folder, env=os.environ | {"PYTHONPATH": ""})
+    return torch.load(folder / "outputs")
+
+
+@every_module
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_jit(module, training, traced):
+    """A trace computes the same where the library is not, and moves the same statistics; frozen layers can be scripted.
+
+    The others refuse, and say what to do.
+    """
+    name = next(name for name, other in MODULES.items() if other is module)
+    net = Apart(module).train(training)
+    net(*images())  # tracing runs it once, and saves what it is then
+    outputs, buffers = traced[f"{name}-{training}"]
+    for seed, ys in zip((1, 2), outputs, strict=True):
+        torch.testing.assert_close(ys, net(*images(seed=seed)))
+    torch.testing.assert_close(buffers, dict(net.named_buffers()))
+
+    part = nn.Sequential(module.new()).train(training)
+    if not module.frozen:
+        with pytest.raises(InputError, match=r"convert_to_batchnorm\(model, domain=k\)"):
+            torch.jit.script(part)
+        return
+    scripted = torch.jit.script(part)
+    for x in features():
+        torch.testing.assert_close(scripted(x), part(x))
+
+
+@every_module
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_fx(module, training):
+    """``torch.fx.symbolic_trace`` gives torch's own functions, of the module's own buffers; in training it refuses."""
+    net = Apart(module).train(training)
+    if training and not module.frozen:
+        with pytest.raises(InputError, match=r"convert_to_batchnorm\(model, domain=k\)"):
+            torch.fx.symbolic_trace(net)
+        return
+    graph = torch.fx.symbolic_trace(net)
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert targets.count(nn.functional.batch_norm) == 2
+    assert not [target for target in targets if target.__module__.startswith("precisebn")]
+    graph(*images())[0].sum().backward()
+    with torch.no_grad():
+        for seed, value in enumerate([*net.parameters(), *net.buffers()]):
+            if value.is_floating_point():
+                value.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
+    graph.load_state_dict(net.state_dict(), strict=False)  # what a forward does not use, the graph does not hold
+    for seed in (1, 2):
+        torch.testing.assert_close(graph(*images(seed=seed)), net(*images(seed=seed)))
 
 
 @every_module

@@ -532,8 +532,8 @@ def test_constructor_and_repr():
     layer = DomainSpecificBN(8, 2, 1e-3, None, "shared", True, "cpu", torch.float64, normalize="shared")
     assert (layer.eps, layer.momentum, layer.weight.shape, layer.weight.dtype) == (1e-3, None, (8,), torch.float64)
     assert repr(layer) == (
-        "DomainSpecificBN(8, num_domains=2, eps=0.001, momentum=None, affine='shared', track_running_stats=True, "
-        "normalize='shared', population='domain')"
+        "DomainSpecificBN(8, num_domains=2, eps=0.001, momentum=None, affine='shared', bias=True, "
+        "track_running_stats=True, normalize='shared', population='domain')"
     )
     assert repr(eval(repr(layer))) == repr(layer)
 

@@ -530,12 +530,12 @@ def test_torch_export_holds_nothing_of_this_library():
         torch.testing.assert_close(program.module()(x), model(x), rtol=16 * EPS, atol=16 * EPS)
 
 
-def test_onnx_export_folds_into_a_product_and_a_sum():
+def test_onnx_export_folds_into_the_convolution_before():
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     model, x = net().eval(), torch.randn(2, 3, 7, 7)
     program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    assert [node.op_type for node in program.model.graph] == ["Conv", "Mul", "Add", "Relu", "Conv"]
+    assert [node.op_type for node in program.model.graph] == ["Conv", "Relu", "Conv"]
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(program.model_proto.SerializeToString())
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -547,7 +547,7 @@ def test_symbolic_trace(trainable):
     model = net(trainable_affine=trainable)
     traced = torch.fx.symbolic_trace(model)
     x = torch.randn(2, 3, 7, 7)
-    assert torch.equal(traced(x), model(x))
+    torch.testing.assert_close(traced(x), model(x), rtol=16 * EPS, atol=16 * EPS)
     traced(x).sum().backward()
     assert model[0].weight.grad.abs().sum() > 0
     # What a forward does not use, the traced module does not hold.

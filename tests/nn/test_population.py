@@ -1,5 +1,7 @@
 """PopulationNorm: slots, checkpoints, and the one place where running statistics are updated."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import state_of
@@ -11,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from precisebn import Moments
 from precisebn.errors import InputError
-from precisebn.nn import GhostBN
+from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN
 from precisebn.nn.population import PopulationNorm, in_backward, update_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,6 +25,12 @@ MOMENTA = st.sampled_from([None, 0.0, 0.1, 0.7, 1.0])
 
 class Tracking(PopulationNorm):
     """The smallest module: hands its input on, and tracks its Moments."""
+
+    def __init__(
+        self, num_features: int, *, num_slots: int | None = None, num_affine: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(num_features, **kwargs)
+        self._repeat(populations=num_slots, affines=num_affine)
 
     def forward(self, x: Tensor, slot: int | None = None) -> Tensor:
         self.track(Moments.of(self.check(x)), slot)
@@ -160,7 +168,7 @@ def test_a_recorder_gets_the_moments_instead_in_any_mode():
 def test_update_is_outside_autograd():
     x = sample((4, CHANNELS)).requires_grad_()
     mean, var, tracked = torch.zeros(CHANNELS), torch.ones(CHANNELS), torch.tensor(0)
-    update_running_statistics(Moments.of(x), mean, var, tracked, 0.1)
+    update_running_statistics("a layer", Moments.of(x), mean, var, tracked, 0.1)
     assert not mean.requires_grad
     assert not var.requires_grad
 
@@ -269,3 +277,50 @@ def test_every_buffer_that_training_writes_says_so():
     before = [buffer._version for buffer in layer.buffers()]
     layer(torch.randn(4, 3))
     assert all(buffer._version > version for buffer, version in zip(layer.buffers(), before, strict=True))
+
+
+# ---- vmap ---------------------------------------------------------------------------------------------------------
+
+
+TRACKING = {
+    "GhostBN": (lambda: GhostBN(CHANNELS, 2), lambda bn, x: bn(x)),
+    "BatchStatBN": (lambda: BatchStatBN(CHANNELS), lambda bn, x: bn(x)),
+    "ConcatSharedBN": (lambda: ConcatSharedBN(CHANNELS), lambda bn, x: bn([x, x])[0]),
+    "DomainSpecificBN": (lambda: DomainSpecificBN(CHANNELS, 2), lambda bn, x: bn(x, domain=1)),
+    "CycleBatchNormList": (lambda: CycleBatchNormList(2, nn.BatchNorm1d, num_features=CHANNELS), lambda bn, x: bn(x)),
+}
+
+
+@pytest.mark.parametrize("name", TRACKING)
+def test_vmap_cannot_move_running_statistics_and_says_what_to_do(name):
+    build, call = TRACKING[name]
+    message = rf"{name}\([23]\): vmap gives every sample .* eval\(\) before, or build .* track_running_stats=False"
+    for transformed in (call, lambda bn, x: torch.func.grad(lambda x: call(bn, x).sum())(x)):
+        bn = build()
+        before = state_of(bn)
+        with pytest.raises(InputError, match=message):
+            torch.func.vmap(lambda x, bn=bn, run=transformed: run(bn, x))(sample((5, 4, CHANNELS)))
+        assert state_of(bn) == before
+
+
+@pytest.mark.parametrize("layer", [GhostBN(CHANNELS, 2), GhostBN(CHANNELS, 2, track_running_stats=False)])
+def test_vmap_works_where_the_message_says_it_does(layer):
+    x = sample((5, 4, CHANNELS))
+    if layer.track_running_stats:
+        layer.eval()
+    torch.testing.assert_close(torch.func.vmap(layer)(x), torch.stack([layer(sample) for sample in x]))
+
+
+def test_an_ensemble_under_vmap_moves_the_statistics_of_each_member():
+    """As torch.func.stack_module_state has it: the statistics are batched as well."""
+    members = [GhostBN(CHANNELS, 2) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(members)
+    x = sample((3, 4, CHANNELS))
+
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(members[0], (parameters, buffers), (x,))
+
+    ys = torch.func.vmap(call)(parameters, buffers, x)
+    for k, member in enumerate(members):
+        torch.testing.assert_close(ys[k], member(x[k]))
+        torch.testing.assert_close({name: value[k] for name, value in buffers.items()}, dict(member.named_buffers()))

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import copy
+import io
 import sys
 import threading
 from collections.abc import Iterator
@@ -334,6 +335,37 @@ def test_exported_code_asks_each_time_too(x):
             torch.testing.assert_close(program(x), net(x), rtol=1e-12, atol=1e-12)
     with pytest.raises(InputError, match=NO_DOMAIN):
         program(x)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*legacy TorchScript-based ONNX:DeprecationWarning")
+def test_a_graph_that_cannot_ask_is_of_the_domain_of_its_making(x):
+    net = Net().eval()
+    with use_domain(2):
+        graphs = [torch.jit.trace(net, x), torch.fx.symbolic_trace(net)]
+        expected = net(x)
+    for graph in graphs:
+        torch.testing.assert_close(graph(x), expected, rtol=1e-12, atol=1e-12)
+        with use_domain(1):
+            torch.testing.assert_close(graph(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*legacy TorchScript-based ONNX:DeprecationWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.jit.trace,
+        lambda net, x: torch.fx.symbolic_trace(net),
+        lambda net, x: torch.onnx.export(net, (x,), io.BytesIO(), dynamo=False),
+        lambda net, x: torch.onnx.export(net, (x,), dynamo=True, verbose=False),
+        lambda net, x: torch.onnx.export(torch.export.export(net, (x,)), verbose=False),
+    ],
+    ids=["jit", "fx", "legacy", "dynamo", "program"],
+)
+def test_a_graph_that_cannot_ask_and_is_made_outside_a_block_is_an_error(x, make):
+    pytest.importorskip("onnxscript")
+    remedy = r"`with use_domain\(k\):`.* convert_to_batchnorm\(model, domain=k\) makes it a plain BatchNorm"
+    with pytest.raises(Exception, match=remedy):
+        make(Net().eval(), x)
 
 
 # ---- Wrong calls --------------------------------------------------------------------------------------------------
