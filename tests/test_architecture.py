@@ -33,13 +33,7 @@ FLOORS: list[set[str]] = [
 know each other, so that recalibration and conversion never meet but in what both stand on."""
 
 PRIVATE_NAMES: dict[str, set[str]] = {
-    "functional": {"torch.autograd.forward_ad._current_level", "torch._C._are_functorch_transforms_active"},
-    "nn": {
-        "torch.nn.modules.batchnorm._BatchNorm",
-        "torch.nn.modules.batchnorm._NormBase",
-        "torch._C._current_graph_task_id",
-        "torch._assert_async",
-    },
+    "nn": {"torch.nn.modules.batchnorm._BatchNorm", "torch.nn.modules.batchnorm._NormBase"},
     "models": {"torch.nn.modules.batchnorm._BatchNorm", "torch.nn.modules.batchnorm._NormBase"},
     "conversion": {
         "torch.nn.modules.batchnorm._BatchNorm",

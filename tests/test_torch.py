@@ -66,3 +66,29 @@ def test_assert_async_raises_with_its_message_also_from_a_graph():
         assert f(x).tolist() == [2.0, 2.0]
         with pytest.raises(RuntimeError, match="x must be positive"):
             f(-x)
+
+
+def test_is_batched_inside_vmap_alone_at_any_depth():
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(_torch.is_batched(x))
+        return x.sin().sum()
+
+    x = torch.ones(2, 3)
+    torch.func.vmap(look)(x)
+    torch.func.grad(look)(x)
+    torch.func.vmap(torch.func.grad(look))(x)
+    assert seen == [True, False, True]
+    assert not _torch.is_batched(x)
+
+
+def test_is_exporting_in_torch_export_alone():
+    class Look(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if _torch.is_exporting() else x - 1
+
+    x = torch.zeros(2)
+    assert torch.export.export(Look(), (x,)).module()(x).tolist() == [1.0, 1.0]
+    assert torch.compile(Look(), backend="eager")(x).tolist() == [-1.0, -1.0]
+    assert Look()(x).tolist() == [-1.0, -1.0]

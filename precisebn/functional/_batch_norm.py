@@ -223,7 +223,8 @@ def _together(moments: Moments) -> Moments:
 
 def _variance(moments: Moments) -> Tensor:
     """The biased variance; 0 of a group without values."""
-    return moments.m2 / moments.count.clamp(min=1.0).unsqueeze(-1)
+    n = moments.count.clamp(min=1.0)
+    return moments.m2 / (n if len(n) == 1 else n.unsqueeze(-1))
 
 
 def _fake(*arguments: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -296,7 +297,7 @@ def _gradients(kept: Kept, grads: Gradients, needed: Sequence[bool]) -> tuple[li
     used = _together(moments) if kept.shared else moments
     dys = [_laid_out_as(x, dy) for x, dy in zip(kept.xs, grads.ys, strict=True)]
     pieces = list(zip(dys, kept.xs, kept.groups, strict=True))
-    about = used.mean.expand_as(moments.mean)
+    about = moments.mean if used is moments else used.mean.expand_as(moments.mean)
     sums = [run.backward_reduce(dy, x, about, group, num_groups) for dy, x, group in pieces]
     sum_dy, sum_dy_xmu = sums[0]
     for more_dy, more_dy_xmu in sums[1:]:
