@@ -13,7 +13,7 @@ whatever fails, the model is then as it was.
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,9 +24,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _WrappedHook
 
 from precisebn.conversion import layers
-from precisebn.conversion.layers import MEMORY, OURS, Memory, describe, memory_of
+from precisebn.conversion.layers import MEMORY, Memory, describe, memory_of
 from precisebn.errors import InputError
-from precisebn.models.selection import ModuleSelection, matching, named_modules
+from precisebn.models.families import OURS
+from precisebn.models.selection import ModuleSelection, listed, select
 from precisebn.nn import CycleBatchNormList
 
 __all__ = ["Conversion", "replace_batchnorm", "replace_layers"]
@@ -112,10 +113,15 @@ def replace_layers(
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a module, not {type(model).__name__}")
     layers.check_wrappers(model)
-    found = layers.find_layers(model)
-    sources, chosen = _choose(model, found, conversion, include, exclude)
+    selection = select(model, include, exclude, is_layer=layers.is_layer, outermost=True)
+    sources = {
+        name: layer
+        for name, layer in selection.chosen.items()
+        if layer in selection.named or _is_taken(layer, conversion)
+    }
     if not sources:
-        warnings.warn(_nothing_to_do(model, found), UserWarning, stacklevel=3)
+        warnings.warn(_nothing_to_do(model, selection.found), UserWarning, stacklevel=3)
+    chosen = {name: layer for name, layer in sources.items() if not conversion.is_done(layer)}
     layers.check_layers(chosen, model)
     taken, replaced = set(model.modules()), dict[nn.Module, nn.Module]()
     with torch.no_grad(), ExitStack() as undo:
@@ -126,29 +132,6 @@ def replace_layers(
     return replaced.get(model, model)
 
 
-# ---- Which layers ---------------------------------------------------------------------------------------------------
-
-
-def _choose(
-    model: nn.Module,
-    found: dict[str, nn.Module],
-    conversion: Conversion,
-    include: ModuleSelection | None,
-    exclude: ModuleSelection | None,
-) -> tuple[set[str], dict[str, nn.Module]]:
-    """Names of the layers that the conversion is for, and those of them that it has to change."""
-    names = dict(named_modules(model, remove_duplicate=False))
-    included, named = set(found), set[str | nn.Module]()
-    if include is not None:
-        items = _items("include", include)
-        included = _matched("include", items, model, found, names)
-        named = {names.get(item, item) if isinstance(item, str) else item for item in items}  # of use for layers only
-    if exclude is not None:
-        included -= _matched("exclude", _items("exclude", exclude), model, found, names)
-    sources = {name for name in included if found[name] in named or _is_taken(found[name], conversion)}
-    return sources, {name: layer for name, layer in found.items() if name in sources and not conversion.is_done(layer)}
-
-
 def _is_taken(layer: nn.Module, conversion: Conversion) -> bool:
     """Whether a conversion takes a layer that is not named."""
     if layers.recognized(layer).frozen:
@@ -156,40 +139,7 @@ def _is_taken(layer: nn.Module, conversion: Conversion) -> bool:
     return conversion.takes_others or isinstance(layer, (_BatchNorm, *OURS))
 
 
-def _items(what: str, selection: ModuleSelection) -> list[str | nn.Module]:
-    items = selection
-    if isinstance(selection, str | nn.Module):
-        items = [selection]
-    elif not isinstance(selection, Iterable):
-        raise InputError(f"{what}={selection!r} must be modules, names and patterns, one or several")
-    items = list(items)  # type: ignore[arg-type]
-    for item in items:
-        if not isinstance(item, str | nn.Module):
-            raise InputError(f"{what}= takes modules, names and patterns, not {type(item).__name__}: {item!r}")
-    if what == "include" and not items:
-        raise InputError("include= is empty, so there is nothing to convert; leave it out to convert every layer")
-    return items
-
-
-def _matched(
-    what: str,
-    items: Iterable[str | nn.Module],
-    model: nn.Module,
-    found: dict[str, nn.Module],
-    names: dict[str, nn.Module],
-) -> set[str]:
-    chosen: set[str] = set()
-    for item in items:
-        matched = matching(item, found, names)
-        if not matched:
-            shown = repr(item) if isinstance(item, str) else f"the {type(item).__name__} given"
-            there = _listed(found) if found else "none at all"
-            raise InputError(f"{what}={shown} matches no BatchNorm layer of {type(model).__name__}; it has {there}")
-        chosen |= matched
-    return chosen
-
-
-def _nothing_to_do(model: nn.Module, found: dict[str, nn.Module]) -> str:
+def _nothing_to_do(model: nn.Module, found: Mapping[str, nn.Module]) -> str:
     shown = type(model).__name__
     if not found:
         return (
@@ -197,13 +147,9 @@ def _nothing_to_do(model: nn.Module, found: dict[str, nn.Module]) -> str:
             "one that torch.jit has compiled"
         )
     return (
-        f"nothing of {shown} is converted: of its layers, {_listed(found)}, none is left by include= and exclude=, or "
+        f"nothing of {shown} is converted: of its layers, {listed(found)}, none is left by include= and exclude=, or "
         "those left are frozen or replaced: call convert_to_batchnorm first, or name each of them in include="
     )
-
-
-def _listed(found: dict[str, nn.Module]) -> str:
-    return f"{len(found)}: " + ", ".join(repr(name) for name in list(found)[:6]) + (", ..." if len(found) > 6 else "")
 
 
 # ---- One layer ------------------------------------------------------------------------------------------------------

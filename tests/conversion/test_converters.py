@@ -15,6 +15,7 @@ import torch.distributed as dist
 from conftest import import_torchvision, state_of, values_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended import APEX, DETECTRON2
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
@@ -31,7 +32,8 @@ from precisebn.conversion.converters import (
     convert_to_batchnorm,
     replace_batchnorm,
 )
-from precisebn.conversion.layers import find_layers, memory_of
+from precisebn.conversion.layers import is_layer, memory_of
+from precisebn.models.selection import select
 from precisebn.nn import (
     BatchStatBN,
     ConcatSharedBN,
@@ -79,6 +81,11 @@ def convnet() -> nn.Sequential:
     )
     net.eval()(X)
     return lived_in(net.train())
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What a conversion sees as layers, by name."""
+    return select(model, None, is_layer=is_layer, outermost=True).found
 
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -833,52 +840,6 @@ def _timm_frozen() -> nn.Module:
     from timm.layers import freeze_batch_norm_2d
 
     return freeze_batch_norm_2d(model)
-
-
-def _pretend(module: str, source: str) -> types.ModuleType:
-    """A module of a library that is not installed here, with classes of its names; nothing imports it."""
-    pretended = types.ModuleType(module)
-    vars(pretended).update(torch=torch, nn=nn, F=nn.functional)
-    exec(compile(source, module, "exec"), vars(pretended))
-    return pretended
-
-
-DETECTRON2 = _pretend(
-    "detectron2.layers.batch_norm",
-    """
-class FrozenBatchNorm2d(nn.Module):
-    def __init__(self, num_features, eps=1e-5):
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features) - eps)
-        self.register_buffer("num_batches_tracked", None)
-
-    def forward(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-
-class NaiveSyncBatchNorm(nn.BatchNorm2d):
-    def forward(self, input):
-        return super().forward(input)
-""",
-)
-APEX = _pretend(
-    "apex.parallel.optimized_sync_batchnorm",
-    """
-from torch.nn.modules.batchnorm import _BatchNorm
-
-class SyncBatchNorm(_BatchNorm):
-    def __init__(self, num_features, fuse_relu=False, channel_last=False):
-        super().__init__(num_features)
-        self.fuse_relu, self.channel_last = fuse_relu, channel_last
-
-    def forward(self, input, z=None):
-        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, self.training)
-""",
-)
 
 
 @pytest.mark.parametrize("library", ["torchvision", "transformers", "timm", "detectron2"])
