@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from precisebn.conversion.engine import Conversion, replace_batchnorm, replace_layers
-from precisebn.conversion.layers import describe, frozen_class, memory_of, placement, plain_class, recognized
+from precisebn.conversion.layers import describe, frozen_class, origin_of, placement, plain_class, recognized
 from precisebn.errors import InputError
 from precisebn.models.selection import ModuleSelection
 from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN
@@ -363,7 +363,7 @@ def convert_to_batchnorm(
         return _like(bn, plain_class(bn, bn_class)) if recognized(bn).synchronized else bn
 
     def is_done(layer: nn.Module) -> bool:
-        return isinstance(layer, _BatchNorm) and memory_of(layer) is None and not recognized(layer).synchronized
+        return isinstance(layer, _BatchNorm) and origin_of(layer) is None and not recognized(layer).synchronized
 
     conversion = Conversion(
         build, is_done, takes_frozen=True, takes_others=True, is_way_back=True, bn_class=bn_class, domain=domain

@@ -17,15 +17,15 @@ from precisebn.nn import CycleBatchNormList
 from precisebn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenNorm
 
 __all__ = [
-    "MEMORY",
-    "Memory",
+    "ORIGIN",
+    "Origin",
     "check_forward",
     "check_layers",
     "check_wrappers",
     "describe",
     "frozen_class",
     "is_layer",
-    "memory_of",
+    "origin_of",
     "placement",
     "plain_class",
     "plain_twin",
@@ -34,12 +34,12 @@ __all__ = [
 ]
 
 
-MEMORY = "_precisebn_was"
-"""The attribute of a converted layer that holds its :class:`Memory`."""
+ORIGIN = "_precisebn_origin"
+"""The attribute of a converted layer that holds its :class:`Origin`."""
 
 
-class Memory(NamedTuple):
-    """What a converted layer was. As a tuple it is no submodule: state dicts and parameters hold nothing of it.
+class Origin(NamedTuple):
+    """What a converted layer was made from. As a tuple it is no submodule: state dicts hold nothing of it.
 
     Attributes:
         layer: the very layer, which shares parameters, buffers and hooks with the one in its place where it can.
@@ -54,10 +54,10 @@ class Memory(NamedTuple):
     settings: dict[str, Any]
 
 
-def memory_of(layer: nn.Module) -> Memory | None:
-    """What a layer was before it was converted."""
-    memory: Memory | None = vars(layer).get(MEMORY)
-    return memory
+def origin_of(layer: nn.Module) -> Origin | None:
+    """What a layer was made from, if a conversion made it."""
+    origin: Origin | None = vars(layer).get(ORIGIN)
+    return origin
 
 
 def recognized(layer: nn.Module) -> Family:
@@ -71,7 +71,7 @@ def is_layer(module: nn.Module) -> bool:
     BatchNorm layers, those of precisebn.nn, frozen ones of other libraries, and whatever has replaced one of them. What
     lies inside such a layer, as the members of a CycleBatchNormList do, is part of it.
     """
-    return isinstance(module, (_BatchNorm, *OURS)) or recognized(module).frozen or memory_of(module) is not None
+    return isinstance(module, (_BatchNorm, *OURS)) or recognized(module).frozen or origin_of(module) is not None
 
 
 def describe(name: str, layer: nn.Module) -> str:

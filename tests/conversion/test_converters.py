@@ -32,7 +32,7 @@ from precisebn.conversion.converters import (
     convert_to_batchnorm,
     replace_batchnorm,
 )
-from precisebn.conversion.layers import is_layer, memory_of
+from precisebn.conversion.layers import is_layer, origin_of
 from precisebn.models.selection import select
 from precisebn.nn import (
     BatchStatBN,
@@ -254,6 +254,12 @@ def train(model: nn.Module, x: Tensor) -> Tensor:
         ys = [model(x) for _ in range(2 if cycles else 1)]
     torch.stack(ys).square().sum().backward()
     return ys[-1]
+
+
+def to_domain_0(model: nn.Module) -> nn.Module:
+    """Back to nn.BatchNorm, by way of domain 0 where there are any."""
+    domains = any(isinstance(layer, CycleBatchNormList | DomainSpecificBN) for layer in model.modules())
+    return convert_to_batchnorm(model, domain=0 if domains else None)
 
 
 # ---- Laws ---------------------------------------------------------------------------------------------------------
@@ -570,8 +576,7 @@ def test_hooks_run_with_the_new_layer_and_their_handles_remove_them(convert):
         model.load_state_dict(model.state_dict())
 
     before, handles = Picture(model), {name: register(name) for name in HOOKS}
-    back = functools.partial(convert_to_batchnorm, domain=0)
-    for layer_of in (convert, back, convert):
+    for layer_of in (convert, to_domain_0, convert):
         layer_of(model)
         exercise()
         assert set(calls) == set(HOOKS)
@@ -581,7 +586,7 @@ def test_hooks_run_with_the_new_layer_and_their_handles_remove_them(convert):
         handles.pop(name).remove()
     exercise()
     assert set(calls) == set(list(HOOKS)[1::2])
-    back(model)
+    to_domain_0(model)
     exercise()
     assert set(calls) == set(list(HOOKS)[1::2])
     for handle in handles.values():
@@ -784,7 +789,7 @@ def test_timm_activations_stay_in_place(convert):
     assert (y < 0).any()
     torch.testing.assert_close(y, act(y / torch.where(y < 0, act.weight, 1.0)))  # applied once
     model[1].act = nn.ReLU()
-    convert_to_batchnorm(model.eval(), domain=0)
+    to_domain_0(model.eval())
     assert isinstance(model[1].act, nn.ReLU)
     model[1].act = act
     assert type(model[1]) is norm_act.BatchNormAct2d
@@ -1111,7 +1116,7 @@ def test_a_factory_that_fails_leaves_the_model_bit_identical(first, error):
         parameter.requires_grad_(False)
     model[1].later = "mine"
     before = Picture(model)
-    remembered = [memory.layer for memory in map(memory_of, (model[1], model[7])) if memory is not None]
+    remembered = [memory.layer for memory in map(origin_of, (model[1], model[7])) if memory is not None]
     before_remembered = list(map(Picture, remembered))
 
     def failing(bn: nn.Module) -> nn.Module:
@@ -1137,7 +1142,7 @@ def test_interrupted_at_any_line_a_conversion_is_done_or_not_begun(dtype):
     interrupted = 0
     for after in range(3, 10**6, 17):
         model = copy.deepcopy(fresh)
-        before, was = Picture(model), nn.ModuleList(memory_of(layer).layer for layer in model)
+        before, was = Picture(model), nn.ModuleList(origin_of(layer).layer for layer in model)
         weights = [bn.weight for bn in was]
         values = [(weight.dtype, weight.tolist()) for weight in weights]
         if not _interrupt(after, functools.partial(convert_ghost, model, 2, include=["0", "1"])):
