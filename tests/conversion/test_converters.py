@@ -121,6 +121,7 @@ def test_parameters_and_buffers_are_the_same_objects_wherever_shapes_agree(conve
 
 
 @EVERY_CONVERSION
+@pytest.mark.filterwarnings("ignore:ConcatSharedBN:UserWarning")  # one layer in two places, called on one tensor each
 def test_an_optimizer_made_before_goes_on_training_what_is_still_there(convert):
     model = convert_to_batchnorm(convert(convnet()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
