@@ -127,23 +127,8 @@ def convert_domain_specific(
         >>> model[0].running_mean.shape, model[0].weight.shape
         (torch.Size([2, 8]), torch.Size([8]))
     """
-    if affine not in ("domain", "shared"):
-        raise InputError(f"affine={affine!r} must be 'domain' or 'shared'; layers without affine stay without")
-    settings: dict[str, Any] = {"normalize": normalize, "population": population}
-    DomainSpecificBN(1, num_domains, affine=affine, **settings)  # raises what is wrong before the model is looked at
-
-    def build(name: str, bn: _BatchNorm) -> nn.Module:
-        own = affine if bn.weight is not None else None
-        return _like(bn, DomainSpecificBN, num_domains=num_domains, **settings, affine=own)
-
-    def is_done(layer: nn.Module) -> bool:
-        return (
-            isinstance(layer, DomainSpecificBN)
-            and (layer.num_domains, layer.normalize, layer.population) == (num_domains, normalize, population)
-            and (layer.weight is None or (layer.weight.dim() == 2) == (affine == "domain"))
-        )
-
-    return replace_layers(model, Conversion(build, is_done), include, exclude)
+    conversion = to_domains(num_domains, normalize=normalize, population=population, affine=affine)
+    return replace_layers(model, conversion, include, exclude)
 
 
 def convert_cycle(
@@ -176,18 +161,7 @@ def convert_cycle(
         >>> len(head[1]), [name for name, _ in head.named_parameters()]
         (3, ['0.weight', '0.bias', '1.weight', '1.bias'])
     """
-    CycleBatchNormList(length, num_features=1)  # raises what is wrong before the model is looked at
-
-    def build(name: str, bn: _BatchNorm) -> nn.Module:
-        member_class, settings = plain_class(bn, nn.BatchNorm2d), dict[str, Any]()
-        if recognized(bn).synchronized:
-            member_class, settings = nn.SyncBatchNorm, {"process_group": vars(bn).get("process_group")}
-        return _like(bn, CycleBatchNormList, length=length, bn_class=member_class, **settings)
-
-    def is_done(layer: nn.Module) -> bool:
-        return isinstance(layer, CycleBatchNormList) and layer.length == length
-
-    return replace_layers(model, Conversion(build, is_done), include, exclude)
+    return replace_layers(model, to_cycle(length), include, exclude)
 
 
 def convert_concat_shared(
@@ -218,7 +192,7 @@ def convert_concat_shared(
         >>> convert_concat_shared(nn.Sequential(nn.BatchNorm2d(8)))[0]([torch.randn(2, 8, 4, 4)])[0].shape
         torch.Size([2, 8, 4, 4])
     """
-    return replace_layers(model, _to(ConcatSharedBN), include, exclude)
+    return replace_layers(model, to_class(ConcatSharedBN), include, exclude)
 
 
 def convert_batch_stat(
@@ -247,7 +221,7 @@ def convert_batch_stat(
         >>> model(torch.tensor([[2.0], [6.0]])).flatten().tolist()
         [-1.0, 1.0]
     """
-    return replace_layers(model, _to(BatchStatBN), include, exclude)
+    return replace_layers(model, to_class(BatchStatBN), include, exclude)
 
 
 def convert_ghost(
@@ -278,7 +252,7 @@ def convert_ghost(
         32
     """
     GhostBN(1, ghost_size)  # raises what is wrong before the model is looked at
-    return replace_layers(model, _to(GhostBN, ghost_size=ghost_size), include, exclude)
+    return replace_layers(model, to_class(GhostBN, ghost_size=ghost_size), include, exclude)
 
 
 def convert_sync_batchnorm(
@@ -313,7 +287,7 @@ def convert_sync_batchnorm(
         >>> type(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(8)))[0])
         <class 'torch.nn.modules.batchnorm.SyncBatchNorm'>
     """
-    return replace_layers(model, _to(nn.SyncBatchNorm, process_group=process_group), include, exclude)
+    return replace_layers(model, to_class(nn.SyncBatchNorm, process_group=process_group), include, exclude)
 
 
 def convert_to_batchnorm(
@@ -371,13 +345,56 @@ def convert_to_batchnorm(
     return replace_layers(model, conversion, include, exclude)
 
 
-def _to(new_class: type[_NormBase], **settings: Any) -> Conversion:
+def to_class(new_class: type[_NormBase], **settings: Any) -> Conversion:
     """The conversion to a class that takes the same as nn.BatchNorm and keeps these settings as attributes."""
 
     def is_done(layer: nn.Module) -> bool:
         return isinstance(layer, new_class) and all(vars(layer)[key] == value for key, value in settings.items())
 
     return Conversion(lambda name, bn: _like(bn, new_class, **settings), is_done)
+
+
+def to_domains(
+    num_domains: int,
+    *,
+    normalize: Literal["domain", "shared"] = "domain",
+    population: Literal["domain", "shared"] = "domain",
+    affine: Literal["domain", "shared"] = "shared",
+) -> Conversion:
+    """The conversion to DomainSpecificBN."""
+    if affine not in ("domain", "shared"):
+        raise InputError(f"affine={affine!r} must be 'domain' or 'shared'; layers without affine stay without")
+    settings: dict[str, Any] = {"normalize": normalize, "population": population}
+    DomainSpecificBN(1, num_domains, affine=affine, **settings)  # raises what is wrong before the model is looked at
+
+    def build(name: str, bn: _BatchNorm) -> nn.Module:
+        own = affine if bn.weight is not None else None
+        return _like(bn, DomainSpecificBN, num_domains=num_domains, **settings, affine=own)
+
+    def is_done(layer: nn.Module) -> bool:
+        return (
+            isinstance(layer, DomainSpecificBN)
+            and (layer.num_domains, layer.normalize, layer.population) == (num_domains, normalize, population)
+            and (layer.weight is None or (layer.weight.dim() == 2) == (affine == "domain"))
+        )
+
+    return Conversion(build, is_done)
+
+
+def to_cycle(length: int) -> Conversion:
+    """The conversion to CycleBatchNormList."""
+    CycleBatchNormList(length, num_features=1)  # raises what is wrong before the model is looked at
+
+    def build(name: str, bn: _BatchNorm) -> nn.Module:
+        member_class, settings = plain_class(bn, nn.BatchNorm2d), dict[str, Any]()
+        if recognized(bn).synchronized:
+            member_class, settings = nn.SyncBatchNorm, {"process_group": vars(bn).get("process_group")}
+        return _like(bn, CycleBatchNormList, length=length, bn_class=member_class, **settings)
+
+    def is_done(layer: nn.Module) -> bool:
+        return isinstance(layer, CycleBatchNormList) and layer.length == length
+
+    return Conversion(build, is_done)
 
 
 def _like(bn: _BatchNorm, new_class: type[nn.Module], **settings: Any) -> nn.Module:

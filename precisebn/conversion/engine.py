@@ -10,7 +10,6 @@ All that is done to existing modules is done through a :class:`precisebn.models.
 fails, the model is then as it was. Ctrl-C is held back meanwhile, but for what runs in the factory of a user.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from precisebn.conversion import layers
-from precisebn.conversion.handover import Source, carry_over, hand_over, move_hooks, names_of, restore
+from precisebn.conversion.handover import Source, carry_over, hand_over, move_hooks, names_of, put_in_place, restore
 from precisebn.conversion.layers import ORIGIN, Origin, describe, origin_of
+from precisebn.conversion.towers import put_towers_back
 from precisebn.errors import InputError
 from precisebn.models.families import OURS
 from precisebn.models.interrupts import HeldBack
@@ -93,6 +93,7 @@ class Conversion(NamedTuple):
         is_way_back: whether the new layers are what layers are at the outset, and have no origin.
         bn_class: what a layer for any number of dimensions is taken for, if it was not converted from anything.
         domain: the domain to keep of layers that have several; None requires them to be equal.
+        then: what else has to be done to the model, once its layers are in place.
     """
 
     build: Callable[[str, _BatchNorm], nn.Module]
@@ -103,6 +104,7 @@ class Conversion(NamedTuple):
     is_way_back: bool = False
     bn_class: type[_BatchNorm] = nn.BatchNorm2d
     domain: int | None = None
+    then: Callable[[nn.Module, Transaction], None] | None = None
 
 
 def replace_layers(
@@ -129,7 +131,10 @@ def replace_layers(
         factory = _Factory(conversion, interrupts, set(model.modules()))
         for name, layer in chosen.items():
             replaced[layer] = _replacement(name, layer, factory, changes)
-        _put_in_place(model, replaced, changes)
+        put_in_place(model, replaced, changes)
+        replaced |= put_towers_back(model, changes)
+        if conversion.then is not None:
+            conversion.then(model, changes)
         interrupts.deliver()  # one that has come is in time to undo all
     return replaced.get(model, model)
 
@@ -252,17 +257,3 @@ class Tail:
         for name in self.children:
             output = module.get_submodule(name)(output)
         return output
-
-
-# ---- The places of layers -------------------------------------------------------------------------------------------
-
-
-def _put_in_place(model: nn.Module, replaced: dict[nn.Module, nn.Module], changes: Transaction) -> None:
-    """Put new layers in every place where old ones are."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in replaced:
-                changes.put(parent._modules, name, replaced[child])
-                if "torch._dynamo" in sys.modules and isinstance(parent, torch._dynamo.OptimizedModule):
-                    changes.put(vars(parent), "forward", vars(parent)["forward"])  # it calls the old layer
-                    parent._initialize()

@@ -4,8 +4,9 @@ All of it goes through a :class:`precisebn.models.transaction.Transaction`, so t
 are then as they were.
 """
 
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from precisebn.models.families import OURS
 from precisebn.models.transaction import Transaction
 from precisebn.nn import CycleBatchNormList, DomainSpecificBN
 
-__all__ = ["Source", "carry_over", "hand_over", "move_hooks", "names_of", "restore"]
+__all__ = ["Source", "carry_over", "hand_over", "move_hooks", "names_of", "put_in_place", "restore"]
 
 
 def restore(name: str, layer: nn.Module, origin: Origin, domain: int | None, changes: Transaction) -> None:
@@ -33,6 +34,17 @@ def restore(name: str, layer: nn.Module, origin: Origin, domain: int | None, cha
         if origin.hooks & hooks.keys():
             changes.fill(hooks, {id: hook for id, hook in hooks.items() if id not in origin.hooks})
     move_hooks(layer, base, changes)
+
+
+def put_in_place(model: nn.Module, replaced: Mapping[nn.Module, nn.Module], changes: Transaction) -> None:
+    """Put new modules in every place where old ones are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replaced:
+                changes.put(parent._modules, name, replaced[child])
+                if "torch._dynamo" in sys.modules and isinstance(parent, torch._dynamo.OptimizedModule):
+                    changes.put(vars(parent), "forward", vars(parent)["forward"])  # it calls the old module
+                    parent._initialize()
 
 
 # ---- Attributes -----------------------------------------------------------------------------------------------------

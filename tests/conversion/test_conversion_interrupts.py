@@ -3,19 +3,14 @@
 import functools
 import itertools
 import signal
-import sys
-import types
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import import_torchvision
+from interrupting import Lines
 from model_zoo import CONVERSIONS, Picture, convnet
 from torch import nn
 
-import precisebn
 from precisebn.conversion.converters import (
     convert_frozen_batchnorm,
     convert_ghost,
@@ -59,42 +54,6 @@ def test_a_factory_that_fails_leaves_the_model_bit_identical(first, error):
     assert Picture(model) == before
     assert list(map(Picture, origins)) == origins_before
     model.load_state_dict(model.state_dict())
-
-
-PACKAGE = str(Path(precisebn.__file__).parent)
-
-
-class Lines:
-    """Runs an action with SIGINT, really raised, at some of the lines of precisebn that it runs.
-
-    Args:
-        wanted: tells of a line, by its number as lines run and by where it stands, whether to raise the signal there.
-    """
-
-    def __init__(self, wanted: Callable[[int, tuple[str, int]], bool]) -> None:
-        self.wanted = wanted
-        self.ran: list[tuple[str, int]] = []
-        self.interrupted = False
-
-    def run(self, action: Callable[[], object]) -> "Lines":
-        outer = sys.gettrace()
-        sys.settrace(self._trace)
-        try:
-            action()
-        except KeyboardInterrupt:
-            self.interrupted = True
-        finally:
-            sys.settrace(outer)
-        return self
-
-    def _trace(self, frame: types.FrameType, event: str, argument: object) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            self.ran.append((frame.f_code.co_filename, frame.f_lineno))
-            if self.wanted(len(self.ran) - 1, self.ran[-1]):
-                signal.raise_signal(signal.SIGINT)
-        return self._trace
 
 
 class Frozen:
