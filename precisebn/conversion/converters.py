@@ -3,6 +3,10 @@
 Each is :func:`precisebn.replace_batchnorm` with a factory: the model is changed in place and returned, layers keep
 their parameters, modes, hooks and names, and :func:`convert_to_batchnorm` restores the model, bit for bit if nothing
 has been trained in between. ("Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, says when to use which.)
+
+Convert first; then make what holds on to parameters, buffers or the order of the state dict: averages of weights (EMA,
+SWA), optimizers, DistributedDataParallel, FSDP, compiled models. An optimizer made before goes on training the
+parameters that are still there; wrappers that would not see the new layers are refused.
 """
 
 from typing import Any, Literal
@@ -45,7 +49,7 @@ def convert_frozen_batchnorm(
     of precisebn too, and those of precisebn with another ``trainable_affine`` are made anew.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         trainable_affine: whether weight and bias remain parameters, the very ones; otherwise they become buffers, of
             the same values, and come back as the parameters that they were with :func:`convert_to_batchnorm`.
         bn_class: which number of dimensions layers are for that take any (SyncBatchNorm, GhostBN and so on), unless
@@ -103,7 +107,7 @@ def convert_domain_specific(
     the same for every domain, which :func:`precisebn.nn.use_domain` says.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         num_domains: K.
         normalize: see :class:`precisebn.nn.DomainSpecificBN`, as are the next two.
         population: whose running statistics.
@@ -141,7 +145,7 @@ def convert_cycle(
     layer that is called with it needs telling domains apart otherwise, use :func:`convert_domain_specific`.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         length: BatchNorms in a cycle.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
@@ -170,10 +174,11 @@ def convert_concat_shared(
     """Let the BatchNorm layers of a model take several tensors together: ConcatSharedBN in their places.
 
     For a head that feature levels share, whose containers then pass lists on
-    (:class:`precisebn.nn.MultiInputSequential`). For a single tensor the layers are what they were.
+    (:class:`precisebn.nn.MultiInputSequential`); :func:`precisebn.convert_shared_head` sees to that as well. For a
+    single tensor the layers are what they were.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
 
@@ -201,7 +206,7 @@ def convert_batch_stat(
     """Let the BatchNorm layers of a model use mini-batch statistics at test time too: BatchStatBN in their places.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
 
@@ -232,7 +237,7 @@ def convert_ghost(
     The output in eval mode stays the same.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         ghost_size: samples in a ghost batch.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
@@ -268,7 +273,7 @@ def convert_sync_batchnorm(
     places, hooks, and the activation of timm's BatchNormAct2d; and it can be undone.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         process_group: the ranks; None: all.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
@@ -307,7 +312,7 @@ def convert_to_batchnorm(
     torchvision, detectron2, timm and transformers (which unfreezes them), and SyncBatchNorm.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         domain: the domain to keep, of layers that have several; None requires that they are all equal.
         bn_class: what layers become that take any number of dimensions and were no others before.
         include: see :func:`replace_batchnorm`, but here frozen and replaced layers are included by default.
@@ -320,7 +325,7 @@ def convert_to_batchnorm(
         InputError: as :func:`replace_batchnorm`; a layer of several domains, which differ.
 
     Warns:
-        UserWarning: there is nothing to convert.
+        UserWarning: there is nothing to convert; ``domain`` is given, and no layer has any.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(8))

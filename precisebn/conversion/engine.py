@@ -49,7 +49,7 @@ def replace_batchnorm(
     model is as it was. :func:`precisebn.convert_to_batchnorm` leads back, bit for bit.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         factory: called with each layer as an nn.BatchNorm (a subclass of any kind, with whatever forward; what was
             converted before comes as what it was before). Returns a new module; or the layer that it got, which stays.
         include: which layers: modules, qualified names and glob patterns, one or several, a container standing for all

@@ -6,9 +6,9 @@ import signal
 
 import pytest
 import torch
-from conftest import import_torchvision
-from interrupting import Lines
-from model_zoo import CONVERSIONS, Picture, convnet
+from conftest import import_torchvision, values_of
+from interrupting import Lines, Nth
+from model_zoo import CONVERSIONS, Picture, convnet, lived_in
 from torch import nn
 
 from precisebn.conversion.converters import (
@@ -188,3 +188,24 @@ def test_an_interrupt_that_is_held_back_is_delivered_once_all_is_as_before():
         signal.signal(signal.SIGINT, outer)
     assert len(calls) == 1  # a handler that does not raise lets the program go on
     assert isinstance(model[0], GhostBN)
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_loading_that_is_interrupted_can_be_done_again(name):
+    """Torch copies tensor by tensor; what there is to load into, and the checkpoint, stay as they were."""
+    checkpoint = lived_in(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))).state_dict()
+    keys, values = list(checkpoint), [value.clone() for value in checkpoint.values()]
+    loaded = CONVERSIONS[name](nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)))
+    loaded.load_state_dict(checkpoint)
+    for number in itertools.count():
+        model = CONVERSIONS[name](nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)))
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        lines = Lines(Nth(".py", number)).run(functools.partial(model.load_state_dict, checkpoint))
+        assert all(tensors[key] is now for key, now in (*model.named_parameters(), *model.named_buffers()))
+        assert list(checkpoint) == keys
+        assert all(map(torch.equal, checkpoint.values(), values))
+        model.load_state_dict(checkpoint)
+        assert values_of(model) == values_of(loaded)
+        if not lines.interrupted:
+            break
+    assert number > 5 or name == "sync"  # which is torch's

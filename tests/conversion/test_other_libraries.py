@@ -186,3 +186,28 @@ def test_synchronized_layers_of_other_libraries(convert):
     convert_to_batchnorm(model)
     assert Picture(model) == before
     assert {type(bn) for bn in convert_to_batchnorm(model)} == {nn.BatchNorm2d}
+
+
+def test_what_timms_own_tools_do_to_frozen_layers():
+    """As docs/modules.md says: what to call in the place of one, and before the other."""
+    import_torchvision()
+    byobnet = pytest.importorskip("timm.models.byobnet")
+    from timm.utils import model as timm_tools
+
+    model = lived_in(nn.Sequential(byobnet.MobileOneBlock(4, 4))).eval()
+    x = torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    convert_frozen_batchnorm(model)
+    timm_tools.unfreeze(model)
+    assert all(type(layer) is FrozenBatchNorm2d for layer in find_layers(model).values())
+    with pytest.raises(AssertionError, match=r"^$"):
+        timm_tools.reparameterize_model(model)
+    convert_to_batchnorm(model)
+    assert {type(layer) for layer in find_layers(model).values()} <= {nn.BatchNorm2d, timm_layer_class()}
+    fused = timm_tools.reparameterize_model(model)
+    assert not find_layers(fused)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def timm_layer_class() -> type[nn.Module]:
+    return pytest.importorskip("timm.layers.norm_act").BatchNormAct2d

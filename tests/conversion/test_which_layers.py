@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from model_zoo import EVERY_CONVERSION, Picture, X, convnet, find_layers, lived_in
+from model_zoo import EVERY_CONVERSION, Picture, X, convnet, find_layers, lived_in, timm_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -63,6 +63,49 @@ def test_include_and_exclude(include, exclude, converted):
     convert_ghost(model, 2, include=include, exclude=exclude)
     assert {name for name, layer in model.named_modules() if isinstance(layer, GhostBN)} == converted
     assert model["head"]["shared"] is model["stem"][1]
+
+
+def _timm_blocks() -> nn.Module:
+    return timm_model("test_efficientnet.r160_in1k").blocks
+
+
+SLICES = {
+    "nn.Sequential": lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3)), nn.BatchNorm2d(3)),
+    "nn.ModuleList": lambda: nn.ModuleList(
+        [nn.BatchNorm2d(3), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), nn.BatchNorm2d(3)]
+    ),
+    "timm": _timm_blocks,
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+@EVERY_CONVERSION
+def test_a_slice_says_which_part_of_a_model(name, convert):
+    """A slice itself is another container, with places of its own: ``convert(model[:2])`` changes those alone."""
+    model = SLICES[name]()
+    old, head, tail = find_layers(model), model[:-1], model[-1]
+    assert convert(model, include=head) is model
+    new = find_layers(model)
+    assert list(new) == list(old)
+    inside = set(tail.modules())
+    assert [layer is old[name] for name, layer in new.items()] == [old[name] in inside for name in old]
+    assert 0 < sum(layer in inside for layer in old.values()) < len(old)
+    convert_to_batchnorm(model)
+    convert(model, exclude=model[-1:])
+    assert [layer is old[name] for name, layer in find_layers(model).items()] == [old[name] in inside for name in old]
+    convert_to_batchnorm(model, include=model[:-1])
+    assert find_layers(model) == old
+
+
+@EVERY_CONVERSION
+def test_a_slice_as_the_model_is_what_is_converted(convert):
+    """Why the documentation says include=: the model is left with its own places, and what they share is replaced."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3)), nn.BatchNorm2d(3))
+    part = convert(model[:2])
+    assert type(model[0]) is nn.BatchNorm2d
+    assert type(part[0]) is not nn.BatchNorm2d
+    assert model[1] is part[1]
+    assert type(model[1][0]) is not nn.BatchNorm2d
 
 
 def test_names_are_those_without_wrappers():
