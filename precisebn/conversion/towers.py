@@ -40,9 +40,9 @@ class LevelTower(MultiInputSequential):
 
     def forward(self, xs: Any) -> Any:
         """The tower's output for a level, or for a list of them."""
-        if not isinstance(xs, Tensor) or not self._asks_for_all():
+        if isinstance(xs, Sequence | Mapping) or not self._asks_for_all():
             return super().forward(xs)
-        return self._levels.result(self, xs)
+        return self._levels.result(self, xs)  # also for a Proxy of torch.fx, which is never one of the levels
 
     def _asks_for_all(self) -> bool:
         return any(

@@ -17,7 +17,14 @@ from model_zoo import Picture
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from precisebn import InputError, convert_frozen_batchnorm, convert_shared_head, convert_to_batchnorm, update_bn_stats
+from precisebn import (
+    InputError,
+    convert_concat_shared,
+    convert_frozen_batchnorm,
+    convert_shared_head,
+    convert_to_batchnorm,
+    update_bn_stats,
+)
 from precisebn.conversion.towers import LevelTower
 from precisebn.nn import (
     ConcatSharedBN,
@@ -479,6 +486,20 @@ def test_threads_have_levels_of_their_own():
         thread.join(60)
     handle.remove()
     torch.testing.assert_close([got[seed] for seed in range(4)], expected)
+
+
+def test_an_unchanged_loop_is_told_of_if_layers_alone_are_converted():
+    head = convert_concat_shared(new_head())
+    with pytest.warns(UserWarning, match="convert_shared_head"):
+        head(levels())
+    convert_shared_head(head)
+    torch.testing.assert_close(head(levels()), by_hand(new_head(), levels(), "concat"))
+
+
+@TOWERS
+def test_a_graph_of_one_level_cannot_be_had_in_training(how):
+    with pytest.raises(InputError, match="is not running"):
+        torch.fx.symbolic_trace(convert_shared_head(new_head(), how, levels=3).classes.tower)
 
 
 def test_compiled_in_evaluation_and_an_error_in_training():
