@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precisebn._torch import in_backward
 from precisebn.conversion.handover import carry_over, move_hooks, names_of, put_in_place
 from precisebn.errors import InputError
 from precisebn.models.transaction import Transaction
@@ -137,7 +138,7 @@ class Levels(threading.local):
         if self.tensors is None:
             repeated = " (a forward that activation checkpointing repeats: checkpoint the head as a whole)"
             raise InputError(
-                f"{_shown(tower)} is called on one tensor{repeated if _in_backward() else ''}, but the head that "
+                f"{_shown(tower)} is called on one tensor{repeated if in_backward() else ''}, but the head that "
                 "convert_shared_head has converted is not running, or was called without a list of levels; convert "
                 "the module whose forward takes the list and loops over it, or use how='cycle'"
             )
@@ -324,7 +325,3 @@ def _version(x: Tensor) -> int:
 
 def _shown(tower: LevelTower) -> str:
     return f"tower {tower._name!r}"
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -151,8 +151,8 @@ class _Interrupting:
 
     def __init__(self, again_after: int) -> None:
         self.again_after = again_after
-        self.lines = Lines(lambda number, where: number == self.again_at)
         self.again_at = -1
+        self.lines = Lines(lambda number, where: number == self.again_at)
 
     def __call__(self, bn: nn.Module) -> nn.Module:
         if isinstance(bn, nn.BatchNorm1d):
