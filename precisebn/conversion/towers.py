@@ -132,15 +132,16 @@ class Levels(threading.local):
         if torch.compiler.is_compiling():
             raise InputError(
                 f"{_shown(tower)} of a shared head normalizes all levels together, across the calls of a loop, which "
-                "torch.compile cannot see; compile the head in evaluation mode after convert_to_batchnorm, or leave "
-                "the head out of it"
+                "torch.compile cannot see; leave the head out of compiled code (how='concat' compiles in evaluation "
+                "mode, and what convert_to_batchnorm makes of it always)"
             )
         if self.tensors is None:
             repeated = " (a forward that activation checkpointing repeats: checkpoint the head as a whole)"
             raise InputError(
                 f"{_shown(tower)} is called on one tensor{repeated if in_backward() else ''}, but the head that "
-                "convert_shared_head has converted is not running, or was called without a list of levels; convert "
-                "the module whose forward takes the list and loops over it, or use how='cycle'"
+                "convert_shared_head has converted is not running, was called without a list of levels, or is compiled "
+                "by torch.compile; convert the module whose forward takes the list and loops over it, leave it out of "
+                "compiled code, or use how='cycle'"
             )
         places = [k for k, level in enumerate(self.tensors) if level is x]
         if not places:
@@ -193,13 +194,14 @@ def make_towers(head: nn.Module, changes: Transaction, *, count: int | None) -> 
     levels = Levels(count)
     twins: dict[nn.Module, nn.Module] = {}
     for name, tower in _towers(head, "", head):
-        twins[tower] = level_tower = _twin(tower, LevelTower(), changes)
-        vars(level_tower).update(_levels=levels, _name=name)
-        for part in tower.modules():
-            if part is not tower and _is_sequential(part) and _holds(part):
-                twins[part] = _twin(part, MultiInputSequential(), changes)
+        if tower not in twins:  # it may stand in several places
+            twins[tower] = level_tower = _twin(tower, LevelTower(), changes)
+            vars(level_tower).update(_levels=levels, _name=name)
     if not twins:
         return
+    for part in [part for tower in twins for part in tower.modules()]:
+        if part not in twins and _is_sequential(part) and _holds(part):
+            twins[part] = _twin(part, MultiInputSequential(), changes)
     put_in_place(head, twins, changes)
     changes.on_undo(_unhook, head)
     head.register_forward_pre_hook(_Begin(levels), with_kwargs=True)

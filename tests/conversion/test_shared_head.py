@@ -427,7 +427,10 @@ WRONG_LOOPS = {
     ),
     "twice on each": (lambda head, xs: [head.tower(x) + head.tower(x) for x in xs], "called twice on level 0 before"),
     "in place": (lambda head, xs: [head.tower(x.mul_(2)) for x in xs], "level 1 was changed in place"),
-    "no list": (lambda head, xs: [head.tower(x) for x in xs.split(1)], "called without a list of levels; convert the"),
+    "no list": (
+        lambda head, xs: [head.tower(x) for x in xs.split(1)],
+        "called without a list of levels, .* convert the",
+    ),
     "an exception": (lambda head, xs: [head.tower(x) for x in xs] + [xs["x"]], "list indices"),
 }
 
@@ -511,6 +514,31 @@ def test_compiled_in_evaluation_and_an_error_in_training():
     with pytest.raises(Exception, match=r"torch\.compile cannot see"):
         compiled.train()(levels())
     torch._dynamo.reset()
+
+
+@TOWERS
+def test_compiled_in_parts_it_is_an_error_too(how):
+    torch._dynamo.reset()
+    compiled = torch.compile(convert_shared_head(new_head(), how, levels=3), backend="eager")
+    with pytest.raises(InputError, match=r"torch\.compile"):
+        compiled(levels())
+    torch._dynamo.reset()
+
+
+@TOWERS
+def test_a_tower_in_several_places(how):
+    """Of one head, or inside another tower: it is one tower still, and works in each."""
+    head = new_head()
+    head.boxes = head.classes
+    head.classes.tower[2] = head.classes.tower[0]
+    before, plain = Picture(head), copy.deepcopy(head)
+    convert_shared_head(head, how, levels=3)
+    torch.testing.assert_close(head(levels()), by_hand(plain, levels(), how))
+    assert head.classes.tower[0] is head.classes.tower[2]
+    assert int(head.classes.tower[0][1].num_batches_tracked.max()) == 4
+    head.load_state_dict(plain.state_dict())
+    convert_to_batchnorm(head)
+    assert Picture(head) == before
 
 
 def test_a_slice_of_a_tower_is_no_part_of_the_head():
