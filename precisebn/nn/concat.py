@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from precisebn._torch import in_backward
 from precisebn.errors import InputError
 from precisebn.functional import batch_norm
-from precisebn.nn.population import PopulationNorm, in_backward
+from precisebn.nn.population import PopulationNorm
 
 __all__ = ["ConcatSharedBN"]
 
