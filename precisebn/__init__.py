@@ -12,6 +12,7 @@ from precisebn.conversion.converters import (
     convert_to_batchnorm,
     replace_batchnorm,
 )
+from precisebn.conversion.shared_head import convert_shared_head
 from precisebn.errors import (
     BatchFormatError,
     CycleError,
@@ -49,6 +50,7 @@ __all__ = [
     "convert_domain_specific",
     "convert_frozen_batchnorm",
     "convert_ghost",
+    "convert_shared_head",
     "convert_sync_batchnorm",
     "convert_to_batchnorm",
     "frozen_batch_norm",

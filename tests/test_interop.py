@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from precisebn import InsufficientDataError, update_bn_stats
-from precisebn.recalibration.recording import _normalizes_its_input
+from precisebn.models.families import normalizes_its_input
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -65,7 +65,7 @@ def test_timm_models_agree_with_fvcore(timm, fvcore_bn, name, layer):
     assert any(type(bn).__name__ == layer for bn in _bn(ours))
     theirs = copy.deepcopy(ours)
     batches = [torch.randn(4, 3, 64, 64) for _ in range(2)]
-    assert all(map(_normalizes_its_input, _bn(ours)))  # so that the fast and exact way is taken
+    assert all(map(normalizes_its_input, _bn(ours)))  # so that the fast and exact way is taken
     report = update_bn_stats(ours, batches, 2)
     fvcore_bn.update_bn_stats(theirs, batches, 2)
     assert len(report.layers) == len(_bn(ours))

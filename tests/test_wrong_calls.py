@@ -78,13 +78,13 @@ WRONG_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("device is a list", lambda: update(device=["cpu"]), r"device=\['cpu'\] is no device"),
     ("process_group without processes", lambda: update(process_group=object()), "torch.distributed is not initialized: init_process_group"),
     # ---- modules=
-    ("modules is a typo", lambda: update(modules="necks"), "modules='necks' selects no BatchNorm layer of Encoder; it has 2: 'stem.1', 'neck'"),
-    ("modules names no BatchNorm", lambda: update(modules="stem.0"), "modules='stem.0' selects no BatchNorm layer of Encoder; it has 2: 'stem.1', 'neck'"),
-    ("modules of another model", lambda: update(modules=[nn.BatchNorm2d(8)]), "modules=the BatchNorm2d given selects no BatchNorm layer of Encoder"),
+    ("modules is a typo", lambda: update(modules="necks"), "modules='necks' matches no BatchNorm layer of Encoder; it has 2: 'stem.1', 'neck'"),
+    ("modules names no BatchNorm", lambda: update(modules="stem.0"), "modules='stem.0' matches no BatchNorm layer of Encoder; it has 2: 'stem.1', 'neck'"),
+    ("modules of another model", lambda: update(modules=[nn.BatchNorm2d(8)]), "modules=the BatchNorm2d given matches no BatchNorm layer of Encoder"),
     ("modules is None", lambda: update(modules=None), "modules=None must be 'training', 'all', or modules, names and patterns"),
-    ("modules is empty", lambda: update(modules=[]), "modules= is empty, so there is nothing to recalibrate; 'all' selects every"),
+    ("modules is empty", lambda: update(modules=[]), "modules= is empty, so it chooses nothing; 'all' takes every"),
     ("modules holds a number", lambda: update(modules=["neck", 3]), "modules= takes modules, names and patterns, not int: 3"),
-    ("modules of a model without any", lambda: update_bn_stats(nn.Linear(3, 3), NARROW, 1, modules="bn"), "modules='bn' selects nothing: Linear has no BatchNorm layer"),
+    ("modules of a model without any", lambda: update_bn_stats(nn.Linear(3, 3), NARROW, 1, modules="bn"), "modules='bn' matches no BatchNorm layer of Linear; it has none at all"),
     # ---- estimator="batch-mean"
     ("one value has no variance", lambda: update_bn_stats(nn.BatchNorm1d(3), [torch.ones(1, 3)], 1, estimator="batch-mean"), r"layer '' got one value per channel, shape \(1, 3\).* use larger mini-batches or estimator='population'"),
     # ---- adapt_bn_stats
@@ -94,7 +94,7 @@ WRONG_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("prior=True", lambda: adapt(True), "prior=True must be a number of samples"),
     ("prior=None", lambda: adapt(None), "prior=None must be a number of samples"),
     ("adapting with too little data", lambda: adapt(num_iters=11), "num_iters=11, but the data loader ended after 10"),
-    ("adapting another model's layers", lambda: adapt(modules="bn1"), "modules='bn1' selects no BatchNorm layer of Encoder"),
+    ("adapting another model's layers", lambda: adapt(modules="bn1"), "modules='bn1' matches no BatchNorm layer of Encoder"),
     # ---- Moments
     ("Moments of a vector", lambda: Moments.of(torch.ones(3)), r"x must be \(N, C, \*\), at least 2 dimensions, but has shape \(3\)"),
     ("Moments of integers", lambda: Moments.of(torch.ones(2, 3).long()), r"x \(2, 3\) must be float32, .* but is torch\.int64"),

@@ -3,6 +3,10 @@
 Each is :func:`precisebn.replace_batchnorm` with a factory: the model is changed in place and returned, layers keep
 their parameters, modes, hooks and names, and :func:`convert_to_batchnorm` restores the model, bit for bit if nothing
 has been trained in between. ("Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, says when to use which.)
+
+Convert first; then make what holds on to parameters, buffers or the order of the state dict: averages of weights (EMA,
+SWA), optimizers, DistributedDataParallel, FSDP, compiled models. An optimizer made before goes on training the
+parameters that are still there; wrappers that would not see the new layers are refused.
 """
 
 from typing import Any, Literal
@@ -11,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from precisebn.conversion.engine import Conversion, replace_batchnorm, replace_layers
-from precisebn.conversion.layers import describe, frozen_class, memory_of, placement, plain_class, recognized
+from precisebn.conversion.layers import describe, frozen_class, origin_of, placement, plain_class, recognized
 from precisebn.errors import InputError
 from precisebn.models.selection import ModuleSelection
 from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN
@@ -45,7 +49,7 @@ def convert_frozen_batchnorm(
     of precisebn too, and those of precisebn with another ``trainable_affine`` are made anew.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         trainable_affine: whether weight and bias remain parameters, the very ones; otherwise they become buffers, of
             the same values, and come back as the parameters that they were with :func:`convert_to_batchnorm`.
         bn_class: which number of dimensions layers are for that take any (SyncBatchNorm, GhostBN and so on), unless
@@ -103,7 +107,7 @@ def convert_domain_specific(
     the same for every domain, which :func:`precisebn.nn.use_domain` says.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         num_domains: K.
         normalize: see :class:`precisebn.nn.DomainSpecificBN`, as are the next two.
         population: whose running statistics.
@@ -127,23 +131,8 @@ def convert_domain_specific(
         >>> model[0].running_mean.shape, model[0].weight.shape
         (torch.Size([2, 8]), torch.Size([8]))
     """
-    if affine not in ("domain", "shared"):
-        raise InputError(f"affine={affine!r} must be 'domain' or 'shared'; layers without affine stay without")
-    settings: dict[str, Any] = {"normalize": normalize, "population": population}
-    DomainSpecificBN(1, num_domains, affine=affine, **settings)  # raises what is wrong before the model is looked at
-
-    def build(name: str, bn: _BatchNorm) -> nn.Module:
-        own = affine if bn.weight is not None else None
-        return _like(bn, DomainSpecificBN, num_domains=num_domains, **settings, affine=own)
-
-    def is_done(layer: nn.Module) -> bool:
-        return (
-            isinstance(layer, DomainSpecificBN)
-            and (layer.num_domains, layer.normalize, layer.population) == (num_domains, normalize, population)
-            and (layer.weight is None or (layer.weight.dim() == 2) == (affine == "domain"))
-        )
-
-    return replace_layers(model, Conversion(build, is_done), include, exclude)
+    conversion = to_domains(num_domains, normalize=normalize, population=population, affine=affine)
+    return replace_layers(model, conversion, include, exclude)
 
 
 def convert_cycle(
@@ -156,7 +145,7 @@ def convert_cycle(
     layer that is called with it needs telling domains apart otherwise, use :func:`convert_domain_specific`.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         length: BatchNorms in a cycle.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
@@ -176,18 +165,7 @@ def convert_cycle(
         >>> len(head[1]), [name for name, _ in head.named_parameters()]
         (3, ['0.weight', '0.bias', '1.weight', '1.bias'])
     """
-    CycleBatchNormList(length, num_features=1)  # raises what is wrong before the model is looked at
-
-    def build(name: str, bn: _BatchNorm) -> nn.Module:
-        member_class, settings = plain_class(bn, nn.BatchNorm2d), dict[str, Any]()
-        if recognized(bn).synchronized:
-            member_class, settings = nn.SyncBatchNorm, {"process_group": vars(bn).get("process_group")}
-        return _like(bn, CycleBatchNormList, length=length, bn_class=member_class, **settings)
-
-    def is_done(layer: nn.Module) -> bool:
-        return isinstance(layer, CycleBatchNormList) and layer.length == length
-
-    return replace_layers(model, Conversion(build, is_done), include, exclude)
+    return replace_layers(model, to_cycle(length), include, exclude)
 
 
 def convert_concat_shared(
@@ -196,10 +174,11 @@ def convert_concat_shared(
     """Let the BatchNorm layers of a model take several tensors together: ConcatSharedBN in their places.
 
     For a head that feature levels share, whose containers then pass lists on
-    (:class:`precisebn.nn.MultiInputSequential`). For a single tensor the layers are what they were.
+    (:class:`precisebn.nn.MultiInputSequential`); :func:`precisebn.convert_shared_head` sees to that as well. For a
+    single tensor the layers are what they were.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
 
@@ -218,7 +197,7 @@ def convert_concat_shared(
         >>> convert_concat_shared(nn.Sequential(nn.BatchNorm2d(8)))[0]([torch.randn(2, 8, 4, 4)])[0].shape
         torch.Size([2, 8, 4, 4])
     """
-    return replace_layers(model, _to(ConcatSharedBN), include, exclude)
+    return replace_layers(model, to_class(ConcatSharedBN), include, exclude)
 
 
 def convert_batch_stat(
@@ -227,7 +206,7 @@ def convert_batch_stat(
     """Let the BatchNorm layers of a model use mini-batch statistics at test time too: BatchStatBN in their places.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
 
@@ -247,7 +226,7 @@ def convert_batch_stat(
         >>> model(torch.tensor([[2.0], [6.0]])).flatten().tolist()
         [-1.0, 1.0]
     """
-    return replace_layers(model, _to(BatchStatBN), include, exclude)
+    return replace_layers(model, to_class(BatchStatBN), include, exclude)
 
 
 def convert_ghost(
@@ -258,7 +237,7 @@ def convert_ghost(
     The output in eval mode stays the same.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         ghost_size: samples in a ghost batch.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
@@ -278,7 +257,7 @@ def convert_ghost(
         32
     """
     GhostBN(1, ghost_size)  # raises what is wrong before the model is looked at
-    return replace_layers(model, _to(GhostBN, ghost_size=ghost_size), include, exclude)
+    return replace_layers(model, to_class(GhostBN, ghost_size=ghost_size), include, exclude)
 
 
 def convert_sync_batchnorm(
@@ -294,7 +273,7 @@ def convert_sync_batchnorm(
     places, hooks, and the activation of timm's BatchNormAct2d; and it can be undone.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         process_group: the ranks; None: all.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
@@ -313,7 +292,7 @@ def convert_sync_batchnorm(
         >>> type(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(8)))[0])
         <class 'torch.nn.modules.batchnorm.SyncBatchNorm'>
     """
-    return replace_layers(model, _to(nn.SyncBatchNorm, process_group=process_group), include, exclude)
+    return replace_layers(model, to_class(nn.SyncBatchNorm, process_group=process_group), include, exclude)
 
 
 def convert_to_batchnorm(
@@ -333,7 +312,7 @@ def convert_to_batchnorm(
     torchvision, detectron2, timm and transformers (which unfreezes them), and SyncBatchNorm.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
         domain: the domain to keep, of layers that have several; None requires that they are all equal.
         bn_class: what layers become that take any number of dimensions and were no others before.
         include: see :func:`replace_batchnorm`, but here frozen and replaced layers are included by default.
@@ -346,7 +325,7 @@ def convert_to_batchnorm(
         InputError: as :func:`replace_batchnorm`; a layer of several domains, which differ.
 
     Warns:
-        UserWarning: there is nothing to convert.
+        UserWarning: there is nothing to convert; ``domain`` is given, and no layer has any.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm2d(8))
@@ -363,7 +342,7 @@ def convert_to_batchnorm(
         return _like(bn, plain_class(bn, bn_class)) if recognized(bn).synchronized else bn
 
     def is_done(layer: nn.Module) -> bool:
-        return isinstance(layer, _BatchNorm) and memory_of(layer) is None and not recognized(layer).synchronized
+        return isinstance(layer, _BatchNorm) and origin_of(layer) is None and not recognized(layer).synchronized
 
     conversion = Conversion(
         build, is_done, takes_frozen=True, takes_others=True, is_way_back=True, bn_class=bn_class, domain=domain
@@ -371,13 +350,56 @@ def convert_to_batchnorm(
     return replace_layers(model, conversion, include, exclude)
 
 
-def _to(new_class: type[_NormBase], **settings: Any) -> Conversion:
+def to_class(new_class: type[_NormBase], **settings: Any) -> Conversion:
     """The conversion to a class that takes the same as nn.BatchNorm and keeps these settings as attributes."""
 
     def is_done(layer: nn.Module) -> bool:
         return isinstance(layer, new_class) and all(vars(layer)[key] == value for key, value in settings.items())
 
     return Conversion(lambda name, bn: _like(bn, new_class, **settings), is_done)
+
+
+def to_domains(
+    num_domains: int,
+    *,
+    normalize: Literal["domain", "shared"] = "domain",
+    population: Literal["domain", "shared"] = "domain",
+    affine: Literal["domain", "shared"] = "shared",
+) -> Conversion:
+    """The conversion to DomainSpecificBN."""
+    if affine not in ("domain", "shared"):
+        raise InputError(f"affine={affine!r} must be 'domain' or 'shared'; layers without affine stay without")
+    settings: dict[str, Any] = {"normalize": normalize, "population": population}
+    DomainSpecificBN(1, num_domains, affine=affine, **settings)  # raises what is wrong before the model is looked at
+
+    def build(name: str, bn: _BatchNorm) -> nn.Module:
+        own = affine if bn.weight is not None else None
+        return _like(bn, DomainSpecificBN, num_domains=num_domains, **settings, affine=own)
+
+    def is_done(layer: nn.Module) -> bool:
+        return (
+            isinstance(layer, DomainSpecificBN)
+            and (layer.num_domains, layer.normalize, layer.population) == (num_domains, normalize, population)
+            and (layer.weight is None or (layer.weight.dim() == 2) == (affine == "domain"))
+        )
+
+    return Conversion(build, is_done)
+
+
+def to_cycle(length: int) -> Conversion:
+    """The conversion to CycleBatchNormList."""
+    CycleBatchNormList(length, num_features=1)  # raises what is wrong before the model is looked at
+
+    def build(name: str, bn: _BatchNorm) -> nn.Module:
+        member_class, settings = plain_class(bn, nn.BatchNorm2d), dict[str, Any]()
+        if recognized(bn).synchronized:
+            member_class, settings = nn.SyncBatchNorm, {"process_group": vars(bn).get("process_group")}
+        return _like(bn, CycleBatchNormList, length=length, bn_class=member_class, **settings)
+
+    def is_done(layer: nn.Module) -> bool:
+        return isinstance(layer, CycleBatchNormList) and layer.length == length
+
+    return Conversion(build, is_done)
 
 
 def _like(bn: _BatchNorm, new_class: type[nn.Module], **settings: Any) -> nn.Module:

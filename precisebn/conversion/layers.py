@@ -1,14 +1,10 @@
-"""What conversions know of layers: which modules are BatchNorm layers, of which family, and which cannot be replaced.
+"""What conversions know of layers: which there are, what they were made from, and which cannot be replaced.
 
-A layer that is replaced no longer runs its own forward, so what that forward does must be known. Classes of other
-libraries are told by the module and the qualified name of the forward that they run, which needs no import of those
-libraries and holds for subclasses that leave the forward alone.
+A layer that is replaced no longer runs its own forward, so what that forward does must be known
+(:mod:`precisebn.models.families`).
 """
 
-import inspect
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -16,24 +12,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from precisebn.errors import InputError
-from precisebn.models.selection import named_modules
+from precisebn.models.families import OURS, Family, class_family, describe_forward, family_of
 from precisebn.nn import CycleBatchNormList
 from precisebn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenNorm
-from precisebn.nn.population import PopulationNorm
 
 __all__ = [
-    "MEMORY",
-    "OURS",
-    "Kind",
-    "Memory",
+    "ORIGIN",
+    "Origin",
     "check_forward",
     "check_layers",
     "check_wrappers",
     "describe",
-    "find_layers",
     "frozen_class",
-    "kind_of",
-    "memory_of",
+    "is_layer",
+    "origin_of",
     "placement",
     "plain_class",
     "plain_twin",
@@ -42,46 +34,12 @@ __all__ = [
 ]
 
 
-class Kind(NamedTuple):
-    """What is known of a class of layers that normalizes the tensor that it is called with.
-
-    Attributes:
-        tail: children that its forward applies to the normalized tensor, in this order.
-        frozen: whether it keeps its statistics fixed.
-        synchronized: whether it uses the statistics of all ranks.
-    """
-
-    tail: tuple[str, ...] = ()
-    frozen: bool = False
-    synchronized: bool = False
+ORIGIN = "_precisebn_origin"
+"""The attribute of a converted layer that holds its :class:`Origin`."""
 
 
-_ACT = ("drop", "act")
-# Module and qualified name of the forward, as patterns; the first that matches counts.
-_KINDS = (
-    ("torch.nn.modules.batchnorm", "_BatchNorm.forward", Kind()),
-    ("torch.nn.modules.batchnorm", "SyncBatchNorm.forward", Kind(synchronized=True)),
-    ("precisebn.nn.frozen", "FrozenNorm.forward", Kind(frozen=True)),
-    ("precisebn.nn.*", "*.forward", Kind()),
-    ("torchvision.ops.misc", "FrozenBatchNorm2d.forward", Kind(frozen=True)),
-    ("timm.*.norm_act", "BatchNormAct2d.forward", Kind(_ACT)),
-    ("timm.*.norm_act", "SyncBatchNormAct.forward", Kind(_ACT, synchronized=True)),
-    ("timm.*.norm_act", "FrozenBatchNormAct2d.forward", Kind(_ACT, frozen=True)),
-    ("detectron2.layers.*", "BatchNorm2d.forward", Kind()),
-    ("detectron2.layers.batch_norm", "NaiveSyncBatchNorm.forward", Kind(synchronized=True)),
-    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d.forward", Kind(frozen=True)),
-    ("apex.parallel.*sync_batchnorm", "SyncBatchNorm.forward", Kind(synchronized=True)),
-    ("transformers.models.*", "*FrozenBatchNorm2d.forward", Kind(frozen=True)),
-)
-
-OURS = (PopulationNorm, FrozenNorm, CycleBatchNormList)
-
-MEMORY = "_precisebn_was"
-"""The attribute of a converted layer that holds its :class:`Memory`."""
-
-
-class Memory(NamedTuple):
-    """What a converted layer was. As a tuple it is no submodule: state dicts and parameters hold nothing of it.
+class Origin(NamedTuple):
+    """What a converted layer was made from. As a tuple it is no submodule: state dicts hold nothing of it.
 
     Attributes:
         layer: the very layer, which shares parameters, buffers and hooks with the one in its place where it can.
@@ -96,53 +54,24 @@ class Memory(NamedTuple):
     settings: dict[str, Any]
 
 
-def memory_of(layer: nn.Module) -> Memory | None:
-    """What a layer was before it was converted."""
-    memory: Memory | None = vars(layer).get(MEMORY)
-    return memory
+def origin_of(layer: nn.Module) -> Origin | None:
+    """What a layer was made from, if a conversion made it."""
+    origin: Origin | None = vars(layer).get(ORIGIN)
+    return origin
 
 
-def kind_of(layer: nn.Module) -> Kind | None:
-    """The kind of a layer, or None where the forward that it runs is not known."""
-    attributes = vars(layer)
-    if "forward" in attributes or attributes.get("fuse_relu") or attributes.get("channel_last"):  # the latter: apex's
-        return None
-    return _kind_of(*_forward(layer))
+def recognized(layer: nn.Module) -> Family:
+    """The family of a layer by its class alone, whatever has been put on the instance; a plain one if unknown."""
+    return class_family(layer) or Family()
 
 
-def recognized(layer: nn.Module) -> Kind:
-    """The kind of a layer by its class alone, whatever has been put on the instance; a plain one if unknown."""
-    return _kind_of(*_forward(layer)) or Kind()
+def is_layer(module: nn.Module) -> bool:
+    """Whether a conversion may look at a module.
 
-
-def _forward(layer: nn.Module) -> tuple[str, str]:
-    """Module and qualified name of the forward of a layer's class."""
-    forward = inspect.getattr_static(type(layer), "forward")  # torch.jit's is computed, and for an instance only
-    return getattr(forward, "__module__", None) or "?", getattr(forward, "__qualname__", "?")
-
-
-@cache
-def _kind_of(module: str, name: str) -> Kind | None:
-    return next((kind for m, n, kind in _KINDS if fnmatchcase(module, m) and fnmatchcase(name, n)), None)
-
-
-def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All layers that a conversion may look at, by qualified name, in the model's order.
-
-    BatchNorm layers, those of precisebn.nn, frozen ones of other libraries, and whatever has replaced one of them.
-    What lies inside such a layer, as the members of a CycleBatchNormList do, is part of it.
+    BatchNorm layers, those of precisebn.nn, frozen ones of other libraries, and whatever has replaced one of them. What
+    lies inside such a layer, as the members of a CycleBatchNormList do, is part of it.
     """
-    found: dict[str, nn.Module] = {}
-    inside: set[nn.Module] = set()
-    for name, module in named_modules(model):
-        if module not in inside and _is_layer(module):
-            found[name] = module
-            inside.update(module.modules())
-    return found
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (_BatchNorm, *OURS)) or recognized(module).frozen or memory_of(module) is not None
+    return isinstance(module, (_BatchNorm, *OURS)) or recognized(module).frozen or origin_of(module) is not None
 
 
 def describe(name: str, layer: nn.Module) -> str:
@@ -254,12 +183,9 @@ def _inside_quantized(model: nn.Module) -> set[nn.Module]:
 
 def check_forward(name: str, layer: nn.Module) -> None:
     """Raise for a layer that may do something else than normalize its input."""
-    if kind_of(layer) is None:
+    if family_of(layer) is None:
         raise InputError(
-            f"{describe(name, layer)} has a forward of its own, {_where(layer)}, which a conversion would drop; leave "
-            "the layer out, exclude=, or say yourself what takes its place: precisebn.replace_batchnorm(model, factory)"
+            f"{describe(name, layer)} has a forward of its own, {describe_forward(layer)}, which a conversion would "
+            "drop; leave the layer out, exclude=, or say yourself what takes its place: "
+            "precisebn.replace_batchnorm(model, factory)"
         )
-
-
-def _where(layer: nn.Module) -> str:
-    return "put on the instance" if "forward" in vars(layer) else ".".join(_forward(layer))

@@ -1,23 +1,32 @@
 """Which layers: find BatchNorm layers in a model, and choose among them by mode, name, pattern or instance."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from precisebn.errors import InputError
+from precisebn.models.families import is_batch_norm
 from precisebn.nn.frozen import FrozenNorm
-from precisebn.nn.population import PopulationNorm
 
-__all__ = ["ModuleSelection", "find_bn", "get_bn_modules", "matching", "named_modules", "select_bn"]
-
-_KINDS = (_BatchNorm, PopulationNorm, FrozenNorm)
+__all__ = [
+    "ModuleSelection",
+    "Selection",
+    "find_bn",
+    "get_bn_modules",
+    "listed",
+    "named_modules",
+    "select",
+    "select_bn",
+]
 
 ModuleSelection = str | nn.Module | Iterable[str | nn.Module]
-"""``"training"``, ``"all"``, or modules, qualified names and glob patterns, one or several."""
+"""Modules, qualified names and glob patterns, one or several; for ``modules=`` also ``"training"`` and ``"all"``."""
 
 # Path components that wrappers put between a layer's name and what the user calls it.
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
@@ -40,10 +49,12 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
 
 def find_bn(model: nn.Module) -> dict[str, _NormBase]:
     """All BatchNorm layers by qualified name, in the order of ``named_modules``, without the names of wrappers."""
-    return {name: layer for name, layer in named_modules(model) if isinstance(layer, _KINDS)}
+    return {name: module for name, module in named_modules(model) if is_batch_norm(module)}
 
 
-def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _NormBase]:
+def select_bn(
+    model: nn.Module, modules: ModuleSelection, exclude: ModuleSelection | None = None
+) -> dict[str, _NormBase]:
     """The BatchNorm layers that ``modules`` asks for, by qualified name and in the model's order.
 
     Args:
@@ -51,64 +62,164 @@ def select_bn(model: nn.Module, modules: ModuleSelection) -> dict[str, _NormBase
         modules: ``"training"``: those in training mode; ``"all"``: all; neither takes frozen ones. Otherwise one or
             several of: a BatchNorm layer of the model, a module of it that contains some, a qualified name of either,
             or a glob pattern over qualified names (``"backbone.*"``); these take frozen ones too.
+        exclude: which of them not; the same, but for ``"training"`` and ``"all"``.
 
     Raises:
-        InputError: something that selects no BatchNorm layer of this model; the message lists what there is.
+        InputError: something that matches no BatchNorm layer of this model; the message lists what there is.
     """
-    found = find_bn(model)
-    if isinstance(modules, str) and modules in ("training", "all"):
-        return {
-            name: layer
-            for name, layer in found.items()
-            if (modules == "all" or layer.training) and not isinstance(layer, FrozenNorm)
-        }
-    if not isinstance(modules, str | nn.Module | Iterable):
-        raise InputError(f"modules={modules!r} must be 'training', 'all', or modules, names and patterns")
-    wanted = [modules] if isinstance(modules, str | nn.Module) else list(modules)
-    if not wanted:
-        raise InputError("modules= is empty, so there is nothing to recalibrate; 'all' selects every BatchNorm layer")
-    names = dict(named_modules(model, remove_duplicate=False))
-    chosen: set[str] = set()
-    for item in wanted:
-        matched = matching(item, found, names)
-        if not matched:
-            raise InputError(_nothing_selected(item, model, found))
-        chosen |= matched
-    return {name: layer for name, layer in found.items() if name in chosen}
+    if not isinstance(modules, str) or modules not in ("training", "all"):
+        chosen = select(model, _items("modules", modules), exclude, argument="modules").chosen
+        return {name: layer for name, layer in chosen.items() if is_batch_norm(layer)}
+    return {
+        name: layer
+        for name, layer in select(model, None, exclude).chosen.items()
+        if is_batch_norm(layer) and (modules == "all" or layer.training) and not isinstance(layer, FrozenNorm)
+    }
 
 
-def matching(item: object, found: Mapping[str, nn.Module], names: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the layers that one item of a selection stands for."""
-    if isinstance(item, str):
-        inside = set(names[item].modules()) if item in names else set()
-        for name, module in names.items():
-            if fnmatchcase(name, item):
-                inside.update(module.modules())
-        return {name for name, layer in found.items() if layer in inside}
-    if isinstance(item, nn.Module):
-        inside = set(item.modules())
-        return {name for name, layer in found.items() if layer in inside}
-    raise InputError(f"modules= takes modules, names and patterns, not {type(item).__name__}: {item!r}")
+class Selection(NamedTuple):
+    """What :func:`select` has found.
+
+    Attributes:
+        found: all layers of the model by qualified name, in its order.
+        chosen: those of them that are included and not excluded.
+        named: layers that the selection names one by one, by a name of theirs or as modules.
+    """
+
+    found: dict[str, nn.Module]
+    chosen: dict[str, nn.Module]
+    named: frozenset[nn.Module]
 
 
-def _nothing_selected(item: str | nn.Module, model: nn.Module, found: Mapping[str, nn.Module]) -> str:
-    shown = repr(item) if isinstance(item, str) else f"the {type(item).__name__} given"
+def select(
+    model: nn.Module,
+    include: ModuleSelection | None,
+    exclude: ModuleSelection | None = None,
+    *,
+    argument: str = "include",
+    is_layer: Callable[[nn.Module], bool] = is_batch_norm,
+    outermost: bool = False,
+) -> Selection:
+    """Choose among the layers of a model: the one place where ``modules=``, ``include=`` and ``exclude=`` are read.
+
+    Args:
+        model: where to look.
+        include: one or several of: a layer, a module that contains some, a qualified name of either, a glob pattern
+            over qualified names, which stands for all layers in what it matches. None: every layer.
+        exclude: the same; what not.
+        argument: what ``include`` is called in the function that the user has called, for messages.
+        is_layer: what counts as a layer.
+        outermost: whether what lies inside a layer is part of it, and no layer.
+
+    Raises:
+        InputError: something that is neither a module nor a string; an ``include`` without items; an item that no
+            layer of the model matches, with those that come near it.
+    """
+    included = None if include is None else _items(argument, include)
+    excluded = None if exclude is None else _items("exclude", exclude)
+    if included is not None and not included:
+        every = "'all' takes every layer" if argument == "modules" else "leave it out to take every layer"
+        raise InputError(f"{argument}= is empty, so it chooses nothing; {every}")
+    # A module in several places has several names, any of which may be asked for.
+    by_name = any(isinstance(item, str) for item in (*(included or ()), *(excluded or ())))
+    places = list(named_modules(model, remove_duplicate=not by_name))
+    found = dict(_layers(places, is_layer, outermost))
+    chosen = set(found.values()) if included is None else _matched(argument, included, model, found, places)
+    if excluded is not None:
+        chosen -= _matched("exclude", excluded, model, found, places)
+    asked_for = set(included or ())
+    named = {module for name, module in places if name in asked_for or module in asked_for}
+    return Selection(
+        found,
+        {name: layer for name, layer in found.items() if layer in chosen},
+        frozenset(named.intersection(found.values())),
+    )
+
+
+def listed(found: Mapping[str, nn.Module]) -> str:
+    """How many layers there are and the names of the first, for messages."""
     if not found:
-        return f"modules={shown} selects nothing: {type(model).__name__} has no BatchNorm layer"
-    some = ", ".join(repr(name) for name in list(found)[:6]) + (", ..." if len(found) > 6 else "")
-    return f"modules={shown} selects no BatchNorm layer of {type(model).__name__}; it has {len(found)}: {some}"
+        return "none at all"
+    return f"{len(found)}: " + ", ".join(repr(name) for name in list(found)[:6]) + (", ..." if len(found) > 6 else "")
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules`` with the names that layers have without wrappers around the model or its parts."""
-    wrapped: set[str] = set()  # qualified names of modules that only wrap their child `module`
-    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if isinstance(module, _WRAPPERS):
-            wrapped.add(f"{name}.module".lstrip("."))
-        parts = name.split(".")
-        kept = [
-            part
-            for i, part in enumerate(parts)
-            if part not in _WRAPPER_COMPONENTS and ".".join(parts[: i + 1]) not in wrapped
+    seen: set[nn.Module] = set()
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if remove_duplicate:
+            if module in seen:
+                continue
+            seen.add(module)
+        yield name, module
+        wraps = isinstance(module, _WRAPPERS)
+        children = [
+            (name if key in _WRAPPER_COMPONENTS or (wraps and key == "module") else f"{name}.{key}".lstrip("."), child)
+            for key, child in module._modules.items()
+            if child is not None
         ]
-        yield ".".join(kept), module
+        stack.extend(reversed(children))
+
+
+def _layers(
+    places: Iterable[tuple[str, nn.Module]], is_layer: Callable[[nn.Module], bool], outermost: bool
+) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer once, under the first of its names."""
+    seen: set[nn.Module] = set()
+    for name, module in places:
+        if module not in seen and is_layer(module):
+            yield name, module
+            seen.update(module.modules() if outermost else (module,))
+
+
+def _items(argument: str, selection: ModuleSelection) -> list[str | nn.Module]:
+    if isinstance(selection, str | nn.Module):
+        return [selection]
+    if not isinstance(selection, Iterable):
+        keywords = "'training', 'all', or " if argument == "modules" else ""
+        raise InputError(f"{argument}={selection!r} must be {keywords}modules, names and patterns, one or several")
+    items = list(selection)
+    for item in items:
+        if not isinstance(item, str | nn.Module):
+            raise InputError(f"{argument}= takes modules, names and patterns, not {type(item).__name__}: {item!r}")
+    return items
+
+
+def _matched(
+    argument: str,
+    items: Iterable[str | nn.Module],
+    model: nn.Module,
+    found: Mapping[str, nn.Module],
+    places: list[tuple[str, nn.Module]],
+) -> set[nn.Module]:
+    """The layers that the items of a selection stand for, each for at least one."""
+    layers, chosen = set(found.values()), set[nn.Module]()
+    for item in items:
+        if isinstance(item, str):
+            tops = [module for name, module in places if name == item or fnmatchcase(name, item)]
+        else:
+            tops = [item]
+        matched = layers.intersection(part for top in tops for part in top.modules())
+        if not matched:
+            raise InputError(_no_match(argument, item, model, found, places))
+        chosen |= matched
+    return chosen
+
+
+def _no_match(
+    argument: str,
+    item: str | nn.Module,
+    model: nn.Module,
+    found: Mapping[str, nn.Module],
+    places: list[tuple[str, nn.Module]],
+) -> str:
+    shown = repr(item) if isinstance(item, str) else f"the {type(item).__name__} given"
+    message = f"{argument}={shown} matches no BatchNorm layer of {type(model).__name__}; it has {listed(found)}"
+    if not isinstance(item, str):
+        return message
+    layers = set(found.values())
+    holding = [name for name, module in places if not layers.isdisjoint(module.modules())] if layers else []
+    near = get_close_matches(item, dict.fromkeys(holding), n=3)
+    return f"{message}. Did you mean {' or '.join(map(repr, near))}?" if near else message

@@ -101,7 +101,7 @@ def _refill(place: MutableMapping[Any, Any], content: Mapping[Any, Any]) -> None
     """Item by item: a place that is never empty in between, and may be of torch.jit's kinds, which have no clear()."""
     for key in [key for key in place if key not in content]:
         del place[key]
-    if list(place) != [key for key in content if key in place]:  # the order of a state dict
+    if list(place) != list(content)[: len(place)]:  # the order of a state dict, and that in which hooks run
         for key in list(place):
             del place[key]
     for key, value in content.items():

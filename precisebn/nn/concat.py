@@ -1,11 +1,15 @@
 """ConcatSharedBN: several tensors normalized together, as if concatenated, without the concatenation."""
 
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import overload
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from precisebn._torch import in_backward
 from precisebn.errors import InputError
 from precisebn.functional import batch_norm
 from precisebn.nn.population import PopulationNorm
@@ -46,6 +50,12 @@ class ConcatSharedBN(PopulationNorm):
     Raises:
         InputError: wrong input, or a single value per channel in all.
 
+    Warns:
+        UserWarning: in training it is called on a second tensor before the backward of the first, as a loop over levels
+            calls it: then each is normalized alone. Once for a layer; not in compiled code, nor without gradients. Of
+            calls that are meant to be normalized apart, as of two views of an image, it is a false alarm: take
+            nn.BatchNorm for these.
+
     Example:
         >>> import torch
         >>> bn = ConcatSharedBN(1, eps=0.0)
@@ -66,6 +76,48 @@ class ConcatSharedBN(PopulationNorm):
         if self.uses_batch_statistics:
             ys, moments = batch_norm(tensors, self.weight, self.bias, eps=self.eps)
             self.track(moments)
+            if self not in _warned:
+                self._watch(ys[0] if single else None)
         else:
             ys = [self.frozen(x, self.weight, self.bias) for x in tensors]
         return ys[0] if single else ys
+
+    def _watch(self, y: Tensor | None) -> None:
+        """Warn of single tensors, one after the other, that belong to one step: one backward is still to come for all.
+
+        A single one is no mistake: the layer is then what nn.BatchNorm is.
+        """
+        if torch.compiler.is_compiling() or in_backward():
+            return
+        last = _last_single.pop(self, None)
+        before = None if last is None else last()
+        if not isinstance(y, Tensor) or not y.requires_grad:
+            return
+        if before is not None and not before.has_run:
+            _warned.add(self)
+            warnings.warn(
+                f"{self._shown()} is called on one tensor after the other before a backward: in training it then "
+                "normalizes each by its own statistics, as nn.BatchNorm does. To normalize them together, call it on "
+                "a list of all: MultiInputSequential runs a head over a list, and precisebn.convert_shared_head(head, "
+                "how='concat') lets a head do so whose loop over feature levels stays as it is",
+                UserWarning,
+                stacklevel=5,  # whoever calls the layer
+            )
+            return
+        backward = _Backward()
+        y.register_hook(backward)
+        _last_single[self] = weakref.ref(backward)
+
+
+class _Backward:
+    """A hook on the output of a call, alive as long as the graph of that call."""
+
+    has_run = False
+
+    def __call__(self, grad: Tensor) -> None:
+        self.has_run = True
+
+
+# Beside the layers, not in them: no state that a copy, a pickle or a comparison of two models would see.
+_last_single: "weakref.WeakKeyDictionary[ConcatSharedBN, weakref.ref[_Backward]]" = weakref.WeakKeyDictionary()
+_warned: "weakref.WeakSet[ConcatSharedBN]" = weakref.WeakSet()

@@ -43,9 +43,12 @@ class FrozenNorm(Norm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.trainable_affine = trainable_affine
         if affine and not trainable_affine:
+            statistics = dict(self._buffers)
+            self._buffers.clear()
             for name in ("weight", "bias"):
                 value = self._parameters.pop(name)
                 self.register_buffer(name, None if value is None else value.detach())
+            self._buffers.update(statistics)  # after them: some pair two state dicts by position, as timm's ModelEma
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(N, C, *)`` by the frozen statistics."""

@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from precisebn import ops
 from precisebn.errors import BatchFormatError, CycleError, InputError, NonFiniteStatisticsError
+from precisebn.models.families import normalizes_its_input
 from precisebn.models.selection import named_modules
 from precisebn.nn.cycle import CycleBatchNormList
-from precisebn.nn.frozen import FrozenNorm
 from precisebn.nn.population import PopulationNorm, Recorder
 from precisebn.ops.chan import merge
 from precisebn.statistics.estimator import EstimatorName, PopulationEstimator
@@ -114,7 +114,7 @@ class Recording(AbstractContextManager["Recording"]):
 
     def writes_statistics(self, layer: RecordedLayer) -> bool:
         """False for a layer whose own forward was never seen to write running statistics: nothing is known of it."""
-        known = isinstance(layer.module, PopulationNorm) or _normalizes_its_input(layer.module)
+        known = isinstance(layer.module, PopulationNorm) or normalizes_its_input(layer.module)
         return known or layer.name in self._written
 
     @property
@@ -168,7 +168,7 @@ class Recording(AbstractContextManager["Recording"]):
         scratch_mean, scratch_var = layer.running_mean.clone(), layer.running_var.clone()
         stack.callback(setattr, module, "training", module.training)
         module._buffers["running_mean"], module._buffers["running_var"] = scratch_mean, scratch_var
-        if _normalizes_its_input(module):
+        if normalizes_its_input(module):
             module.training = False
             hook = self._hook(index, layer, scratch_mean, scratch_var)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -281,18 +281,6 @@ class Recording(AbstractContextManager["Recording"]):
             count.add_(num_values)
 
         return before, after
-
-
-_TIMM_FORWARDS = ("BatchNormAct2d.forward", "SyncBatchNormAct.forward")
-
-
-def _normalizes_its_input(layer: _NormBase) -> bool:
-    """Whether a layer's forward is known to normalize the very tensor that it is called with."""
-    forward = type(layer).forward
-    return "forward" not in vars(layer) and (
-        forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, FrozenNorm.forward)
-        or (forward.__module__ == "timm.layers.norm_act" and forward.__qualname__ in _TIMM_FORWARDS)
-    )
 
 
 class _Population(NamedTuple):

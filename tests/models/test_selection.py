@@ -6,7 +6,7 @@ from conftest import state_of
 from torch import nn
 
 from precisebn import InputError, get_bn_modules, update_bn_stats
-from precisebn.models.selection import find_bn, select_bn
+from precisebn.models.selection import find_bn, named_modules, select, select_bn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,9 +111,82 @@ def test_a_layer_with_two_names_is_found_by_either():
 @pytest.mark.parametrize("wrong", ["heads", "tail.*", nn.BatchNorm1d(4), "stem.0", ["head", "bdy.*"]], ids=repr)
 def test_a_selection_of_nothing_lists_the_layers_there_are(model, wrong):
     before = state_of(model)
-    with pytest.raises(InputError, match=r"selects no BatchNorm layer of Net; it has 4: 'stem\.1', .*'head'"):
+    with pytest.raises(InputError, match=r"matches no BatchNorm layer of Net; it has 4: 'stem\.1', .*'head'"):
         update_bn_stats(model, [torch.randn(8, 3)], 1, modules=wrong)
     assert state_of(model) == before
+
+
+NEAR_MISSES = {
+    "a letter too many": ("heads", "Did you mean 'head'?"),
+    "a pattern with a typo": ("bdy.*", "Did you mean 'body.1' or 'body.0' or 'body'?"),
+    "the wrapper's name in front": ("module.body.0.bn", "Did you mean 'body.0.bn' or"),
+    "a part of a block that holds none": ("body.0.fc", "'body.0'"),
+}
+
+
+@pytest.mark.parametrize("argument", ["modules", "include", "exclude"])
+@pytest.mark.parametrize("miss", NEAR_MISSES)
+def test_what_comes_near_is_suggested(model, miss, argument):
+    item, suggestion = NEAR_MISSES[miss]
+    included, excluded = (None, item) if argument == "exclude" else (item, None)
+    with pytest.raises(InputError, match=rf"^{argument}='.*' matches no BatchNorm layer of Net; it has 4: ") as error:
+        select(model, included, excluded, argument=argument)
+    assert suggestion in str(error.value).partition(". ")[2]
+
+
+@pytest.mark.parametrize("argument", ["modules", "include", "exclude"])
+def test_what_is_far_from_all_is_met_with_no_suggestion(model, argument):
+    with pytest.raises(InputError, match=r"'head'$"):
+        select(model, *((None, "zzz") if argument == "exclude" else ("zzz", None)), argument=argument)
+
+
+EXCLUSIONS = {
+    "of those in training": ("training", "body", ["stem.1"]),
+    "of all": ("all", ["body.0", "head"], ["stem.1", "body.1.bn"]),
+    "of a pattern's": ("body.*", "body.1.bn", ["body.0.bn"]),
+    "of the one that is chosen": ("head", lambda m: m.head, []),
+    "of none": ("all", [], NAMES),
+}
+
+
+@pytest.mark.parametrize("name", EXCLUSIONS)
+def test_exclude(model, name):
+    modules, exclude, expected = EXCLUSIONS[name]
+    model.head.eval()
+    assert list(select_bn(model, modules, exclude(model) if callable(exclude) else exclude)) == expected
+
+
+def test_a_selection_says_what_was_named_one_by_one(model):
+    selection = select(model, ["body.0.bn", "stem", "body.?.bn", model.head])
+    assert list(selection.chosen) == NAMES
+    assert selection.named == {model.body[0].bn, model.head}
+    assert list(selection.found) == NAMES
+
+
+def test_a_choice_walks_the_model_once(model, monkeypatch):
+    """Every walk over a network of a thousand modules costs a millisecond."""
+    walks = []
+
+    def walked(*args, **kwargs):
+        walks.append(args)
+        return named_modules(*args, **kwargs)
+
+    monkeypatch.setattr("precisebn.models.selection.named_modules", walked)
+    select(model, ["body.*", model.head, "stem.1"], ["head", "body.1"])
+    assert len(walks) == 1
+
+
+def test_modules_are_walked_as_torch_walks_them(model):
+    shared = nn.Sequential(model, nn.ModuleList([model.body, None, model.stem]))
+    shared.register_module("nothing", None)
+    for remove_duplicate in (True, False):
+        expected = list(shared.named_modules(remove_duplicate=remove_duplicate))
+        assert list(named_modules(shared, remove_duplicate)) == expected
+
+
+def test_modules_inside_a_scripted_one_are_walked(model):
+    scripted = nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1))), nn.BatchNorm2d(3))
+    assert [name for name, _ in named_modules(scripted)] == [name for name, _ in scripted.named_modules()]
 
 
 def test_get_bn_modules_lists_training_layers_as_fvcore_does(fvcore_bn, model):

@@ -1,5 +1,8 @@
 """ConcatSharedBN: flatten, concatenate, normalize, split; without the concatenation."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -223,3 +226,56 @@ def test_one_value_in_each_level_is_enough_for_a_variance():
     a, b = ConcatSharedBN(3)([torch.zeros(1, 3), torch.full((1, 3), 2.0)])
     expected = F.batch_norm(torch.tensor([[0.0] * 3, [2.0] * 3]), None, None, training=True)
     torch.testing.assert_close(torch.cat([a, b]), expected)
+
+
+# ---- One tensor after the other -----------------------------------------------------------------------------------
+
+
+def level_by_level(bn: nn.Module, count: int = 3) -> Tensor:
+    return sum(bn(x).square().sum() for x in [torch.randn(2, 3, 4 + k, 4) for k in range(count)])
+
+
+def test_a_loop_over_levels_is_told_of_once_that_it_normalizes_each_alone():
+    bn = ConcatSharedBN(3)
+    with pytest.warns(UserWarning, match=r"ConcatSharedBN\(3\) .*MultiInputSequential .*convert_shared_head") as caught:
+        level_by_level(bn).backward()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    level_by_level(bn).backward()
+    with pytest.warns(UserWarning, match="one tensor after the other"):  # a copy is another layer
+        level_by_level(copy.deepcopy(bn)).backward()
+
+
+def test_one_tensor_a_step_is_no_loop():
+    """Layers of a model with one input, after convert_concat_shared: nothing is wrong with them."""
+    bn = ConcatSharedBN(3)
+    losses = []  # which keep their graphs alive
+    for _ in range(3):
+        losses.append(level_by_level(bn, 1))
+        losses[-1].backward()
+    level_by_level(bn, 1)  # a trial run, without backward, whose graph is gone
+    level_by_level(bn, 1).backward()
+    with torch.no_grad():
+        level_by_level(bn)
+    level_by_level(bn.eval())
+    kept = bn.train()([torch.randn(2, 3, 4, 4)] * 2)
+    level_by_level(bn, 1).backward()
+    assert kept
+
+
+def test_layers_that_are_watched_are_copied_and_pickled_as_any():
+    bn = ConcatSharedBN(3)
+    before = vars(bn).keys()
+    loss = level_by_level(bn, 1)
+    assert vars(bn).keys() == before
+    for twin in (copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):
+        level_by_level(twin, 1).backward()
+    loss.backward()
+    level_by_level(bn, 1).backward()
+
+
+def test_compiled_code_is_not_watched():
+    torch._dynamo.reset()
+    compiled = torch.compile(ConcatSharedBN(3), backend="eager", fullgraph=True)
+    level_by_level(compiled).backward()
+    torch._dynamo.reset()

@@ -431,7 +431,7 @@ def with_version(state: Mapping[str, Tensor], version: int | None) -> dict[str, 
 FULL = {name: torch.ones(4) for name in STATE}
 
 BROKEN_CHECKPOINTS = {
-    "nothing": ({}, None, r'Missing key\(s\).*"0.running_mean", "0.running_var", "0.weight", "0.bias"'),
+    "nothing": ({}, None, r'Missing key\(s\).*"0.weight", "0.bias", "0.running_mean", "0.running_var"'),
     "no bias": ({"weight": torch.ones(4)}, 1, r'Missing key\(s\).*"0.bias"'),
     "no mean": ({k: v for k, v in FULL.items() if k != "running_mean"}, None, r'Missing key\(s\).*"0.running_mean"'),
     "no variance": ({k: v for k, v in FULL.items() if k != "running_var"}, 2, r'Missing key\(s\).*"0.running_var"'),

@@ -1,0 +1,112 @@
+"""Families of layers: which classes are BatchNorm, and what is known of each by the forward that it runs.
+
+A hook that takes the statistics of a layer's input, and a conversion that drops the layer's own forward, are right only
+where it is known what that forward does. Classes of other libraries are told by the module and the qualified name of
+the forward that they run: that needs no import of those libraries, and it holds for subclasses that leave the forward
+alone and for no others.
+"""
+
+import inspect
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import NamedTuple, TypeGuard
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from precisebn.nn.cycle import CycleBatchNormList
+from precisebn.nn.frozen import FrozenNorm
+from precisebn.nn.population import PopulationNorm
+
+__all__ = [
+    "OURS",
+    "Family",
+    "class_family",
+    "describe_forward",
+    "family_of",
+    "is_batch_norm",
+    "normalizes_its_input",
+]
+
+
+class Family(NamedTuple):
+    """What is known of layers that run one of the forwards in this file's table.
+
+    Attributes:
+        normalizes_input: whether it normalizes the very tensor that it is called with, in eval mode by the running
+            statistics as torch does; the modules of precisebn.nn know better themselves what they normalize.
+        frozen: whether it keeps its statistics fixed.
+        synchronized: whether it normalizes by the statistics of all ranks in training.
+        tail: children that its forward applies to the normalized tensor, in this order.
+    """
+
+    normalizes_input: bool = True
+    frozen: bool = False
+    synchronized: bool = False
+    tail: tuple[str, ...] = ()
+
+
+_TIMM_TAIL = ("drop", "act")
+
+# Module and qualified name of the forward, as patterns; the first that matches counts.
+_FAMILIES = (
+    ("torch.nn.modules.batchnorm", "_BatchNorm.forward", Family()),
+    ("torch.nn.modules.batchnorm", "SyncBatchNorm.forward", Family(synchronized=True)),
+    ("precisebn.nn.frozen", "FrozenNorm.forward", Family(frozen=True)),
+    ("precisebn.nn.*", "*.forward", Family(normalizes_input=False)),
+    ("torchvision.ops.misc", "FrozenBatchNorm2d.forward", Family(frozen=True)),
+    ("timm.*.norm_act", "BatchNormAct2d.forward", Family(tail=_TIMM_TAIL)),
+    ("timm.*.norm_act", "SyncBatchNormAct.forward", Family(synchronized=True, tail=_TIMM_TAIL)),
+    ("timm.*.norm_act", "FrozenBatchNormAct2d.forward", Family(frozen=True, tail=_TIMM_TAIL)),
+    ("detectron2.layers.*", "BatchNorm2d.forward", Family()),
+    ("detectron2.layers.batch_norm", "NaiveSyncBatchNorm.forward", Family(synchronized=True)),
+    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d.forward", Family(frozen=True)),
+    ("apex.parallel.*sync_batchnorm", "SyncBatchNorm.forward", Family(synchronized=True)),
+    ("transformers.models.*", "*FrozenBatchNorm2d.forward", Family(frozen=True)),
+)
+
+OURS = (PopulationNorm, FrozenNorm, CycleBatchNormList)
+"""The modules of :mod:`precisebn.nn` that take the place of an nn.BatchNorm."""
+
+
+def is_batch_norm(module: nn.Module) -> TypeGuard[_NormBase]:
+    """Whether a module keeps running statistics of one input as nn.BatchNorm does: torch's classes and ours.
+
+    A :class:`precisebn.nn.CycleBatchNormList` does not: its members do. Nor do the frozen layers of other libraries.
+    """
+    return isinstance(module, _BatchNorm | PopulationNorm | FrozenNorm)
+
+
+def family_of(layer: nn.Module) -> Family | None:
+    """The family of a layer, or None where it is not known what its forward does."""
+    attributes = vars(layer)
+    if "forward" in attributes or attributes.get("fuse_relu") or attributes.get("channel_last"):  # the latter: apex's
+        return None
+    return class_family(layer)
+
+
+def class_family(layer: nn.Module) -> Family | None:
+    """The family of a layer by its class alone, whatever has been put on the instance."""
+    return _lookup(*_forward(layer))
+
+
+def normalizes_its_input(layer: nn.Module) -> bool:
+    """Whether a layer is known to normalize the very tensor that it is called with, and nothing else."""
+    family = family_of(layer)
+    return family is not None and family.normalizes_input
+
+
+def describe_forward(layer: nn.Module) -> str:
+    """Where the forward of a layer comes from, for messages."""
+    return "put on the instance" if "forward" in vars(layer) else ".".join(_forward(layer))
+
+
+def _forward(layer: nn.Module) -> tuple[str, str]:
+    """Module and qualified name of the forward of a layer's class."""
+    forward = inspect.getattr_static(type(layer), "forward")  # torch.jit's is computed, and for an instance only
+    return getattr(forward, "__module__", None) or "?", getattr(forward, "__qualname__", "?")
+
+
+@cache
+def _lookup(module: str, name: str) -> Family | None:
+    return next((family for m, n, family in _FAMILIES if fnmatchcase(module, m) and fnmatchcase(name, n)), None)
