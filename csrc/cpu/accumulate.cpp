@@ -2,8 +2,7 @@
 // enters.
 #include "../moments.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "moments_of.h"
 #include "rows.h"
 

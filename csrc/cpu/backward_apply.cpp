@@ -1,7 +1,6 @@
 // backward_apply: a * dy + b * x + c per (group, channel).
-#include <torch/csrc/stable/library.h>
-
-#include "backward_apply_kernel.h"
+#include "../torch.h"
+#include "kernels/backward_apply.h"
 #include "elementwise.h"
 #include "operators.h"
 

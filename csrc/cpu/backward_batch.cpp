@@ -1,7 +1,6 @@
 // backward_batch: backward_reduce, backward_fold and backward_apply in one call; normalize, where the statistics were
 // given.
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "elementwise.h"
 #include "operators.h"
 

@@ -3,8 +3,7 @@
 #include <tuple>
 #include <vector>
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "operators.h"
 #include "rows.h"
 

@@ -1,9 +1,8 @@
 // backward_reduce: sum dy and sum dy * (x - mean) per (group, channel).
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
-#include "backward_reduce_kernel.h"
+#include "../torch.h"
+#include "kernels/backward_reduce.h"
 #include "elementwise.h"
 #include "operators.h"
 #include "reduction.h"

@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include <torch/csrc/stable/library.h>
+#include "../torch.h"
 
 namespace precisebn {
 

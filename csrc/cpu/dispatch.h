@@ -1,4 +1,4 @@
-// Kernel sources (*_kernel.cpp) are compiled once for every instruction set below, each time in the namespace of that
+// Sources in kernels/ are compiled once for every instruction set below, each time in the namespace of that
 // name, and publish a table of functions indexed by dtype. PRECISEBN_DISPATCH picks the table for the CPU at hand.
 #pragma once
 

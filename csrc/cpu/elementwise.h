@@ -7,8 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
+#include "../torch.h"
 #include "partition.h"
 #include "view.h"
 

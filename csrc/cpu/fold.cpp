@@ -2,8 +2,7 @@
 #include <cmath>
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "operators.h"
 #include "rows.h"
 

@@ -4,10 +4,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include "moments_kernel.h"
+#include "../torch.h"
+#include "kernels/moments.h"
 #include "moments_of.h"
 #include "operators.h"
 #include "reduction.h"

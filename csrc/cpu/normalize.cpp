@@ -1,8 +1,7 @@
 // normalize: scale * x + shift per (group, channel).
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "elementwise.h"
-#include "normalize_kernel.h"
+#include "kernels/normalize.h"
 #include "operators.h"
 
 namespace precisebn {

@@ -9,9 +9,8 @@
 #include <optional>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "../moments.h"
+#include "../torch.h"
 #include "partition.h"
 
 namespace precisebn {

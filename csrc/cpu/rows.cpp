@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include "../torch.h"
 
 namespace precisebn {
 namespace {

@@ -1,8 +1,7 @@
 // track: running statistics, moved towards those of a mini-batch.
 #include <algorithm>
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "rows.h"
 
 namespace precisebn {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
+#include "../torch.h"
 
 namespace precisebn {
 namespace {

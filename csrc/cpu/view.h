@@ -6,8 +6,7 @@
 #include <cstdint>
 #include <optional>
 
-#include <torch/csrc/stable/tensor.h>
-
+#include "../torch.h"
 #include "dispatch.h"
 
 namespace precisebn {

@@ -1,8 +1,7 @@
 // backward_apply: a * dy + b * x + c per (group, channel), by the kernel in map.h.
 #include <array>
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "map.h"
 #include "operators.h"
 

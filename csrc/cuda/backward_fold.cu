@@ -2,8 +2,7 @@
 // thread for each channel, which goes through the groups in order: their sum has the same bits every time.
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "operators.h"
 #include "rows.h"
 

@@ -6,8 +6,7 @@
 // added in float64. A lane whose float32 sums overflow is done again in float64.
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "operators.h"
 #include "reduce.h"
 

@@ -1,8 +1,7 @@
 // fold: statistics and affine as the scale and shift of normalize. A thread for each (row, channel).
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "operators.h"
 #include "rows.h"
 

@@ -20,9 +20,8 @@
 
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
 #include "../moments.h"
+#include "../torch.h"
 #include "operators.h"
 #include "reduce.h"
 #include "rows.h"

@@ -1,8 +1,7 @@
 // normalize: scale * x + shift per (group, channel), by the kernel in map.h.
 #include <array>
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "map.h"
 #include "operators.h"
 

@@ -1,6 +1,5 @@
 // normalize_batch: moments, fold and normalize in one call.
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "operators.h"
 
 namespace precisebn::cuda {

@@ -6,7 +6,7 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/tensor.h>
+#include "../torch.h"
 
 namespace precisebn::cuda {
 

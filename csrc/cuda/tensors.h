@@ -8,11 +8,7 @@
 
 #include <cuda_runtime.h>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include "../torch.h"
 #include "partition.h"
 #include "vec.h"
 

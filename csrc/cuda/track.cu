@@ -1,7 +1,6 @@
 // track: running statistics, moved towards those of a mini-batch. A block for each row: its threads read the number of
 // mini-batches before one of them writes it.
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "rows.h"
 
 namespace precisebn::cuda {

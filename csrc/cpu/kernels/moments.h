@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "dispatch.h"
+#include "../dispatch.h"
 
 namespace precisebn {
 

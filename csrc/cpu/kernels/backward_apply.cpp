@@ -1,5 +1,5 @@
-// a * dy + b * x + c: as in normalize_kernel.cpp, memory sets the pace.
-#include "backward_apply_kernel.h"
+// a * dy + b * x + c: as in normalize.cpp, memory sets the pace.
+#include "backward_apply.h"
 
 #include "vec.h"
 

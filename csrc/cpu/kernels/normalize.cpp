@@ -1,6 +1,6 @@
 // scale * x + shift, one fused multiply-add per value between a load and a store: memory sets the pace, and the only
 // care needed is to keep the coefficients in registers (planes) or in L1 (rows).
-#include "normalize_kernel.h"
+#include "normalize.h"
 
 #include "vec.h"
 

@@ -9,8 +9,8 @@
 //
 // float32 lanes fail where d * d overflows or underflows (|d| beyond about 1e18 or below 1e-18); the sum of squares
 // shows it, and such a block is then done again with float64 lanes. A constant channel lands there too: its sum is 0.
-#include "moments_kernel.h"
-#include "../moments.h"
+#include "moments.h"
+#include "../../moments.h"
 #include "vec.h"
 
 namespace precisebn::PRECISEBN_ISA {

@@ -2,7 +2,7 @@
 // float64 beyond. The float32 lanes subtract the mean rounded to float32; what rounding took off the mean is put back
 // as (rounded - mean) * sum dy, in float64, once a block. Products that overflow or underflow float32 do so here as
 // they would in the float32 backward of torch.
-#include "backward_reduce_kernel.h"
+#include "backward_reduce.h"
 
 #include "vec.h"
 
