@@ -1,6 +1,6 @@
 // backward_apply: a * dy + b * x + c per (group, channel).
-#include "../torch.h"
 #include "kernels/backward_apply.h"
+#include "../torch.h"
 #include "elementwise.h"
 #include "operators.h"
 

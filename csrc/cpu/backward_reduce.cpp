@@ -2,8 +2,8 @@
 #include <tuple>
 
 #include "../torch.h"
-#include "kernels/backward_reduce.h"
 #include "elementwise.h"
+#include "kernels/backward_reduce.h"
 #include "operators.h"
 #include "reduction.h"
 

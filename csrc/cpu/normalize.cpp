@@ -1,7 +1,7 @@
 // normalize: scale * x + shift per (group, channel).
+#include "kernels/normalize.h"
 #include "../torch.h"
 #include "elementwise.h"
-#include "kernels/normalize.h"
 #include "operators.h"
 
 namespace precisebn {
