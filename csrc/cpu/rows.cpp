@@ -5,7 +5,7 @@
 
 #include "../torch.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -82,4 +82,4 @@ void write_row(const Tensor& t, int64_t row, const double* values, int64_t chann
   });
 }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

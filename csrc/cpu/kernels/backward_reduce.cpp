@@ -6,7 +6,7 @@
 
 #include "vec.h"
 
-namespace precisebn::PRECISEBN_ISA {
+namespace precisebn::cpu::PRECISEBN_ISA {
 namespace {
 
 constexpr int kUnroll = 4;
@@ -119,4 +119,4 @@ const BackwardReduceKernels backward_reduce_kernels[kNumDtypes] = {
     {planes<BFloat16>, rows<BFloat16>},
 };
 
-}  // namespace precisebn::PRECISEBN_ISA
+}  // namespace precisebn::cpu::PRECISEBN_ISA

@@ -17,7 +17,7 @@
 #include "../../moments.h"
 #include "vec.h"
 
-namespace precisebn::PRECISEBN_ISA {
+namespace precisebn::cpu::PRECISEBN_ISA {
 namespace {
 
 constexpr int kUnroll = 4;
@@ -501,4 +501,4 @@ const MomentsKernels moments_kernels[kNumDtypes] = {
     {planes<BFloat16>, rows<BFloat16>},
 };
 
-}  // namespace precisebn::PRECISEBN_ISA
+}  // namespace precisebn::cpu::PRECISEBN_ISA
