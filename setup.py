@@ -12,14 +12,26 @@ Environment:
     CXX                         the C++ compiler
 """
 
+import math
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import setuptools
+
+# pip looks at the versions that pyproject.toml asks for only where it isolates the build.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"precisebn: setuptools {setuptools.__version__} cannot build it, 77 or later can. Either upgrade it:\n"
+        f"    {sys.executable} -m pip install --upgrade 'setuptools>=77' wheel\n"
+        "or leave out --no-build-isolation: pip then fetches a setuptools of its own, and another torch."
+    )
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -28,15 +40,17 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+OBJECTS = ROOT / "build" / "objects"  # not in setuptools' temporary folder: editable installs have a new one each time
 TARGET_TORCH = "0x020a000000000000"  # 2.10, the oldest torch whose headers and library have what the sources use
 
-# -ffp-contract=fast lets a * b + c be one fused operation. Nothing that changes the handling of NaN and infinity.
+# -ffp-contract=fast lets a * b + c be one fused operation, -fno-math-errno sqrt one instruction. Nothing that changes
+# the handling of NaN and infinity.
 CXX_FLAGS = [
-    "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
-    f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
+    "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
+    "-Wall", "-Wextra", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
 ]  # fmt: skip
 
-# Sources named *_kernel.cpp are compiled once for each of these, and the library chooses at run time.
+# Sources in csrc/cpu/kernels are compiled once for each of these, and the library chooses at run time.
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -54,20 +68,25 @@ def extensions() -> list[Extension]:
     """What to build: the CPU library, and the CUDA library where there is something to build it from and with."""
     if is_pure():
         return []
-    found = [extension("precisebn._C_cpu", "csrc/cpu/*.cpp")]
-    if wants_cuda() and sorted(ROOT.glob("csrc/cuda/*.cu")):
-        found.append(extension("precisebn._C_cuda", "csrc/cuda/*.cu"))
-    return found
+    return [cpu_extension(), cuda_extension()] if wants_cuda() else [cpu_extension()]
 
 
 def is_pure() -> bool:
     return os.environ.get("PRECISEBN_PURE") == "1"
 
 
-def extension(name: str, pattern: str) -> Extension:
+def cpu_extension() -> Extension:
+    return extension("precisebn._C_cpu", "csrc/cpu/kernels/*.cpp", "csrc/cpu/*.cpp", "csrc/*.cpp")
+
+
+def cuda_extension() -> Extension:
+    return extension("precisebn._C_cuda", "csrc/cuda/*.cu", "csrc/*.cpp")
+
+
+def extension(name: str, *patterns: str) -> Extension:
     return Extension(
         name,
-        sources=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(pattern))],
+        sources=[str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))],
         depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
         optional=os.environ.get("PRECISEBN_REQUIRE_NATIVE") != "1",
     )
@@ -118,11 +137,10 @@ class BuildNative(build_ext):
             raise CompileError("torch is not a CUDA build")
         paths = cpp_extension.include_paths("cuda" if cuda else "cpu")
         includes = [argument for path in paths for argument in ("-isystem", path)]  # nvcc does not take them as one
-        objects = Path(self.build_temp) / ext.name
-        objects.mkdir(parents=True, exist_ok=True)
-        jobs = cuda_jobs(ext, objects) if cuda else cpu_jobs(ext, objects)
-        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
-            list(pool.map(run, [command + includes for command, _ in jobs]))
+        jobs = (cuda_jobs if cuda else cpu_jobs)(ext, OBJECTS / ext.name)
+        workers = os.cpu_count() if self.parallel in (None, True) else self.parallel
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda job: compile_if_stale(job[0] + includes, job[1], torch.__version__), jobs))
 
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -131,29 +149,54 @@ class BuildNative(build_ext):
         run([*compiler(), "-shared", *(str(target) for _, target in jobs), "-o", str(library), *paths, *libraries])
 
 
-def cpu_jobs(ext: Extension, objects: Path) -> list[tuple[list[str], Path]]:
-    """The compiler's commands, and the object file that each writes."""
+Job = tuple[list[str], Path]  # a compiler's command, and the object file that it writes
+
+
+def cpu_jobs(ext: Extension, objects: Path) -> list[Job]:
     jobs = []
     for source in ext.sources:
-        variants = INSTRUCTION_SETS if source.endswith("_kernel.cpp") else {"": []}
+        variants = INSTRUCTION_SETS if "/kernels/" in source else {"": []}
         for isa, flags in variants.items():
-            target = objects / f"{Path(source).stem}.{isa or 'common'}.o"
             define = [f"-DPRECISEBN_ISA={isa}"] if isa else []
-            jobs.append(([*compiler(), *CXX_FLAGS, *flags, *define, "-c", source, "-o", str(target)], target))
+            jobs.append(job([*compiler(), *CXX_FLAGS, *flags, *define], source, objects, isa or "common"))
     return jobs
 
 
-def cuda_jobs(ext: Extension, objects: Path) -> list[tuple[list[str], Path]]:
-    flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-    flags += [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *CUDA_ARCHITECTURES]
-    targets = [objects / f"{Path(source).stem}.cuda.o" for source in ext.sources]
+def cuda_jobs(ext: Extension, objects: Path) -> list[Job]:
     nvcc = find_nvcc()
     if nvcc is None:
         raise CompileError("nvcc is neither on the path nor in CUDA_HOME")
-    return [
-        ([nvcc, *flags, "-c", source, "-o", str(target)], target)
-        for source, target in zip(ext.sources, targets, strict=True)
-    ]
+    flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+    flags += [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *CUDA_ARCHITECTURES]
+    return [job([nvcc, *flags], source, objects, "cuda") for source in ext.sources]
+
+
+def job(command: list[str], source: str, objects: Path, variant: str) -> Job:
+    target = objects / f"{Path(source).stem}.{variant}.o"
+    # -MMD: the compiler notes which headers it read. Those of the system and of torch are not among them.
+    return [*command, "-MMD", "-MF", str(target.with_suffix(".d")), "-c", source, "-o", str(target)], target
+
+
+def compile_if_stale(command: list[str], target: Path, torch_version: str) -> bool:
+    """Compile what has changed since the object file was written: a source, a header of it, the command or torch."""
+    stamp = target.with_suffix(".stamp")  # written last
+    made_by = f"{shlex.join(command)}\n{torch_version}\n"
+    if stamp.exists() and stamp.read_text() == made_by and not newer_inputs(target, stamp):
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    begin = time.time()
+    run(command)
+    stamp.write_text(made_by)
+    os.utime(stamp, (begin, begin))  # what is edited while the compiler runs is newer
+    return True
+
+
+def newer_inputs(target: Path, than: Path) -> bool:
+    """Whether what target was compiled from has changed since, or is gone."""
+    inputs = target.with_suffix(".d").read_text().replace("\\\n", " ").partition(":")[2].split()
+    times = [(ROOT / name).stat().st_mtime if (ROOT / name).exists() else math.inf for name in inputs]
+    return max(times, default=math.inf) >= than.stat().st_mtime
 
 
 def compiler() -> list[str]:

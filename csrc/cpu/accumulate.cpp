@@ -2,12 +2,11 @@
 // enters.
 #include "../moments.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "moments_of.h"
 #include "rows.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 namespace {
 
 void write_statistic(const std::optional<Tensor>& out, const double* values, int64_t channels) {
@@ -38,7 +37,7 @@ void accumulate(const Tensor& x, const Tensor& count, const Tensor& mean, const 
   write_statistic(batch_mean, own_mean, channels);
   write_statistic(batch_var, own_var, channels);
   const MergeWeights weights(*total, n);
-  for (int64_t c = 0; c < channels; ++c) merge(to_mean[c], to_m2[c], own_mean[c], own_m2[c], weights);
+  for (int64_t c = 0; c < channels; ++c) precisebn::merge(to_mean[c], to_m2[c], own_mean[c], own_m2[c], weights);
   *total += n;
 }
 
@@ -46,4 +45,4 @@ void accumulate(const Tensor& x, const Tensor& count, const Tensor& mean, const 
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("accumulate", TORCH_BOX(&accumulate)); }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -1,14 +1,13 @@
 // backward_reduce: sum dy and sum dy * (x - mean) per (group, channel).
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
-#include "backward_reduce_kernel.h"
+#include "../operators.h"
+#include "../torch.h"
 #include "elementwise.h"
-#include "operators.h"
+#include "kernels/backward_reduce.h"
 #include "reduction.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 namespace {
 
 class SumsOfElements {
@@ -39,7 +38,7 @@ class SumsOfElements {
  private:
   const BackwardReduceKernels& kernels_;
   const char *dy_, *x_;
-  const Coefficients<double> mean_;
+  const PerGroup<double> mean_;
   const int64_t element_size_, plane_stride_;
 };
 
@@ -61,4 +60,4 @@ std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x, co
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("_backward_reduce", TORCH_BOX(&backward_reduce)); }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -2,9 +2,9 @@
 
 #include <string>
 
-#include <torch/csrc/stable/library.h>
+#include "../torch.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 Isa isa() {
 #if defined(__x86_64__)
@@ -39,4 +39,4 @@ STABLE_TORCH_LIBRARY_IMPL(precisebn, CompositeExplicitAutograd, m) {
   m.impl("_cpu_capability", TORCH_BOX(&cpu_capability));
 }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -1,15 +1,15 @@
-// Kernel sources (*_kernel.cpp) are compiled once for every instruction set below, each time in the namespace of that
+// Sources in kernels/ are compiled once for every instruction set below, each time in the namespace of that
 // name, and publish a table of functions indexed by dtype. PRECISEBN_DISPATCH picks the table for the CPU at hand.
 #pragma once
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 enum Dtype : int { kFloat32, kFloat64, kFloat16, kBFloat16, kNumDtypes };
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 Isa isa();
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu
 
 #if defined(__x86_64__)
 #define PRECISEBN_DECLARE_TABLE(Type, table) \

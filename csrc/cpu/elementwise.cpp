@@ -1,28 +1,10 @@
 #include "elementwise.h"
 
-namespace precisebn {
-namespace {
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
-  }
-  return true;
-}
-
-}  // namespace
-
+namespace precisebn::cpu {
 void check_same(const char* op, const Tensor& dy, const Tensor& x) {
   bool same = dy.dim() == x.dim() && dtype_of(dy) == dtype_of(x);
   for (int64_t d = 0; same && d < x.dim(); ++d) same = dy.size(d) == x.size(d);
   STD_TORCH_CHECK(same, "precisebn::", op, ": dy must have the shape and dtype of x");
-}
-
-Tensor with_strides_of(const Tensor& t, const Tensor& like) {
-  if (same_strides(t, like)) return t;
-  Tensor copy = new_like(like);
-  torch::stable::copy_(copy, t);
-  return copy;
 }
 
 Pair align(const Tensor& dy, const Tensor& x) {
@@ -52,4 +34,4 @@ Tensor finish(Arrangement& arrangement) {
   return arrangement.result;
 }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

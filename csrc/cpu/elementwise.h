@@ -7,12 +7,12 @@
 #include <optional>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
+#include "../strides.h"
+#include "../torch.h"
 #include "partition.h"
 #include "view.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 // The arrangement for y = f(x): y is like x in strides, and `input`, with the same strides, has the values of x.
 struct Arrangement {
@@ -27,9 +27,6 @@ Tensor finish(Arrangement& arrangement);
 
 // dy is to have the shape and dtype of x.
 void check_same(const char* op, const Tensor& dy, const Tensor& x);
-
-// t, or a copy of it with the strides of `like`, a dense tensor.
-Tensor with_strides_of(const Tensor& t, const Tensor& like);
 
 // dy and x, or copies of them, with the same strides, and their view.
 struct Pair {
@@ -53,9 +50,9 @@ class Groups {
 
 // Coefficients [G, C], or [C] of one group, row by row as wide as the (joined) rows of the view.
 template <class T>
-class Coefficients {
+class PerGroup {
  public:
-  Coefficients(const Tensor& t, const View& view, int64_t num_groups)
+  PerGroup(const Tensor& t, const View& view, int64_t num_groups)
       : dense_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {
     const bool fits = t.dim() == 2 ? t.size(0) == num_groups : t.dim() == 1 && num_groups == 1;
     STD_TORCH_CHECK(fits && t.size(t.dim() - 1) == view.channels,
@@ -65,9 +62,10 @@ class Coefficients {
     if (!view.by_rows || (view.inner == 1 && rows_joined(view) == 1)) return;
     const int64_t width = rows_joined(view) * view.width;
     expanded_.resize(num_groups * width);
+    T* to = expanded_.data();
     for (int64_t g = 0; g < num_groups; ++g) {
-      for (int64_t v = 0; v < width; ++v) {
-        expanded_[g * width + v] = values_[g * view.channels + v / view.inner % view.channels];
+      for (int64_t row = 0; row < rows_joined(view); ++row) {
+        for (int64_t c = 0; c < view.channels; ++c) to = std::fill_n(to, view.inner, values_[g * view.channels + c]);
       }
     }
     values_ = expanded_.data();
@@ -122,4 +120,4 @@ void for_each_piece(const View& view, int64_t element_size, const Groups& groups
   });
 }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

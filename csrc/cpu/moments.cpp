@@ -4,15 +4,13 @@
 #include <algorithm>
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include "moments_kernel.h"
+#include "../operators.h"
+#include "../torch.h"
+#include "kernels/moments.h"
 #include "moments_of.h"
-#include "operators.h"
 #include "reduction.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 namespace {
 
 class MomentsOfElements {
@@ -72,4 +70,4 @@ void moments_of(const Tensor& x, const std::optional<Tensor>& group, int64_t num
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("_moments", TORCH_BOX(&by_group)); }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

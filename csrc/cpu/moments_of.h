@@ -7,10 +7,10 @@
 
 #include "view.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 // count [num_groups], mean and m2 [num_groups, C]; all are overwritten.
 void moments_of(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups, double* count, double* mean,
                 double* m2);
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
-namespace precisebn {
+namespace precisebn::cpu {
 namespace {
 
 constexpr int64_t kMaxTasks = 256;
@@ -96,4 +96,4 @@ Partition partition(const View& view, int64_t element_size, const std::optional<
   return result;
 }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

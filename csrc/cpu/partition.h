@@ -9,7 +9,7 @@
 
 #include "view.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 // Consecutive values of one group: `length` rows, or `length` values of every plane of one sample.
 struct Segment {
@@ -37,4 +37,4 @@ Partition partition(const View& view, int64_t element_size, const std::optional<
 // For rows so narrow that a vector holds several: how many adjacent rows are joined into one.
 int64_t rows_joined(const View& view);
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -9,12 +9,11 @@
 #include <optional>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "../moments.h"
+#include "../torch.h"
 #include "partition.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 // A Kernel has
 //   void planes(group, offset, first channel, channels, length, before, a, b) const
@@ -60,7 +59,7 @@ class Reduction {
     double *a = &slab_a_[index * view_.channels], *b = &slab_b_[index * view_.channels];
     std::fill(a + first, a + last, 0.0);
     std::fill(b + first, b + last, 0.0);
-    if (view_.by_rows && (rows_joined(view_) > 1 || view_.inner > 1)) return reduce_folded(slab, a, b);
+    if (view_.by_rows && (rows_joined(view_) > 1 || view_.inner > 1)) return reduce_joined(slab, a, b);
     int64_t before = 0;
     for (int64_t i = slab.first; i < slab.last; before += partition_.segments[i].length, ++i) {
       const auto [offset, length] = partition_.segments[i];
@@ -74,8 +73,8 @@ class Reduction {
   }
 
   // Rows in which a channel occurs several times: as many virtual channels as a row has values, each with an a and b of
-  // its own, folded into the channels at the end. Narrow rows are joined first; those left over come after.
-  void reduce_folded(const Slab& slab, double* a, double* b) const {
+  // its own, merged into the channels at the end. Narrow rows are joined first; those left over come after.
+  void reduce_joined(const Slab& slab, double* a, double* b) const {
     const int64_t joined = rows_joined(view_), width = joined * view_.width;
     std::vector<double> scratch(4 * width, 0.0);
     double *joined_a = scratch.data(), *joined_b = joined_a + width, *rest_a = joined_b + width,
@@ -90,14 +89,14 @@ class Reduction {
       joined_count += static_cast<double>(whole);
       rest_count += static_cast<double>(rest);
     }
-    fold(joined_a, joined_b, joined_count, joined, 0, a, b);
-    fold(rest_a, rest_b, rest_count, 1, joined_count * static_cast<double>(joined * view_.inner), a, b);
+    merge_virtual(joined_a, joined_b, joined_count, joined, 0, a, b);
+    merge_virtual(rest_a, rest_b, rest_count, 1, joined_count * static_cast<double>(joined * view_.inner), a, b);
   }
 
   // Each virtual channel has `each` values, and a channel has had `before`. Value v of a row is of channel
   // v / inner % channels, so a channel has `inner` neighbours in each of the joined rows.
-  void fold(const double* from_a, const double* from_b, double each, int64_t joined, double before, double* a,
-            double* b) const {
+  void merge_virtual(const double* from_a, const double* from_b, double each, int64_t joined, double before, double* a,
+                     double* b) const {
     if (each == 0) return;
     for (int64_t row = 0; row < joined; ++row) {
       for (int64_t i = 0; i < view_.inner; ++i, before += each) {
@@ -138,4 +137,4 @@ class Reduction {
   const std::unique_ptr<double[]> slab_a_, slab_b_;
 };
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include "../torch.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 namespace {
 
 using torch::headeronly::BFloat16;
@@ -83,4 +82,4 @@ void write_row(const Tensor& t, int64_t row, const double* values, int64_t chann
   });
 }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -9,7 +9,7 @@
 
 #include "view.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 // Reads (C), or (R, C). A single row serves for any row number.
 class Rows {
@@ -55,7 +55,19 @@ class Counts {
   int64_t stride_;
 };
 
+// By what rows are divided that are sums over values: the count, 1 where it is 0; or 1 everywhere where there is none.
+class Divisors {
+ public:
+  Divisors(const char* op, const std::optional<Tensor>& count, int64_t rows) {
+    if (count) counts_.emplace(op, *count, rows);
+  }
+  double operator[](int64_t row) const { return counts_ && (*counts_)[row] > 1.0 ? (*counts_)[row] : 1.0; }
+
+ private:
+  std::optional<Counts> counts_;
+};
+
 // Rounds a row of doubles into row `row` of t: (C), or (R, C).
 void write_row(const Tensor& t, int64_t row, const double* values, int64_t channels);
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

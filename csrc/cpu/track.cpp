@@ -1,17 +1,12 @@
 // track: running statistics, moved towards those of a mini-batch.
 #include <algorithm>
 
-#include <torch/csrc/stable/library.h>
-
+#include "../arithmetic.h"
+#include "../torch.h"
 #include "rows.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 namespace {
-
-// As torch.lerp: exact at both ends.
-double lerp(double from, double to, double share) {
-  return share < 0.5 ? from + share * (to - from) : to - (1.0 - share) * (to - from);
-}
 
 void move_row(const Tensor& running, int64_t row, const double* old, const double* batch, double divisor, double share,
               int64_t channels) {
@@ -48,4 +43,4 @@ void track(const Tensor& count, const Tensor& mean, const Tensor& m2, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("track", TORCH_BOX(&track)); }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
+#include "../torch.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 namespace {
 
 // Planes up to this length are taken as part of a row, see View. A plane of a vector or less would be mostly overhead.
@@ -152,4 +152,4 @@ void check_group(const char* op, const std::optional<Tensor>& group, int64_t bat
   }
 }
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -6,11 +6,10 @@
 #include <cstdint>
 #include <optional>
 
-#include <torch/csrc/stable/tensor.h>
-
+#include "../torch.h"
 #include "dispatch.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 using torch::stable::Tensor;
 
@@ -45,4 +44,4 @@ Tensor new_like(const Tensor& x);
 // One group number per sample, each in range: the last line before memory, also behind the checks in Python.
 void check_group(const char* op, const std::optional<Tensor>& group, int64_t batch, int64_t num_groups);
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -2,8 +2,7 @@
 // enters. The kernel is that of moments: the block that has a channel's moments, in the same launch, merges them and
 // writes all that is wanted, so a layer costs one launch. The running count belongs to all channels; the very last
 // block adds to it, when the others have read it.
-#include <torch/csrc/stable/library.h>
-
+#include "../torch.h"
 #include "moments.h"
 
 namespace precisebn::cuda {

@@ -6,9 +6,8 @@
 // added in float64. A lane whose float32 sums overflow is done again in float64.
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
-#include "operators.h"
+#include "../operators.h"
+#include "../torch.h"
 #include "reduce.h"
 
 namespace precisebn::cuda {
@@ -64,7 +63,7 @@ struct BackwardOp {
     }
 
     // All lanes as one: they are of one channel.
-    __device__ double2 fold(int, double mean) const {
+    __device__ double2 join(int, double mean) const {
       double2 sum{0, 0};
 #pragma unroll
       for (int k = 0; k < size; ++k) {
@@ -125,10 +124,9 @@ struct BackwardOp {
 
 std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x, const Tensor& mean,
                                            const std::optional<Tensor>& group, int64_t num_groups) {
-  STD_TORCH_CHECK(x.dim() >= 2 && dy.dim() == x.dim() && dy.numel() == x.numel() && dy.scalar_type() == x.scalar_type(),
-                  "precisebn::backward_reduce: dy must have the shape and dtype of x, at least 2 dimensions");
-  const Groups groups = groups_of(group, x.size(0), num_groups);
-  const Tensor center = coefficients<double>(mean, x.size(1));
+  check_same("backward_reduce", dy, x);
+  const Groups groups = groups_of(group, x, num_groups);
+  const Tensor center = per_group<double>(mean, x);
   STD_TORCH_CHECK((center.dim() == 2 ? center.size(0) : 1) == num_groups,
                   "precisebn::backward_reduce: mean must have shape (num_groups, C)");
   const OnDeviceOf where(x);

@@ -102,7 +102,7 @@ void launch_map(const Mapping& to, const Groups& groups, const Inputs& inputs, c
       std::optional<Tensor> kept[Op<T, size>::kCoefficients];  // until the launch
       for (int i = 0; i < op.kCoefficients; ++i) {
         if (!coefficients_of[i]) continue;  // null: all 0
-        kept[i] = coefficients<Compute<T>>(*coefficients_of[i], to.view.channels);
+        kept[i] = per_group<Compute<T>>(*coefficients_of[i], to.input);
         STD_TORCH_CHECK(kept[i]->size(0) == groups.count, "precisebn: coefficients must have a row per group");
         op.coefficients[i] = data<Compute<T>>(*kept[i]);
       }

@@ -2,17 +2,20 @@
 //
 // What a thread does with its values. They come in batches of kRows rows, all loaded before the first is used. For each
 // of the values side by side (a "lane") the mean of the first batch becomes the shift K, and sums of d = x - K and of
-// its square are all that is kept: 10 instructions a value with the loads, where memory leaves time for 16. At the
-// end, m2 = sum(d^2) - sum(d)^2 / n. The sums are float32 for input of up to 32 bits, and accurate, because:
+// its square are all that is kept: 10 instructions a value with the loads, where memory leaves time for 16. When there
+// are twice, four and eight times as many values, K moves to their mean, and the sums with it. At the end,
+// m2 = sum(d^2) - sum(d)^2 / n. The sums are float32 for input of up to 32 bits, and accurate, because:
 //
 //   d is small. K is the mean of some of the values. Where x and K are within a factor of 2, x - K is exact (Sterbenz);
 //   else its rounding is relative to d. So |mean| / std is taken out of the problem before anything is rounded.
 //   Little cancels. Whatever the data, the mean K of k out of n values is no further from the mean m of all n than
-//   (K - m)^2 <= var * (n - k) / k. Hence sum d^2 is at most n / k times m2, which is 16, as a thread has at most 16
-//   batches (partition.h): an outlier that comes first does no harm. For ordinary data it is 1 + 1 / k times.
-//   Chains are short. A batch is summed in pairs, and there are 16 batches: about 20 roundings of 2^-24 in a row. They
-//   go both ways, in practice by some 1e-7, and those of different threads are independent. Everything after that, from
-//   the sums of a thread to the result, is float64.
+//   (K - m)^2 <= var * (n - k) / k. As K is the mean of half of the values at least, sum d^2 is at most twice m2: an
+//   outlier that comes first does no harm, nor a first batch of one value before others of another. For ordinary data
+//   it is 1 + 1 / k times. Chains are short. A batch is summed in pairs, and a thread has at most 16 (partition.h):
+//   with d * d and the moves of K no more than 26 roundings of 2^-24 in a row. Were all of one direction, on data of
+//   which half cancels, m2 would be off by 3e-6: that is the bound. They go both ways, in practice by some 1e-7, and
+//   those of different threads are independent. Everything after that, from the sums of a thread to the result, is
+//   float64.
 //
 // The squares of d can leave the range of float32. Then their sum is not finite, or tiny although some d is not 0 (a
 // constant channel must not count), and the lane is done again in float64, in two passes.
@@ -20,10 +23,9 @@
 
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
 #include "../moments.h"
-#include "operators.h"
+#include "../operators.h"
+#include "../torch.h"
 #include "reduce.h"
 #include "rows.h"
 
@@ -69,6 +71,8 @@ struct MomentsOp {
           for (int r = 0; r < kRows; ++r) d[r] = full || r < rows ? x[0][r][k] - x[0][0][k] : 0;
           shift[k] = x[0][0][k] + sum_in_pairs<kRows>(d) * one_nth;
         }
+      } else if ((before & (before - 1)) == 0) {
+        move_shift(static_cast<Real>(before));
       }
       Real smallest = INFINITY;
 #pragma unroll
@@ -84,6 +88,17 @@ struct MomentsOp {
         sum[k] += sum_in_pairs<kRows>(d);
       }
       if (kCanUnderflow && smallest < kTiny) note_suspects<full>(x, rows);
+    }
+
+    // To the mean of the n values so far: (x - K - by)^2 = d^2 - 2 * by * d + by^2.
+    __device__ void move_shift(Real n) {
+#pragma unroll
+      for (int k = 0; k < size; ++k) {
+        const Real moved = shift[k] + sum[k] / n, by = moved - shift[k];
+        squares[k] += by * (n * by - 2 * sum[k]);
+        sum[k] -= n * by;
+        shift[k] = moved;
+      }
     }
 
     template <bool full>
@@ -109,7 +124,7 @@ struct MomentsOp {
     }
 
     // All lanes as one: they are of one channel, and have `rows` values each.
-    __device__ double2 fold(int rows, double) const {
+    __device__ double2 join(int rows, double) const {
       const double2 first = finish(0, rows, 0);
       double between = 0, offset = 0, within = first.y;
 #pragma unroll
@@ -218,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const std::optional<
 void moments_of(const Tensor& x, const std::optional<Tensor>& group, int64_t num_groups, const MomentsResult& result) {
   const OnDeviceOf where(x);
   const Tensor input = dense(x);
-  const Groups groups = groups_of(group, x.size(0), num_groups);
+  const Groups groups = groups_of(group, x, num_groups);
   const View view = simplified(*view_of(input), groups.ids != nullptr);
   dispatch(input, [&](auto type) {
     using T = decltype(type);

@@ -193,7 +193,7 @@ struct Geometry {
 struct ReductionPlan {
   Geometry geometry;
   Slabs slabs;
-  bool fold;                 // all values of a thread are of one channel: they make one entry of the block's merge, not
+  bool joined;               // all values of a thread are of one channel: they make one entry of the block's merge, not
                              // `vector` entries
   int lanes_per_channel;     // threads that merge one channel; a power of two, at most a warp
   int slots;                 // groups: how many of them a slab can hold. 0: there are no groups
@@ -208,9 +208,9 @@ struct ReductionPlan {
 
   // A block's merge goes over `thread_rows` x `entry_columns` entries, of which each channel has `entry_width` in a
   // row.
-  PRECISEBN_HOST_DEVICE int entries_of_thread() const { return fold ? 1 : geometry.vector; }
+  PRECISEBN_HOST_DEVICE int entries_of_thread() const { return joined ? 1 : geometry.vector; }
   PRECISEBN_HOST_DEVICE int entry_columns() const { return geometry.block.columns * entries_of_thread(); }
-  PRECISEBN_HOST_DEVICE int entry_width() const { return fold ? geometry.inner / geometry.vector : geometry.inner; }
+  PRECISEBN_HOST_DEVICE int entry_width() const { return joined ? geometry.inner / geometry.vector : geometry.inner; }
 };
 
 // vector: values in 16 bytes, or 1 where the tensor is not aligned to them. rows_at_once: rows that a thread has in
@@ -271,7 +271,7 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
   plan.slabs = cut_rows(samples, rows_per_sample, wanted, grouped ? kMaxSlabSamples : samples);
 
-  plan.fold = at.inner % at.vector == 0;
+  plan.joined = at.inner % at.vector == 0;
   plan.lanes_per_channel = 1;
   while (plan.lanes_per_channel < 32 && 2 * plan.lanes_per_channel * at.block_channels <= at.block.threads) {
     plan.lanes_per_channel *= 2;

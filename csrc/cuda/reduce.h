@@ -209,8 +209,8 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
     unsigned failed = 0;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) failed |= static_cast<unsigned>(lanes.failed(k)) << k;
-    if (plan.fold) {
-      entries.set(entry, lanes.fold(values.rows, op.mean_of(group, at.channel(column_block, column, 0))));
+    if (plan.joined) {
+      entries.set(entry, lanes.join(values.rows, op.mean_of(group, at.channel(column_block, column, 0))));
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
@@ -220,17 +220,17 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
     // Lanes whose float32 arithmetic has overflowed or underflowed are done again in float64.
 #pragma unroll 1
     while (failed != 0) {
-      const int k = plan.fold ? 0 : __ffs(static_cast<int>(failed)) - 1;
+      const int k = plan.joined ? 0 : __ffs(static_cast<int>(failed)) - 1;
       const double2 result = reduce_again(op, at, plan.slabs, slab_index, column_block, group, order, samples, k,
-                                          plan.fold ? kSize : k + 1);
+                                          plan.joined ? kSize : k + 1);
       entries.set(entry + k, result);
-      failed = plan.fold ? 0 : failed & (failed - 1);
+      failed = plan.joined ? 0 : failed & (failed - 1);
     }
   }
   __syncthreads();
 
   const int width = plan.entry_width(), all_columns = plan.entry_columns();
-  const int values_of_entry = plan.fold ? kSize : 1;
+  const int values_of_entry = plan.joined ? kSize : 1;
   const int channels = at.channels_of_block(column_block);
   for_each_channel(channels, plan.lanes_per_channel, [&](int channel, int lane) {
     const int n = channel < channels ? width * at.block.thread_rows : 0;

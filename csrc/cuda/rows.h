@@ -71,6 +71,8 @@ struct Counts {
   int64_t stride;
 
   __device__ double operator[](int64_t row) const { return data[row * stride]; }
+  // By what a sum over values is divided: 1 where there are none.
+  __device__ double divisor(int64_t row) const { return data == nullptr ? 1.0 : fmax((*this)[row], 1.0); }
 };
 
 inline Counts counts_of(const char* op, const std::optional<Tensor>& t, const Tensor& like, int64_t rows) {

@@ -8,11 +8,8 @@
 
 #include <cuda_runtime.h>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include "../strides.h"
+#include "../torch.h"
 #include "partition.h"
 #include "vec.h"
 
@@ -57,22 +54,6 @@ inline Tensor dense(const Tensor& x) {
   return torch::stable::contiguous(x, format);
 }
 
-inline bool same_strides(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (sizes[d] > 1 && x[d] != y[d]) return false;
-  }
-  return true;
-}
-
-// t with the strides of `like`, which is dense.
-inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
-  if (same_strides(t, like)) return t;
-  Tensor copy = torch::stable::empty_like(like);
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
 // y = f(x): y is what empty_like(x) gives. Where x and y both have the same view, f reads the one and writes the other;
 // else f goes from a dense copy of x to a dense tensor, which is then copied.
 struct Mapping {
@@ -92,13 +73,25 @@ inline Mapping mapping(const Tensor& x) {
   return {input, output, result, *view_of(input)};
 }
 
-// Coefficients (G, C), or (C) of one group, contiguous and of the type that is computed with.
+inline bool on_device_of(const Tensor& t, const Tensor& x) {
+  return t.is_cuda() && t.get_device_index() == x.get_device_index();
+}
+
+// dy is to have the shape, dtype and device of x.
+inline void check_same(const char* op, const Tensor& dy, const Tensor& x) {
+  bool same = x.dim() >= 2 && dy.dim() == x.dim() && dy.scalar_type() == x.scalar_type() && on_device_of(dy, x);
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = dy.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, "precisebn::", op,
+                  ": dy must have the shape, dtype and device of x, which must have at least 2 dimensions");
+}
+
+// Numbers (G, C), or (C) of one group, contiguous and of the type that is computed with.
 template <class T>
-Tensor coefficients(const Tensor& t, int64_t channels) {
+Tensor per_group(const Tensor& t, const Tensor& x) {
   constexpr auto type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(
-      (t.dim() == 1 || (t.dim() == 2 && t.size(0) >= 1)) && t.size(t.dim() - 1) == channels && t.scalar_type() == type,
-      "precisebn: coefficients must have shape (G, C) and the dtype of the computation");
+  STD_TORCH_CHECK((t.dim() == 1 || (t.dim() == 2 && t.size(0) >= 1)) && t.size(t.dim() - 1) == x.size(1) &&
+                      t.scalar_type() == type && on_device_of(t, x),
+                  "precisebn: coefficients must have shape (G, C), the dtype of the computation and the device of x");
   return torch::stable::contiguous(t);
 }
 
@@ -146,11 +139,12 @@ struct Groups {
   }
 };
 
-inline Groups groups_of(const std::optional<Tensor>& group, int64_t batch, int64_t num_groups) {
+inline Groups groups_of(const std::optional<Tensor>& group, const Tensor& x, int64_t num_groups) {
   STD_TORCH_CHECK(num_groups >= 1 && num_groups < (int64_t{1} << 31), "precisebn: num_groups must be at least 1");
   if (!group) return {nullptr, 0, 1};
-  STD_TORCH_CHECK(group->dim() == 1 && group->size(0) == batch && group->scalar_type() == ScalarType::Long,
-                  "precisebn: group must be int64, one element per sample of x");
+  STD_TORCH_CHECK(group->dim() == 1 && group->size(0) == x.size(0) && group->scalar_type() == ScalarType::Long &&
+                      on_device_of(*group, x),
+                  "precisebn: group must be int64, one element per sample of x, on the device of x");
   return {data<int64_t>(*group), group->stride(0), num_groups};
 }
 

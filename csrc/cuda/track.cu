@@ -1,7 +1,7 @@
 // track: running statistics, moved towards those of a mini-batch. A block for each row: its threads read the number of
 // mini-batches before one of them writes it.
-#include <torch/csrc/stable/library.h>
-
+#include "../arithmetic.h"
+#include "../torch.h"
 #include "rows.h"
 
 namespace precisebn::cuda {
@@ -16,11 +16,6 @@ struct Operands {
   double momentum;
 };
 
-// As torch.lerp: exact at both ends.
-__device__ double lerp(double from, double to, double share) {
-  return share < 0.5 ? from + share * (to - from) : to - (1.0 - share) * (to - from);
-}
-
 __global__ void __launch_bounds__(kRowThreads) track_rows(const __grid_constant__ Operands of, int64_t channels) {
   const int64_t row = blockIdx.x;
   const double n = of.count[row];
@@ -31,8 +26,8 @@ __global__ void __launch_bounds__(kRowThreads) track_rows(const __grid_constant_
   if (threadIdx.x == 0) *seen = batches;
   const double share = of.cumulative ? 1.0 / static_cast<double>(batches > 1 ? batches : 1) : of.momentum;
   for (int64_t c = threadIdx.x; c < channels; c += kRowThreads) {
-    of.running_mean.write(row, c, lerp(of.running_mean.read(row, c), of.mean.read(row, c), share));
-    of.running_var.write(row, c, lerp(of.running_var.read(row, c), of.m2.read(row, c) / (n - 1.0), share));
+    of.running_mean.write(row, c, precisebn::lerp(of.running_mean.read(row, c), of.mean.read(row, c), share));
+    of.running_var.write(row, c, precisebn::lerp(of.running_var.read(row, c), of.m2.read(row, c) / (n - 1.0), share));
   }
 }
 

@@ -11,7 +11,23 @@ constexpr int64_t kPartials = 4 << 20 >> 4;  // 4 MiB hold every layer of a ResN
 constexpr int64_t kTickets = 16 << 10;
 constexpr size_t kBytes = kPartials * sizeof(double2) + kTickets * sizeof(unsigned);
 
-// Null where there can be none; the caller then does without.
+// A new buffer, its tickets 0, or null where there is no memory. What is allocated before a step that fails goes back.
+void* new_buffer(cudaStream_t stream) {
+  // Not from torch's allocator: what is taken from it during the warm-up of a CUDA graph must not outlive that.
+  void* buffer = nullptr;
+  if (cudaMallocAsync(&buffer, kBytes, stream) != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would report it
+    return nullptr;
+  }
+  if (cudaMemsetAsync(buffer, 0, kBytes, stream) != cudaSuccess) {
+    cudaGetLastError();
+    cudaFreeAsync(buffer, stream);
+    return nullptr;
+  }
+  return buffer;
+}
+
+// Null where there can be none now; the caller then does without, and the next one tries again.
 void* buffer_of(int32_t device, cudaStream_t stream) {
   static std::mutex mutex;
   static auto& buffers = *new std::map<std::pair<int32_t, unsigned long long>, void*>;  // CUDA goes first at exit
@@ -21,18 +37,11 @@ void* buffer_of(int32_t device, cudaStream_t stream) {
     return nullptr;
   }
   const std::lock_guard lock(mutex);
-  const auto [entry, is_new] = buffers.try_emplace({device, id}, nullptr);
-  if (is_new) {
-    // Not from torch's allocator: what is taken from it during the warm-up of a CUDA graph must not outlive that.
-    void* buffer = nullptr;
-    if (cudaMallocAsync(&buffer, kBytes, stream) == cudaSuccess &&
-        cudaMemsetAsync(buffer, 0, kBytes, stream) == cudaSuccess) {
-      entry->second = buffer;
-    } else {
-      cudaGetLastError();
-    }
-  }
-  return entry->second;
+  const std::pair key(device, id);
+  if (const auto known = buffers.find(key); known != buffers.end()) return known->second;
+  void* const buffer = new_buffer(stream);
+  if (buffer != nullptr) buffers.emplace(key, buffer);
+  return buffer;
 }
 
 }  // namespace

@@ -4,7 +4,9 @@ The environment variable ``PRECISEBN_BACKEND`` chooses: ``auto`` (default), ``na
 cannot be loaded) or ``fallback``.
 """
 
+import logging
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,8 @@ import precisebn.ops.registry  # noqa: F401  # kernels are registered for operat
 from precisebn.errors import InputError
 
 __all__ = ["Backend", "backend"]
+
+_PACKAGE = Path(__file__).parents[1]
 
 _library = torch.library.Library("precisebn", "FRAGMENT")
 _library.define("_cpu_capability() -> str")
@@ -53,14 +57,22 @@ def backend() -> Backend:
 
 def _load(name: str) -> str:
     """Load a shared library that lies in the package. Returns why that failed, or an empty string."""
-    path = Path(__file__).parents[1] / name
+    path = _PACKAGE / name
     if not path.exists():
         return f"{name} was not built"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{name} could not be loaded: {error.__cause__ or error}"
+        return f"{name}{_built_for(path)} could not be loaded: {error.__cause__ or error}"
     return ""
+
+
+def _built_for(path: Path) -> str:
+    """Which CUDA a library is linked to, where it is to one: no version of a wheel says it, and others do not load."""
+    needed = re.search(rb"libcudart\.so\.(\d+)", path.read_bytes())
+    if needed is None:
+        return ""
+    return f", built for CUDA {needed[1].decode()} where torch has {torch.version.cuda},"
 
 
 def _load_libraries() -> tuple[str, str]:
@@ -76,12 +88,35 @@ def _load_libraries() -> tuple[str, str]:
         return "PRECISEBN_BACKEND=fallback", "PRECISEBN_BACKEND=fallback"
     cpu_failure = _load("_C_cpu.so")
     cuda_failure = "torch has no CUDA" if torch.version.cuda is None else _load("_C_cuda.so")
+    if choice == "auto":
+        _report(cpu_failure, cuda_failure)
     if choice == "native" and (cpu_failure or (torch.version.cuda is not None and cuda_failure)):
         raise ImportError(
             f"PRECISEBN_BACKEND=native, but {cpu_failure or cuda_failure}. Reinstall precisebn where a C++ compiler is "
             "available, or unset PRECISEBN_BACKEND"
         )
     return cpu_failure, cuda_failure
+
+
+def _report(cpu_failure: str, cuda_failure: str) -> None:
+    """Say where the fallback runs although kernels could: results do not differ, speed does."""
+    missing = []
+    if cpu_failure and os.name != "nt":  # there are none for Windows
+        missing.append(cpu_failure)
+    if cuda_failure and torch.version.cuda is not None and _has_gpu():
+        missing.append(cuda_failure)
+    if missing:
+        logging.getLogger("precisebn").warning(
+            "precisebn runs without its kernels, in plain PyTorch: %s. To have them, reinstall it where there is a C++ "
+            "compiler (for CUDA, also nvcc of the CUDA that torch has) with pip install --no-build-isolation, which "
+            "builds for the torch at hand. PRECISEBN_BACKEND=fallback makes this a choice",
+            "; ".join(missing),
+        )
+
+
+def _has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU, without initializing CUDA: on Linux, and on Linux in Windows."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
 _cpu_failure, _cuda_failure = _load_libraries()

@@ -6,6 +6,7 @@ Skipped without a GPU. ``PRECISEBN_BACKEND=native`` makes sure that the kernels 
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 
 from precisebn import functional, ops, update_bn_stats
 from precisebn.errors import InputError
-from precisebn.ops import _fallback
+from precisebn.ops import raw
+from precisebn.ops.grouping import per_sample
+from precisebn.ops.registry import OPERATORS
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
+
+fallback = SimpleNamespace(**{name: operator.fallback for name, operator in OPERATORS.items()})
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last", "strided", "swapped", "expanded", "misaligned", "sliced"]
@@ -94,7 +99,7 @@ def rtol_of(dtype: torch.dtype) -> float:
 
 def check_moments(actual: tuple[Tensor, ...], x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> None:
     count, mean, m2 = (t.cpu() for t in actual)
-    n, true_mean, true_m2 = _fallback.moments(x.cpu().double(), None if group is None else group.cpu(), num_groups)
+    n, true_mean, true_m2 = fallback.moments(x.cpu().double(), None if group is None else group.cpu(), num_groups)
     rtol = rtol_of(x.dtype)
     assert torch.equal(count, n)
     assert ((m2 - true_m2).abs() <= rtol * true_m2 + 1e-300).all()
@@ -126,8 +131,8 @@ def test_moments(shape, layout, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_normalize_and_backward_apply(shape, layout, dtype):
     x, dy = on_gpu(tensor(shape, dtype), layout), on_gpu(tensor(shape, dtype, seed=1))
-    a, b, c = (tensor((3, shape[1]), torch.float32, mean=0, seed=s) for s in range(3))
-    # One rounding of each product, of their sum, and of the result in its dtype.
+    center, a, b, c = (tensor((3, shape[1]), torch.float32, mean=0, seed=s) for s in range(4))
+    # One rounding of each difference and product, of their sum, and of the result in its dtype.
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 0)
 
     def check(actual: Tensor, terms: list[Tensor]) -> None:
@@ -140,11 +145,15 @@ def test_normalize_and_backward_apply(shape, layout, dtype):
 
     x64, dy64 = x.cpu().double(), dy.cpu().double()
     for group, k in ((None, 1), (groups_of(x), 3)):
-        a_, b_, c_ = (_fallback._per_sample(t[:k].double(), x64, group) for t in (a, b, c))
+        center_, a_, b_, c_ = (per_sample(t[:k].double(), x64, group) for t in (center, a, b, c))
         on_device = None if group is None else group.cuda()
-        coefficients = [t[:k].cuda() for t in (a, b, c)]
-        check(ops.normalize(x, *coefficients[:2], on_device), [a_ * x64, b_.expand_as(x64)])
-        check(ops.backward_apply(dy, x, *coefficients, on_device), [a_ * dy64, b_ * x64, c_.expand_as(x64)])
+        center_gpu, a_gpu, b_gpu, c_gpu = (t[:k].cuda() for t in (center, a, b, c))
+        check(raw.normalize(x, center_gpu, a_gpu, b_gpu, on_device), [a_ * (x64 - center_), b_.expand_as(x64)])
+        check(raw.normalize(x, None, a_gpu, None, on_device), [a_ * x64])
+        check(
+            raw.backward_apply(dy, x, center_gpu, a_gpu, b_gpu, c_gpu, on_device),
+            [a_ * dy64, b_ * (x64 - center_), c_.expand_as(x64)],
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,11 +164,11 @@ def test_backward_reduce(shape, layout, dtype):
     x64, dy64 = x.cpu().double(), dy.cpu().double()
     for group, k in ((None, 1), (groups_of(x), 3)):
         on_device = None if group is None else group.cuda()
-        _, mean, _ = _fallback.moments(x64, group, k)
+        _, mean, _ = fallback.moments(x64, group, k)
         actual = ops.backward_reduce(dy, x, mean.cuda(), on_device, k)
-        expected = _fallback.backward_reduce(dy64, x64, mean, group, k)
-        centered = x64 - _fallback._per_sample(mean, x64, group)
-        sizes = _fallback.backward_reduce(dy64.abs(), centered.abs(), torch.zeros_like(mean), group, k)
+        expected = fallback.backward_reduce(dy64, x64, mean, group, k)
+        centered = x64 - per_sample(mean, x64, group)
+        sizes = fallback.backward_reduce(dy64.abs(), centered.abs(), torch.zeros_like(mean), group, k)
         for one, other, size in zip(actual, expected, sizes, strict=True):
             assert ((one.cpu() - other).abs() <= 5 * rtol_of(dtype) * size).all()
 
@@ -176,7 +185,7 @@ def test_accumulate(shape, layout, dtype, statistic_dtype):
         mean = torch.full((2 * channels,), 7, dtype=statistic_dtype, device="cuda")[::2]
         var = torch.full((channels,), 7, dtype=statistic_dtype, device="cuda")
         ops.accumulate(on_gpu(batch, layout), *total, mean, var)
-        n, (true_mean,), (true_m2,) = _fallback.moments(batch.double())
+        n, (true_mean,), (true_m2,) = fallback.moments(batch.double())
         torch.testing.assert_close(mean.cpu(), true_mean.to(statistic_dtype))
         torch.testing.assert_close(var.cpu(), (true_m2 / n).to(statistic_dtype))
     count, mean, m2 = total
@@ -190,6 +199,21 @@ def test_accumulate_ignores_an_empty_batch():
     ops.accumulate(torch.ones(0, 3, 4, 4, device="cuda"), *total, mean, mean.clone())
     assert all(torch.equal(a, b) for a, b in zip(total, before, strict=True))
     assert (mean == 7).all()
+
+
+@pytest.mark.parametrize("rounds", [2, 4, 16])
+@pytest.mark.parametrize("shape", [(65536, 16), (256, 16, 16, 16), (4, 4, 128, 128)])
+def test_moments_of_one_value_and_then_another(shape, rounds):
+    """The first of a thread's batches, or an eighth or half of them, is of one value: the hardest on its shift."""
+    per_channel = (2, 1, shape[1], *(1 for _ in shape[2:]))
+    one, other = torch.randn(per_channel, generator=torch.Generator().manual_seed(rounds))
+    for run in (2**n for n in range(3, 16)):
+        position = torch.arange(torch.Size(shape).numel() // shape[1]) % (run * rounds)
+        x = torch.where(position.reshape(shape[0], 1, *shape[2:]) < run, one, other)
+        for layout in ("contiguous", "channels_last"):
+            _, _, m2 = ops.moments(on_gpu(x, layout))
+            _, _, exact = fallback.moments(x.double())
+            assert ((m2.cpu() - exact).abs() <= 1e-6 * exact).all()
 
 
 # ---- Tensors (G, C) alone --------------------------------------------------------------------------------------------
@@ -225,17 +249,15 @@ def assert_rounded(actual: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("statistics_dtype", DTYPES)
 @pytest.mark.parametrize("affine_dtype", DTYPES)
 @pytest.mark.parametrize("wide", [False, True])
-def test_fold(statistics_dtype, affine_dtype, wide):
-    for of_mean, of_weight, of_bias, has_count in itertools.product(ROWS, ["absent", *ROWS], ["absent", *ROWS], (0, 1)):
-        count = counts(of_mean) if has_count else None
+def test_coefficients(statistics_dtype, affine_dtype, wide):
+    for of_mean, of_weight, of_bias in itertools.product(ROWS, ["absent", *ROWS], ["absent", *ROWS]):
         statistics = rows(of_mean, statistics_dtype, 0), rows(of_mean, statistics_dtype, 1, positive=True)
         affine = [None if r == "absent" else rows(r, affine_dtype, s) for s, r in ((2, of_weight), (3, of_bias))]
-        on_device = (None if count is None else count.cuda(), *map(strided, statistics), *map(strided, affine))
-        results = ops.fold(*on_device, 1e-3, wide)
-        exact = _fallback.fold(count, *map(double, statistics), *map(double, affine), 1e-3, True)
+        results = raw.coefficients(*map(strided, statistics), *map(strided, affine), 1e-3, wide)
+        exact = fallback.coefficients(*map(double, statistics), *map(double, affine), 1e-3, wide)
         for actual, expected in zip(results, exact, strict=True):
             assert actual.dtype == (torch.float64 if wide else torch.float32)
-            assert_rounded(actual, expected)
+            assert_rounded(actual, expected.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,7 +268,7 @@ def test_track(num_rows, momentum, dtype):
     running = [rows(num_rows, dtype, 2), rows(num_rows, dtype, 3, positive=True)]
     on_device, batches = [strided(t) for t in running], torch.full(count.shape, 4, device="cuda")
     exact = [t.double() for t in running]
-    _fallback.track(count, mean, m2, *exact, batches.cpu(), momentum)
+    fallback.track(count, mean, m2, *exact, batches.cpu(), momentum)
     ops.track(count.cuda(), mean.cuda(), m2.cuda(), *on_device, batches, momentum)
     assert torch.equal(batches.cpu(), 4 + (count > 1).long())
     for actual, expected in zip(on_device, exact, strict=True):
@@ -255,20 +277,20 @@ def test_track(num_rows, momentum, dtype):
 
 @pytest.mark.parametrize("affine_dtype", DTYPES)
 @pytest.mark.parametrize("wide", [False, True])
-def test_backward_fold(affine_dtype, wide):
+def test_backward_coefficients(affine_dtype, wide):
     for num_rows, of_weight, has_count in itertools.product(ROWS, ["absent", None, "rows"], (0, 1)):
         count = counts(num_rows) if has_count else None
         mean, sum_dy, product = (rows(num_rows, torch.float64, s) for s in range(3))
-        spread = rows(num_rows, torch.float64, 3, positive=True)
+        var = rows(num_rows, torch.float64, 3, positive=True)
         weight = None
         if of_weight != "absent":
             weight = rows((num_rows or 1) if of_weight == "rows" else None, affine_dtype, 4)
-        sums = [t.cuda() for t in (mean, spread, sum_dy, product)]
-        results = ops.backward_fold(None if count is None else count.cuda(), *sums, strided(weight), 1e-3, wide)
-        exact = _fallback.backward_fold(count, mean, spread, sum_dy, product, double(weight), 1e-3, True)
+        sums = [t.cuda() for t in (mean, var, sum_dy, product)]
+        results = raw.backward_coefficients(None if count is None else count.cuda(), *sums, strided(weight), 1e-3, wide)
+        exact = fallback.backward_coefficients(count, mean, var, sum_dy, product, double(weight), 1e-3, wide)
         for actual, expected in zip(results, exact, strict=True):
             assert actual.shape == expected.shape
-            assert_rounded(actual, expected)
+            assert_rounded(actual, expected.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -278,28 +300,47 @@ def test_several_operators_in_one_call_are_these_operators(shape, layout, dtype)
     x, dy = on_gpu(tensor(shape, dtype), layout), on_gpu(tensor(shape, dtype, seed=1))
     for group, k in ((None, 1), (groups_of(x).cuda(), 3)):
         weight, bias = torch.rand(shape[1], device="cuda"), torch.rand(k, shape[1], device="cuda")
-        y, *statistics = ops.normalize_batch(x, weight, bias, 1e-3, group, k)
-        apart = ops.moments(x, group, k)
+        y, *statistics = raw.normalize_batch(x, weight, bias, 1e-3, group, k)
+        count, mean, m2 = apart = raw.moments(x, group, k)
         assert all(torch.equal(one.reshape(other.shape), other) for one, other in zip(statistics, apart, strict=True))
-        scale, shift = ops.fold(*apart, weight, bias, 1e-3, dtype == torch.float64)
-        assert torch.equal(y, ops.normalize(x, scale, shift, group))
-        dx, *affine = ops.backward_batch(dy, x, *statistics, weight, 1e-3, group)
-        sums = ops.backward_reduce(dy, x, apart[1], group, k)
-        a, b, c, *expected = ops.backward_fold(*apart, *sums, weight, 1e-3, dtype == torch.float64)
-        assert torch.equal(dx, ops.backward_apply(dy, x, a, b, c, group))
-        assert all(torch.equal(one, other) for one, other in zip(affine, expected, strict=True))
-        dx, *_ = ops.backward_batch(dy, x, None, apart[1], apart[1] ** 2, weight, 1e-3, group)
-        scale, _ = ops.fold(None, apart[1], apart[1] ** 2, weight, None, 1e-3, dtype == torch.float64)
-        assert torch.equal(dx, ops.normalize(dy, scale, torch.zeros_like(scale), group))
+        var = m2 / count.clamp(min=1)[:, None]
+        coefficients = raw.coefficients(mean, var, weight, bias, 1e-3, dtype == torch.float64)
+        assert torch.equal(y, raw.normalize(x, *coefficients, group))
+        dx, *affine = raw.backward_batch(dy, x, *statistics, weight, 1e-3, group)
+        sums = raw.backward_reduce(dy, x, mean, group, k)
+        *coefficients, grad_weight, grad_bias = raw.backward_coefficients(
+            count, mean, var, *sums, weight, 1e-3, dtype == torch.float64
+        )
+        assert torch.equal(dx, raw.backward_apply(dy, x, *coefficients, group))
+        assert torch.equal(affine[0], grad_weight)
+        assert torch.equal(affine[1], grad_bias)
+        dx, *_ = raw.backward_frozen(dy, x, mean, var, weight, 1e-3, group)
+        _, scale, _ = raw.coefficients(mean, var, weight, None, 1e-3, dtype == torch.float64)
+        assert torch.equal(dx, raw.normalize(dy, None, scale, None, group))
         assert dx.stride() == torch.empty_like(x).stride()
 
 
 def test_operands_on_the_host_are_refused():
     mean, count = torch.ones(3, device="cuda").double(), torch.ones((), device="cuda").double()
     with pytest.raises(RuntimeError, match="weight must be"):
-        ops.fold(count, mean, mean, torch.ones(3), None, 1e-3, False)
+        raw.coefficients(mean, mean, torch.ones(3), None, 1e-3, False)
     with pytest.raises(RuntimeError, match="running_mean must be"):
-        ops.track(count, mean, mean, torch.ones(3), torch.ones(3), torch.tensor(0, device="cuda"), 0.1)
+        raw.track(count, mean, mean, torch.ones(3), torch.ones(3), torch.tensor(0, device="cuda"), 0.1)
+    x, group = torch.ones(4, 3, device="cuda"), torch.zeros(4, dtype=torch.int64)
+    for refused in (lambda: raw.moments(x, group, 1), lambda: raw.normalize(x, None, x[:1], None, group)):
+        with pytest.raises(RuntimeError, match="group must be"):
+            refused()
+    for refused in (
+        lambda: raw.normalize(x, None, torch.ones(1, 3)),
+        lambda: raw.normalize(x, torch.ones(1, 3), x[:1]),
+        lambda: raw.backward_reduce(x, x, torch.ones(1, 3).double()),
+    ):
+        with pytest.raises(RuntimeError, match="coefficients must have"):
+            refused()
+    with pytest.raises(RuntimeError, match="dy must have"):
+        raw.backward_reduce(torch.ones(4, 3), x, mean[None])
+    with pytest.raises(RuntimeError, match="dy must have"):
+        raw.backward_apply(torch.ones(4, 3), x, *[x[:1]] * 4)
 
 
 # ---- Groups ---------------------------------------------------------------------------------------------------------
@@ -313,8 +354,8 @@ def test_groups_of_any_order_and_number(num_groups, shape, layout):
     for group in (torch.randint(num_groups, shape[:1]), torch.arange(shape[0]) * num_groups // shape[0]):
         check_moments(ops.moments(x, group.cuda(), num_groups), x, group, num_groups)
         a, b = (tensor((num_groups, shape[1]), seed=s).cuda() for s in (1, 2))
-        expected = _fallback.normalize(x.double(), a.double(), b.double(), group.cuda())
-        torch.testing.assert_close(ops.normalize(x, a, b, group.cuda()).double(), expected, rtol=1e-5, atol=1e-2)
+        expected = fallback.normalize(x.double(), None, a.double(), b.double(), group.cuda())
+        torch.testing.assert_close(ops.normalize(x, None, a, b, group.cuda()).double(), expected, rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -324,7 +365,7 @@ def test_group_numbers_out_of_range_touch_nothing(layout):
     valid = (group >= 0) & (group < 2)
     check_moments(ops.moments(x, group.cuda(), 2), x[valid.cuda()], group[valid], 2)
     ones = torch.ones(2, 16, device="cuda")
-    y = ops.normalize(x, ones, 0 * ones, group.cuda())
+    y = raw.normalize(x, None, ones, 0 * ones, group.cuda())
     assert torch.equal(y[valid.cuda()], x[valid.cuda()])
     assert y[~valid.cuda()].isnan().all()
     sum_dy, _ = ops.backward_reduce(torch.ones_like(x), x, ones.double(), group.cuda(), 2)
@@ -408,11 +449,11 @@ def test_nan_and_inf_stay_in_their_channel(shape, bad, layout, dtype):
 def test_every_16_bit_number_converts_exactly(dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(2**12, 16).cuda()
     one, zero = torch.ones(1, 16, device="cuda"), torch.zeros(1, 16, device="cuda")
-    y = ops.normalize(x, one, zero)
+    y = ops.normalize(x, None, one, zero)
     assert torch.equal(y.isnan(), x.isnan())
     assert torch.equal(y[~x.isnan()], x[~x.isnan()])
     values = torch.cat([torch.randn(20000) * s for s in (1e-8, 1e-6, 1e-4, 1.0, 3e4, 1e38)])[None].cuda()
-    rounded = ops.normalize(torch.ones_like(values, dtype=dtype), torch.zeros_like(values), values)
+    rounded = ops.normalize(torch.ones_like(values, dtype=dtype), None, torch.zeros_like(values), values)
     assert torch.equal(rounded, values.to(dtype))
 
 
@@ -423,17 +464,17 @@ def all_operators(x: Tensor, dy: Tensor, group: Tensor) -> list[Tensor]:
     mean = ops.moments(x)[1]
     total = accumulators(x.shape[1])
     ops.accumulate(x, *total)
-    coefficients = [tensor((3, x.shape[1]), seed=s).to(x.device) for s in range(3)]
+    coefficients = [tensor((3, x.shape[1]), seed=s).to(x.device) for s in range(4)]
     return [
         *ops.moments(x),
         *ops.moments(x, group, 3),
         *total,
         *ops.backward_reduce(dy, x, mean),
         *ops.backward_reduce(dy, x, mean.expand(3, -1), group, 3),
-        ops.normalize(x, *coefficients[:2], group),
+        ops.normalize(x, *coefficients[:3], group),
         ops.backward_apply(dy, x, *coefficients, group),
-        *ops.normalize_batch(x, coefficients[0][0], None, 1e-3, group, 3),
-        *ops.backward_batch(dy, x, *ops.moments(x, group, 3), coefficients[0][0], 1e-3, group),
+        *raw.normalize_batch(x, coefficients[0][0], None, 1e-3, group, 3),
+        *raw.backward_batch(dy, x, *ops.moments(x, group, 3), coefficients[0][0], 1e-3, group),
     ]
 
 
@@ -471,7 +512,7 @@ def test_cuda_graph_replays_beside_other_work(layout):
     x, dy = on_gpu(tensor(shape), layout), on_gpu(tensor(shape, seed=1), layout)
     group = groups_of(x).cuda()
     total = accumulators(64)
-    coefficients = [torch.randn(3, 64, device="cuda") for _ in range(3)]
+    coefficients = [torch.randn(3, 64, device="cuda") for _ in range(4)]
 
     def run() -> list[Tensor]:
         ops.accumulate(x, *total)
@@ -479,7 +520,7 @@ def test_cuda_graph_replays_beside_other_work(layout):
             *ops.moments(x),
             *ops.moments(x, group, 3),
             *ops.backward_reduce(dy, x, coefficients[0].double(), group, 3),
-            ops.normalize(x, *coefficients[:2], group),
+            ops.normalize(x, *coefficients[:3], group),
             ops.backward_apply(dy, x, *coefficients, group),
         ]
 
@@ -507,7 +548,7 @@ def test_cuda_graph_replays_beside_other_work(layout):
         assert all(torch.equal(a, b) for m in beside for a, b in zip(m, other_moments, strict=True))
         check_moments(tuple(results[:3]), fresh)
         check_moments(tuple(results[3:6]), fresh, group, 3)
-        expected = _fallback.normalize(x, *coefficients[:2], group)
+        expected = fallback.normalize(x, *coefficients[:3], group)
         torch.testing.assert_close(results[8], expected, rtol=1e-5, atol=1e-4)
     assert total[0].item() == 3 * 32 * 28 * 28
 
@@ -530,11 +571,11 @@ def test_nothing_waits_for_the_device():
     try:
         ops.moments(x, group, 3)
         ops.accumulate(x, *total, mean, var)
-        ops.normalize(x, a, a, group)
+        ops.normalize(x, a, a, a, group)
         ops.backward_reduce(dy, x, a, group, 3)
-        ops.backward_apply(dy, x, a, a, a, group)
-        _, *statistics = ops.normalize_batch(x, mean, var, 1e-3, group, 3)
-        ops.backward_batch(dy, x, *statistics, mean, 1e-3, group)
+        ops.backward_apply(dy, x, a, a, a, a, group)
+        _, *statistics = raw.normalize_batch(x, mean, var, 1e-3, group, 3)
+        raw.backward_batch(dy, x, *statistics, mean, 1e-3, group)
         ops.track(*(t[0] for t in statistics), mean, var, torch.ones((), dtype=torch.int64, device="cuda"), None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -556,7 +597,7 @@ def test_more_than_2_to_the_31_elements(layout):
     true_m2 = sum((sample.double() - true_mean[:, None, None]).square().flatten(1).sum(1) for sample in x)
     torch.testing.assert_close(mean[0], true_mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(m2[0], true_m2, rtol=1e-6, atol=0)
-    y = ops.normalize(x, torch.full((1, 64), 0.5, device="cuda"), torch.arange(64.0, device="cuda")[None])
+    y = ops.normalize(x, None, torch.full((1, 64), 0.5, device="cuda"), torch.arange(64.0, device="cuda")[None])
     for sample, result in ((x[0], y[0]), (x[-1], y[-1])):
         expected = torch.addcmul(torch.arange(64.0, device="cuda")[:, None, None], sample, torch.tensor(0.5).cuda())
         assert torch.equal(result, expected.bfloat16())

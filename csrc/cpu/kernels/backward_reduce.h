@@ -2,9 +2,9 @@
 
 #include <cstdint>
 
-#include "dispatch.h"
+#include "../dispatch.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 // Both add to sum[c] the dy, and to product[c] the dy * (x - mean[c]), of new values.
 struct BackwardReduceKernels {
@@ -18,4 +18,4 @@ struct BackwardReduceKernels {
 
 PRECISEBN_DECLARE_TABLE(BackwardReduceKernels, backward_reduce_kernels)
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

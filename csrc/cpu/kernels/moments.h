@@ -2,9 +2,9 @@
 
 #include <cstdint>
 
-#include "dispatch.h"
+#include "../dispatch.h"
 
-namespace precisebn {
+namespace precisebn::cpu {
 
 // Both merge the moments of new values into mean[c], m2[c], which already hold `before` values per channel.
 struct MomentsKernels {
@@ -17,4 +17,4 @@ struct MomentsKernels {
 
 PRECISEBN_DECLARE_TABLE(MomentsKernels, moments_kernels)
 
-}  // namespace precisebn
+}  // namespace precisebn::cpu

@@ -19,7 +19,7 @@
 #define PRECISEBN_ISA baseline
 #endif
 
-namespace precisebn::PRECISEBN_ISA {
+namespace precisebn::cpu::PRECISEBN_ISA {
 namespace {
 
 #if defined(__AVX512F__)
@@ -208,8 +208,12 @@ PRECISEBN_INLINE VecF to_float(HalfVecU16 v, BFloat16) { return (VecF)(zero_exte
 PRECISEBN_INLINE HalfVecU16 from_float(VecF v, BFloat16) {
   const VecU32 bits = (VecU32)v;
   const VecU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const VecU32 is_nan = (VecU32)((bits & 0x7fffffffu) > VecU32{} + 0x7f800000u);
-  return truncate(select(is_nan, VecU32{} + 0x7fc0u, rounded));
+#if defined(__AVX512F__)
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  return truncate((VecU32)_mm512_mask_set1_epi32((__m512i)rounded, is_nan, 0x7fc0));
+#else
+  return truncate(select((VecU32)(v != v), VecU32{} + 0x7fc0u, rounded));
+#endif
 }
 
 PRECISEBN_INLINE VecF to_float(HalfVecU16 v, Half) {
@@ -308,4 +312,4 @@ PRECISEBN_INLINE void store_first(T* p, typename Compute<T>::Vec v, int n) {
 }
 
 }  // namespace
-}  // namespace precisebn::PRECISEBN_ISA
+}  // namespace precisebn::cpu::PRECISEBN_ISA

@@ -3,21 +3,36 @@
 // Exact one-pass formulas carry a serial dependency (Welford) or cancel (E[x^2] - E[x]^2). So the data is taken in
 // blocks that fit in cache, and each block is read twice: for its mean, then for the sums of d = x - mean and of d * d.
 // The second reading costs no memory traffic, and while it runs the block that follows is prefetched, so memory never
-// rests. Lanes are float32: with the mean taken off, d is small and exact where it matters, chains of additions are at
-// most 32 long, and beyond them all sums are float64. sum(d) would be 0 in exact arithmetic; that it is not corrects
-// both mean and m2 to first order for the rounding of the block's mean. Blocks merge in float64 by Chan's formula.
+// rests. Lanes are float32: with the mean taken off, d is small and exact where it matters. sum(d) would be 0 in exact
+// arithmetic; that it is not corrects both mean and m2 for the rounding of the block's mean, so that the first reading
+// may add up in long chains. Blocks merge in float64 by Chan's formula.
+//
+// The second may not: m2 is right to 1e-6 for all data, also where most values are equal and their squares all round
+// the same way. A rounding is at most 2^-24 of the result, and d * d has three of them, as d has one. So no square
+// passes through more than 13 float32 additions (kLinks): 16 * 2^-24 < 1e-6. Beyond, all sums are float64.
 //
 // float32 lanes fail where d * d overflows or underflows (|d| beyond about 1e18 or below 1e-18); the sum of squares
 // shows it, and such a block is then done again with float64 lanes. A constant channel lands there too: its sum is 0.
-#include "moments_kernel.h"
-#include "../moments.h"
+#include "moments.h"
+#include "../../moments.h"
 #include "vec.h"
 
-namespace precisebn::PRECISEBN_ISA {
+namespace precisebn::cpu::PRECISEBN_ISA {
 namespace {
 
 constexpr int kUnroll = 4;
-constexpr int kChain = 32;
+constexpr int kLinks = 13;
+
+// Adds four deviations as one link of the chain of sums. A square then goes through four additions at most.
+template <class V>
+PRECISEBN_INLINE void add_four(V d0, V d1, V d2, V d3, V& sum, V& squares) {
+  sum += (d0 + d1) + (d2 + d3);
+  V of_four = d0 * d0;
+  of_four += d1 * d1;
+  of_four += d2 * d2;
+  of_four += d3 * d3;
+  squares += of_four;
+}
 
 // The values of a plane that are held in L1 together with the same amount of what follows.
 template <class T>
@@ -55,6 +70,7 @@ PRECISEBN_INLINE V load_first_as(const T* p, int n) {
 template <class V>
 struct Sum {
   using Wide = decltype(widen(V{}));
+  static constexpr int kSteps = 32;  // from one flush to the next
   V lanes[kUnroll] = {};
   Wide total = {};
 
@@ -69,6 +85,7 @@ struct Sum {
 template <class V>
 struct Deviations {
   using Wide = decltype(widen(V{}));
+  static constexpr int kSteps = kLinks - 2;  // flush() adds two more
   V mean;
   V lanes[kUnroll] = {}, squares[kUnroll] = {};
   Wide total = {}, total_squares = {};
@@ -99,7 +116,7 @@ PRECISEBN_INLINE void reduce(const T* p, int64_t n, const char* ahead, Reduction
   constexpr int kAhead = kStep * sizeof(T) / 2;
   int64_t i = 0;
   while (i + kStep <= n) {
-    const int64_t full = (n - i) / kStep, steps = full < kChain ? full : kChain;
+    const int64_t full = (n - i) / kStep, steps = full < Reduction::kSteps ? full : Reduction::kSteps;
     for (int64_t step = 0; step < steps; ++step, i += kStep, ahead += kAhead) {
       for (int line = 0; line < kAhead; line += 64) __builtin_prefetch(ahead + line);
       for (int chain = 0; chain < kUnroll; ++chain) into.add(chain, load_as<V>(p + i + chain * kLanes<V>));
@@ -155,10 +172,12 @@ PRECISEBN_INLINE Moments plane(const T* p, int64_t length) {
   return total;
 }
 
-// Planes of up to this many values are taken four at a time: alone they are too short to hide the latency of their own
-// sums. The four also keep the four chains of additions apart, and none is longer than kChain.
+// Planes of fewer values are taken four at a time: alone they are too short to hide the latency of their own sums. The
+// four also keep the four chains of additions apart. Vectors are added by fours; the links beside theirs are three
+// among the four, one to add what is left over, and those that join the lanes.
+constexpr int kLinksOfLanes = kBytes == 64 ? 4 : kBytes == 32 ? 3 : 2;
 template <class T>
-constexpr int64_t kShort = kChain * kLanes<typename Compute<T>::Vec>;
+constexpr int64_t kShort = 4 * (kLinks - 4 - kLinksOfLanes + 1) * kLanes<typename Compute<T>::Vec>;
 // Several groups of them fit into the time that memory takes.
 constexpr int kShortAhead = 8192;
 
@@ -201,20 +220,31 @@ PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeW
     center[k] = broadcast<V>(shift[k]);
     sum[k] = V{};
   }
-  for (int64_t i = 0; i < (kHold ? (kHeld - 1) * kL : whole); i += kL) {
+  int64_t i = 0;
+  if constexpr (!kHold) {
+    for (; i + 4 * kL <= whole; i += 4 * kL) {
+      for (int k = 0; k < 4; ++k) {
+        add_four(load(p[k] + i) - center[k], load(p[k] + i + kL) - center[k], load(p[k] + i + 2 * kL) - center[k],
+                 load(p[k] + i + 3 * kL) - center[k], sum[k], squares[k]);
+      }
+    }
+  }
+  V last_squares[4] = {};
+  for (; i < (kHold ? (kHeld - 1) * kL : whole); i += kL) {
     for (int k = 0; k < 4; ++k) {
       const V d = (kHold ? held[k][i / kL] : load(p[k] + i)) - center[k];
       sum[k] += d;
-      squares[k] += d * d;
+      last_squares[k] += d * d;
     }
   }
   if (rest) {
     for (int k = 0; k < 4; ++k) {
       const V d = first_lanes((kHold ? held[k][kHeld - 1] : load_first(p[k] + whole, rest)) - center[k], rest);
       sum[k] += d;
-      squares[k] += d * d;
+      last_squares[k] += d * d;
     }
   }
+  for (int k = 0; k < 4; ++k) squares[k] += last_squares[k];
   const FourD residual = __builtin_convertvector(sums_of_lanes(sum), FourD);
   const FourD total = __builtin_convertvector(sums_of_lanes(squares), FourD);
   const FourD correction = residual / count;
@@ -261,7 +291,7 @@ template <class T>
 void planes(const void* x, int64_t stride, int64_t channels, int64_t length, double before, double* mean, double* m2) {
   const MergeWeights weights(before, static_cast<double>(length));
   const T* p = static_cast<const T*>(x);
-  if (length > kShort<T>) {
+  if (length >= kShort<T>) {
     for (int64_t c = 0; c < channels; ++c, p += stride) {
       const Moments part = plane(p, length);
       merge(mean[c], m2[c], part.mean, part.m2, weights);
@@ -281,6 +311,8 @@ void planes(const void* x, int64_t stride, int64_t channels, int64_t length, dou
 // down the columns with all sums in registers, and merged into the accumulators on the spot.
 
 constexpr int kColumns = 4;
+constexpr int kBlockRows = 32;
+static_assert(kBlockRows / 4 + 4 <= kLinks);  // three among four rows, and one to add the rows left over
 
 PRECISEBN_INLINE void load_accumulator(const double* p, WideVec& v) {
   memcpy(&v.lo, p, sizeof v.lo);
@@ -299,12 +331,21 @@ PRECISEBN_INLINE WideVec not_negative(WideVec v) { return {not_negative(v.lo), n
 // One vector of channels, `rows` values each, down a column, in the arithmetic of V.
 template <class V, class T, bool kPartial>
 PRECISEBN_INLINE void column(const T* p, int64_t stride, int64_t rows, int n, V shift, V& sum, V& squares) {
+  const auto deviation = [&](int64_t r) {
+    return (kPartial ? load_first_as<V>(p + r * stride, n) : load_as<V>(p + r * stride)) - shift;
+  };
   sum = squares = V{};
-  for (int64_t r = 0; r < rows; ++r) {
-    const V d = (kPartial ? load_first_as<V>(p + r * stride, n) : load_as<V>(p + r * stride)) - shift;
-    sum += d;
-    squares += d * d;
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    add_four(deviation(r), deviation(r + 1), deviation(r + 2), deviation(r + 3), sum, squares);
   }
+  V last_squares = {};
+  for (; r < rows; ++r) {
+    const V d = deviation(r);
+    sum += d;
+    last_squares += d * d;
+  }
+  squares += last_squares;
 }
 
 // All bits set in the lanes of `squares`, among the first n, that need float64; whether there are any.
@@ -347,8 +388,8 @@ PRECISEBN_INLINE void merge_column(const T* p, int64_t stride, int64_t rows, int
     column_in_float64(p, stride, rows, n, failing, wide_shift, wide_sum, wide_squares);
   }
   // Divide where the reciprocal is not exact: m2 of a constant channel is then exactly 0.
-  const W residual =
-      rows == kChain ? wide_sum * broadcast<W>(1.0 / kChain) : wide_sum / broadcast<W>(static_cast<double>(rows));
+  const W residual = rows == kBlockRows ? wide_sum * broadcast<W>(1.0 / kBlockRows)
+                                        : wide_sum / broadcast<W>(static_cast<double>(rows));
   const W part_mean = wide_shift + residual, part_m2 = not_negative(wide_squares - wide_sum * residual);
 
   double buffer[2][kLanes<typename Compute<T>::Vec>];
@@ -392,14 +433,25 @@ PRECISEBN_INLINE void block_of_rows(const T* p, int64_t stride, int64_t rows, Me
   const V inverse = broadcast<V>(static_cast<typename Compute<T>::Scalar>(1.0 / static_cast<double>(rows)));
   for (int k = 0; k < kWidth; ++k) shift[k] *= inverse;
   row = p;
-  for (int64_t r = 0; r < rows; ++r, row += stride) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4, row += 4 * stride) {
+    for (int i = 0; i < 4; ++i) prefetch_half<T, kWidth>(row + i * stride, ahead, 1);
+    for (int k = 0; k < kWidth; ++k) {
+      const T* const at = row + k * kL;
+      add_four(load(at) - shift[k], load(at + stride) - shift[k], load(at + 2 * stride) - shift[k],
+               load(at + 3 * stride) - shift[k], sum[k], squares[k]);
+    }
+  }
+  V last_squares[kWidth] = {};
+  for (; r < rows; ++r, row += stride) {
     prefetch_half<T, kWidth>(row, ahead, 1);
     for (int k = 0; k < kWidth; ++k) {
       const V d = load(row + k * kL) - shift[k];
       sum[k] += d;
-      squares[k] += d * d;
+      last_squares[k] += d * d;
     }
   }
+  for (int k = 0; k < kWidth; ++k) squares[k] += last_squares[k];
   for (int k = 0; k < kWidth; ++k) {
     const int c = k * kL;
     merge_column(p + c, stride, rows, kL, shift[k], sum[k], squares[k], weights, mean + c, m2 + c);
@@ -422,8 +474,8 @@ template <class T>
 void rows(const void* x, int64_t stride, int64_t channels, int64_t rows, double before, double* mean, double* m2) {
   constexpr int kL = kLanes<typename Compute<T>::Vec>;
   const T* p = static_cast<const T*>(x);
-  for (int64_t r = 0; r < rows; r += kChain, p += kChain * stride) {
-    const int64_t height = rows - r < kChain ? rows - r : kChain;
+  for (int64_t r = 0; r < rows; r += kBlockRows, p += kBlockRows * stride) {
+    const int64_t height = rows - r < kBlockRows ? rows - r : kBlockRows;
     const MergeWeights weights(before + static_cast<double>(r), static_cast<double>(height));
     // What follows a column in these rows, and behind the last, the first of the next rows.
     const auto ahead = [&](int64_t c, int width) { return c + width < channels ? width : height * stride - c; };
@@ -449,4 +501,4 @@ const MomentsKernels moments_kernels[kNumDtypes] = {
     {planes<BFloat16>, rows<BFloat16>},
 };
 
-}  // namespace precisebn::PRECISEBN_ISA
+}  // namespace precisebn::cpu::PRECISEBN_ISA

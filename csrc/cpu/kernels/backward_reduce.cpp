@@ -2,11 +2,11 @@
 // float64 beyond. The float32 lanes subtract the mean rounded to float32; what rounding took off the mean is put back
 // as (rounded - mean) * sum dy, in float64, once a block. Products that overflow or underflow float32 do so here as
 // they would in the float32 backward of torch.
-#include "backward_reduce_kernel.h"
+#include "backward_reduce.h"
 
 #include "vec.h"
 
-namespace precisebn::PRECISEBN_ISA {
+namespace precisebn::cpu::PRECISEBN_ISA {
 namespace {
 
 constexpr int kUnroll = 4;
@@ -119,4 +119,4 @@ const BackwardReduceKernels backward_reduce_kernels[kNumDtypes] = {
     {planes<BFloat16>, rows<BFloat16>},
 };
 
-}  // namespace precisebn::PRECISEBN_ISA
+}  // namespace precisebn::cpu::PRECISEBN_ISA

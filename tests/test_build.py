@@ -1,0 +1,115 @@
+"""What `setup.py` says and does: old build tools, incremental builds, sources that follow older headers of torch."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> SimpleNamespace:
+    """A throwaway project of one source and one header, compiled with the functions of `setup.py`."""
+    functions: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"))
+    try:
+        compiler = functions["compiler"]()
+    except functions["CompileError"] as error:
+        pytest.skip(str(error))
+    (tmp_path / "used.h").write_text("constexpr int kAnswer = 42;\n")
+    (tmp_path / "unused.h").write_text("")
+    (tmp_path / "source.cpp").write_text('#include "used.h"\n#include <cstdint>\nint answer() { return kAnswer; }\n')
+
+    def compile_it(*flags: str, torch_version: str = "2.13.0") -> bool:
+        command, target = functions["job"]([*compiler, *flags], str(tmp_path / "source.cpp"), tmp_path / "o", "common")
+        compiled: bool = functions["compile_if_stale"](command, target, torch_version)
+        assert target.exists()
+        return compiled
+
+    return SimpleNamespace(compile=compile_it, folder=tmp_path, error=functions["CompileError"])
+
+
+def touch(path: Path) -> None:
+    """Make a file newer than everything that was written before."""
+    path.touch()
+    later = path.stat().st_mtime + 10
+    os.utime(path, (later, later))
+
+
+def test_what_has_not_changed_is_not_compiled_again(build: SimpleNamespace) -> None:
+    assert build.compile()
+    assert not build.compile()
+    touch(build.folder / "unused.h")
+    assert not build.compile()
+
+
+@pytest.mark.parametrize("name", ["source.cpp", "used.h"])
+def test_a_changed_source_or_header_is_compiled_again(build: SimpleNamespace, name: str) -> None:
+    build.compile()
+    touch(build.folder / name)
+    assert build.compile()
+
+
+def test_other_flags_and_another_torch_compile_again(build: SimpleNamespace) -> None:
+    build.compile()
+    assert build.compile("-DOTHER")
+    assert not build.compile("-DOTHER")
+    assert build.compile("-DOTHER", torch_version="2.10.0")
+
+
+def test_a_failed_compilation_is_tried_again(build: SimpleNamespace) -> None:
+    build.compile()
+    good = (build.folder / "used.h").read_text()
+    (build.folder / "used.h").write_text("#error no\n")
+    touch(build.folder / "used.h")
+    with pytest.raises(build.error, match="#error no"):
+        build.compile()
+    (build.folder / "used.h").write_text(good)
+    os.utime(build.folder / "used.h", (0, 0))  # an older file put back: the object is still that of no source
+    assert build.compile()
+
+
+def test_a_header_that_is_gone_compiles_again(build: SimpleNamespace) -> None:
+    build.compile()
+    (build.folder / "used.h").unlink()
+    with pytest.raises(build.error, match=r"used\.h"):
+        build.compile()
+
+
+def test_setuptools_that_is_too_old_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "setuptools").mkdir()
+    (tmp_path / "setuptools" / "__init__.py").write_text("__version__ = '65.5.0'\n")
+    # What pip does in its subprocess: it executes setup.py, and shows what that writes.
+    program = f"import runpy; runpy.run_path({str(ROOT / 'setup.py')!r}, run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "setuptools 65.5.0" in done.stderr
+    assert "pip install --upgrade 'setuptools>=77'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_version_of_setuptools_is_that_of_pyproject() -> None:
+    asked = re.search(r'"setuptools>=(\d+)"', (ROOT / "pyproject.toml").read_text())
+    said = re.search(r"setuptools\.__version__.*< (\d+)", (ROOT / "setup.py").read_text())
+    assert asked is not None
+    assert said is not None
+    assert asked[1] == said[1]
+
+
+def test_sources_take_the_headers_of_torch_through_one_header() -> None:
+    """Which headers of torch hold what has changed from release to release; `csrc/torch.h` knows."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
+    assert len(sources) > 30
+    including = {path.name for path in sources if re.search(r"#include <(torch|c10|ATen)/", path.read_text())}
+    assert including == {"torch.h"}
