@@ -478,7 +478,7 @@ def test_one_process_without_torch_distributed_is_one_rank():
     alone = Ranks()
     assert (alone.size, alone.rank) == (1, 0)
     tally = Tally(samples=5)
-    assert alone.meet(tally) == (tally, tally)
+    assert alone.tally(tally) == (tally, tally)
     flat = torch.ones(3)
     alone.all_reduce(flat)
     assert torch.equal(flat, torch.ones(3))
