@@ -301,7 +301,7 @@ class Steps:
         return decision
 
     def _wait(self) -> dict[str, Any]:
-        """Wait for the decision, asking with pauses: a blocking wait would keep Ctrl-C out, and others from the store."""
+        """Wait for the decision, asking with pauses: a blocking wait would keep Ctrl-C and others from the store."""
         start, pause, quiet = time.monotonic(), _SHORTEST_PAUSE_S, self._step == 0
         while not self._store.check([self._key("decision")]):
             waited = time.monotonic() - start

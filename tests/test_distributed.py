@@ -1,33 +1,21 @@
-"""Several ranks: real processes over gloo. One start of processes runs all scenarios; each test looks at one of them.
-
-A scenario runs on every rank with that rank's share of the data, and what it returns, or the exception that it raises,
-is written to a file. So a rank that hangs or dies shows as a file that is missing, in the scenario where it happened.
-"""
+"""Several ranks: real processes over gloo. One start of them runs all scenarios; each test looks at one scenario."""
 
 import contextlib
-import datetime
 import io
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import state_of, values_of
+from conftest import values_of
+from processes import HANG_S, Outcome, Result, Scenario, raised
 from torch import Tensor, nn
 
 from precisebn import InputError, RankFailedError, adapt_bn_stats, update_bn_stats
 from precisebn.distributed import Ranks, Tally
-
-SLOWEST_START_S = 120
-HANG_S = 30  # a collective that waits longer than this raises in gloo, so that a hang is a failure and not a wait
-
-Result = dict[str, Any]
-Scenario = Callable[[int, int], Result]
 
 
 def net(dtype: torch.dtype = torch.float32, bn: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
@@ -229,74 +217,21 @@ SCENARIOS: list[Scenario] = [
 ]  # fmt: skip
 
 
-def raised(call: Callable[[], Any]) -> tuple[str, str]:
-    try:
-        call()
-    except BaseException as error:
-        return type(error).__name__, str(error)
-    return "", ""
-
-
 def unchanged(
     call: Callable[[nn.Module], Any],
-    prepare: Callable[[nn.Module], Any] = lambda model: None,
+    prepare: Callable[[nn.Module], Any] | None = None,
     build: Callable[[], nn.Module] = net,
 ) -> Result:
-    """What a call raises, how long it took, and whether the model is as before."""
-    model = build()
-    prepare(model)
-    before, start = state_of(model), time.monotonic()
-    error = raised(lambda: call(model))
-    return {"error": error, "seconds": time.monotonic() - start, "unchanged": state_of(model) == before}
-
-
-def run_scenarios(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=HANG_S),
-    )  # fmt: skip
-    for scenario in SCENARIOS:
-        torch.save(scenario(rank, world), f"{folder}/{scenario.__name__}.{rank}.part")
-        Path(f"{folder}/{scenario.__name__}.{rank}.part").rename(f"{folder}/{scenario.__name__}.{rank}")
-    dist.destroy_process_group()
+    return processes.unchanged(call, build, prepare)
 
 
 # ---- Tests: what came of it ---------------------------------------------------------------------------------------
 
 
-class Outcome:
-    """Results of all scenarios on some number of ranks."""
-
-    def __init__(self, world: int, folder: Path) -> None:
-        self.world = world
-        self.folder = folder
-        processes = mp.spawn(run_scenarios, args=(world, str(folder)), nprocs=world, join=False)
-        try:
-            deadline = time.monotonic() + SLOWEST_START_S
-            while not processes.join(timeout=1):
-                assert time.monotonic() < deadline, f"ranks hang; finished: {sorted(p.name for p in folder.iterdir())}"
-            self.trouble = "but all ranks ended well"
-        except Exception as error:
-            self.trouble = str(error)
-        finally:
-            for process in processes.processes:
-                process.kill()
-                process.join()
-
-    def of(self, scenario: Scenario) -> list[Result]:
-        """What each rank returned."""
-        paths = [self.folder / f"{scenario.__name__}.{rank}" for rank in range(self.world)]
-        for rank, path in enumerate(paths):
-            assert path.exists(), f"rank {rank} did not get through {scenario.__name__}: {self.trouble}"
-        return [torch.load(path, weights_only=False) for path in paths]
-
-
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    return Outcome(request.param, tmp_path_factory.mktemp(f"world{request.param}"))
+    processes.skip_without_gloo()
+    return Outcome(SCENARIOS, request.param, tmp_path_factory.mktemp(f"world{request.param}"))
 
 
 def single_process(model: nn.Module, world: int, uneven: bool = True, **arguments: Any) -> nn.Module:
