@@ -155,7 +155,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         """
         if self._steps is None:
             return
-        on_wire = flat.to(self._wire_device(flat.device))
+        on_wire = flat.to(_wire_device(str(dist.get_backend_config(self.group)), flat.device, self.device))
         sizes = self._steps.take(f"{on_wire.numel()} of {on_wire.dtype}", _distinct)
         if len(sizes) > 1:
             raise InputError(f"ranks cannot merge statistics of different sizes: {', '.join(sizes)}")
@@ -178,17 +178,6 @@ class Ranks(AbstractContextManager["Ranks"]):
         """
         if self._steps is not None:
             self._steps.take(None, _nothing)
-
-    def _wire_device(self, device: torch.device) -> torch.device:
-        """Where the backend can reduce: the tensor's own device if it can, else what the backend works on."""
-        types = [entry.partition(":")[0] for entry in str(dist.get_backend_config(self.group)).split(",")]
-        if device.type in types:
-            return device
-        if "cpu" in types:
-            return torch.device("cpu")
-        if self.device is not None and self.device.type in types:
-            return self.device
-        return torch.device(types[0])  # the current one of its kind
 
 
 class Steps:
@@ -383,6 +372,24 @@ def _group_of(process_group: ProcessGroup | Literal[False] | None) -> ProcessGro
     if group is None or dist.get_rank(group) < 0:
         raise InputError("this rank does not belong to the process_group it was given; call only on its members")
     return group
+
+
+def _wire_device(config: str, device: torch.device, accelerator: torch.device | None) -> torch.device:
+    """Where a backend can reduce: on the tensor's own device if it can, else what the backend works on.
+
+    Args:
+        config: the backend of each type of device, such as ``"cpu:gloo,cuda:nccl"``.
+        device: of the tensor.
+        accelerator: of the model.
+    """
+    types = [entry.partition(":")[0] for entry in config.split(",")]
+    if device.type in types:
+        return device
+    if "cpu" in types:
+        return torch.device("cpu")
+    if accelerator is not None and accelerator.type in types:
+        return accelerator
+    return torch.device(types[0])  # the current one of its kind
 
 
 def _difference(descriptions: list[dict[str, str]]) -> str | None:

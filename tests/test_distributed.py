@@ -3,8 +3,10 @@
 import contextlib
 import io
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import processes
 import pytest
@@ -14,8 +16,8 @@ from conftest import values_of
 from processes import HANG_S, Outcome, Result, Scenario, raised
 from torch import Tensor, nn
 
-from precisebn import InputError, RankFailedError, adapt_bn_stats, update_bn_stats
-from precisebn.distributed import Ranks, Tally
+from precisebn import InputError, RankFailedError, __version__, adapt_bn_stats, distributed, update_bn_stats
+from precisebn.distributed import Ranks, Tally, _wire_device
 
 
 def net(dtype: torch.dtype = torch.float32, bn: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
@@ -203,6 +205,72 @@ def other_lengths_with_tolerance(rank: int, world: int) -> Result:
     return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 9), 9 + rank, tolerance=1e-9))
 
 
+def other_version(rank: int, world: int) -> Result:
+    with mock.patch.object(distributed, "__version__", "0.0.1" if rank == 1 else distributed.__version__):
+        return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 3), 3))
+
+
+def other_dtype_of_buffers(rank: int, world: int) -> Result:
+    return unchanged(
+        lambda model: update_bn_stats(model, share(rank, [8] * 3), 3),
+        lambda model: model[1]._buffers.update(running_var=torch.ones(6).half()) if rank == 1 else None,
+    )
+
+
+def other_eps(rank: int, world: int) -> Result:
+    return unchanged(
+        lambda model: update_bn_stats(model, share(rank, [8] * 3), 3),
+        lambda model: setattr(model[4], "eps", 1e-3 if rank == 1 else 1e-5),
+    )
+
+
+def other_prior(rank: int, world: int) -> Result:
+    return unchanged(lambda model: adapt_bn_stats(model, share(rank, [8] * 3), prior=20.0 + (rank == 1)))
+
+
+def other_order_of_layers(rank: int, world: int) -> Result:
+    layers = [("a", nn.BatchNorm1d(3)), ("b", nn.BatchNorm1d(3))]
+    build = lambda: nn.Sequential(OrderedDict(layers[::-1] if rank == 1 else layers))  # noqa: E731
+    return unchanged(lambda model: update_bn_stats(model, [torch.randn(4, 3)], 1), build=build)
+
+
+def counted_differently_before(rank: int, world: int) -> Result:
+    model = net()
+    model[1].num_batches_tracked.fill_(10 + rank)
+    return recalibrated(model, rank, world)
+
+
+class OwnForward(nn.BatchNorm2d):
+    """Not known to normalize its input; whether it writes statistics is seen where mini-batches reach it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def own_forward_reached_on_rank_1_only(rank: int, world: int) -> Result:
+    model = net(bn=OwnForward)
+    forward = None if rank == 1 else lambda model, batch: model[:4](batch)
+    return recalibrated(model, rank, world, uneven=False, forward=forward)
+
+
+def device_mesh(rank: int, world: int) -> Result:
+    mesh = dist.init_device_mesh("cpu", (1, world), mesh_dim_names=("one", "all"))
+    two = raised(lambda: recalibrated(net(), rank, world, uneven=False, process_group=mesh))
+    return {"error": two, **recalibrated(net(), rank, world, uneven=False, process_group=mesh["all"])}
+
+
+def group_without_rank_0(rank: int, world: int) -> Result:
+    group = dist.new_group(list(range(1, world)))
+    if rank == 0:
+        return {"error": raised(lambda: recalibrated(net(), rank, world, uneven=False, process_group=group))}
+    return recalibrated(net(), rank, world, uneven=False, process_group=group)
+
+
+def group_without_a_store(rank: int, world: int) -> Result:
+    with mock.patch.object(distributed, "group_store", return_value=None):  # as MPI's, which no wheel of torch has
+        return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 3), 3))
+
+
 def ranks_meet_again_after_failures(rank: int, world: int) -> Result:
     return even(rank, world)
 
@@ -213,7 +281,9 @@ SCENARIOS: list[Scenario] = [
     tolerance_with_uneven_data, no_rank_has_data, bar_on_rank_0_only, model_fails_on_rank_1,
     model_fails_on_rank_1_with_tolerance, short_loader_on_rank_0, nan_on_rank_1, ctrl_c_on_rank_0,
     wrong_argument_on_rank_1, other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only,
-    other_lengths_with_tolerance, ranks_meet_again_after_failures,
+    other_lengths_with_tolerance, other_version, other_dtype_of_buffers, other_eps, other_prior, other_order_of_layers,
+    counted_differently_before, own_forward_reached_on_rank_1_only, device_mesh, group_without_rank_0,
+    group_without_a_store, ranks_meet_again_after_failures,
 ]  # fmt: skip
 
 
@@ -383,15 +453,72 @@ def test_a_rank_that_fails_makes_every_rank_raise_and_no_model_changes(ranks, sc
             assert f"rank(s) {failing} of {ranks.world} failed" in result["error"][1]
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only, other_lengths_with_tolerance],
-    ids=lambda scenario: scenario.__name__,
-)
-def test_ranks_that_do_not_agree_all_raise_instead_of_waiting(ranks, scenario):
+DISAGREEMENTS = {
+    other_modes: "layer '4' is not there on rank 0, but 4 channels in float32, eps=1e-05 on rank 1",
+    other_layers_of_the_same_size: "layer '0' is 3 channels in float32, eps=1e-05 on rank 0, but not there on rank 1",
+    tolerance_on_one_rank_only: "tolerance= is None on rank 0, but 0.1 on rank 1",
+    other_lengths_with_tolerance: "num_iters= with a tolerance is 9 on rank 0, but 10 on rank 1",
+    other_version: f"the version of precisebn is {__version__} on rank 0, but 0.0.1 on rank 1",
+    other_dtype_of_buffers: "layer '1' is 6 channels in float32, eps=1e-05 on rank 0, but 6 channels in float32 and "
+    "float16, eps=1e-05 on rank 1",
+    other_eps: "layer '4' is 4 channels in float32, eps=1e-05 on rank 0, but 4 channels in float32, eps=0.001 on",
+    other_prior: "prior= is 20.0 on rank 0, but 21.0 on rank 1",
+    other_order_of_layers: "their order is another on rank 0 than on rank 1",
+}
+
+
+@pytest.mark.parametrize("scenario", DISAGREEMENTS, ids=lambda scenario: scenario.__name__)
+def test_ranks_that_do_not_agree_all_raise_and_say_in_what(ranks, scenario):
     for result in ranks.of(scenario):
         assert result["error"][0] == "InputError"
         assert "ranks chose different BatchNorm layers, or have different arguments" in result["error"][1]
+        assert DISAGREEMENTS[scenario] in result["error"][1]
+        assert result["unchanged"]
+        assert result["seconds"] < HANG_S / 2
+
+
+def test_num_batches_tracked_ends_equal_at_the_largest_of_any_rank_and_the_mini_batches_of_all(ranks):
+    seen = sum(map(len, sizes_of(ranks.world, uneven=True)))
+    for result in ranks.of(counted_differently_before):
+        assert result["state_dict"]["1.num_batches_tracked"] == 10 + (ranks.world - 1) + seen
+        assert result["state_dict"]["4.num_batches_tracked"] == seen
+        assert result["values"] == ranks.of(counted_differently_before)[0]["values"]
+
+
+def test_a_layer_with_a_forward_of_its_own_that_one_rank_reached_is_recalibrated_on_all(ranks):
+    results = ranks.of(own_forward_reached_on_rank_1_only)
+    for result in results:
+        assert result["values"] == results[0]["values"]
+        assert [(layer.name, layer.num_batches) for layer in result["report"].layers] == [
+            ("1", 4 * ranks.world),
+            ("4", 4),
+        ]
+
+
+def test_a_device_mesh_of_one_dimension_is_a_group(ranks):
+    for result in ranks.of(device_mesh):
+        assert result["error"][0] == "InputError"
+        assert "DeviceMesh of 2 dimensions; pass one of them: mesh['dp']" in result["error"][1]
+        assert result["values"] == ranks.of(even)[0]["values"]
+
+
+def test_a_group_without_rank_0(ranks):
+    outside, *inside = ranks.of(group_without_rank_0)
+    assert "does not belong to the process_group" in outside["error"][1]
+    batches = [batch for rank in range(1, ranks.world) for batch in share(rank, EVEN[rank])]
+    alone = net()
+    update_bn_stats(alone, batches, None)
+    expected = statistics(alone.state_dict())
+    for result in inside:
+        assert result["values"] == inside[0]["values"]
+        assert result["report"].world_size == ranks.world - 1
+        torch.testing.assert_close(statistics(result["state_dict"]), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_group_without_a_store_is_refused(ranks):
+    for result in ranks.of(group_without_a_store):
+        assert result["error"][0] == "InputError"
+        assert "backend 'gloo' has no store" in result["error"][1]
         assert result["unchanged"]
 
 
@@ -417,6 +544,23 @@ def test_one_process_without_torch_distributed_is_one_rank():
     flat = torch.ones(3)
     alone.all_reduce(flat)
     assert torch.equal(flat, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "accelerator", "expected"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", None, "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cuda:1", "cuda:1"),
+        ("cuda:nccl", "cpu", "cuda:1", "cuda:1"),  # float64 that lies on the CPU, with a model on an accelerator
+        ("cuda:nccl", "cpu", None, "cuda"),
+        ("xpu:xccl", "cpu", "xpu:2", "xpu:2"),
+        ("cuda:nccl", "cpu", "xpu:0", "cuda"),
+        ("cpu:gloo", "cuda:0", "cuda:0", "cpu"),
+    ],
+)
+def test_tensors_travel_on_a_device_that_the_backend_reduces(config, device, accelerator, expected):
+    of = torch.device
+    assert _wire_device(config, of(device), None if accelerator is None else of(accelerator)) == of(expected)
 
 
 def test_errors_are_what_code_that_knows_torch_expects():

@@ -146,7 +146,7 @@ def ctrl_c_at_any_line_of_rank_0(rank: int, world: int) -> Result:
     return {line: traced(rank, AtLine(line if rank == 0 else 0)) for line in lines[0]}
 
 
-def ctrl_c_at_any_time_on_rank_1(rank: int, world: int) -> Result:
+def ctrl_c_at_any_time(rank: int, victim: bool) -> Result:
     """From the moment on that the rank has counted its call; before, it is one that calls too late."""
     durations = [trial(rank)["seconds"]]
     dist.broadcast_object_list(durations)
@@ -159,12 +159,23 @@ def ctrl_c_at_any_time_on_rank_1(rank: int, world: int) -> Result:
             start(self, *arguments, **options)
             timer.start()
 
-        if rank == 1:
+        if victim:
             with mock.patch.object(distributed.Steps, "__init__", started):
                 results[k] = trial(rank, after=timer.join)  # the signal may come after the end
+            interrupted = raised(timer.join)  # or after the exception of another rank
+            assert interrupted[0] in ("", "KeyboardInterrupt")
         else:
             results[k] = trial(rank)
     return results
+
+
+def ctrl_c_at_any_time_on_rank_1(rank: int, world: int) -> Result:
+    return ctrl_c_at_any_time(rank, victim=rank == 1)
+
+
+def ctrl_c_at_any_time_on_all_ranks(rank: int, world: int) -> Result:
+    """As a terminal sends it: to every process of the group, in no order."""
+    return ctrl_c_at_any_time(rank, victim=True)
 
 
 # ---- Scenarios: exceptions -------------------------------------------------------------------------------------------
@@ -275,8 +286,8 @@ def rank_0_ends_first(rank: int, world: int) -> Result:
 
 
 SCENARIOS = [
-    ctrl_c_in_every_wait, ctrl_c_at_any_line_of_rank_0, ctrl_c_at_any_time_on_rank_1, exception_at_every_stage,
-    in_step_after_all_that, keys_left_in_the_store, rank_0_calls_alone, rank_0_ends_first,
+    ctrl_c_in_every_wait, ctrl_c_at_any_line_of_rank_0, ctrl_c_at_any_time_on_rank_1, ctrl_c_at_any_time_on_all_ranks,
+    exception_at_every_stage, in_step_after_all_that, keys_left_in_the_store, rank_0_calls_alone, rank_0_ends_first,
 ]  # fmt: skip
 
 
@@ -364,6 +375,17 @@ def test_ctrl_c_at_any_time_changes_all_models_or_none(survivors):
     assert len(trials) == TIMES
     for number, outcomes in trials:
         assert_all_or_none(outcomes, 1, number)
+
+
+def test_ctrl_c_to_all_ranks_changes_all_models_or_none(survivors):
+    for number, outcomes in by_trial(survivors.of(ctrl_c_at_any_time_on_all_ranks)):
+        errors = {outcome["error"][0] for outcome in outcomes}
+        assert len({outcome["values"] for outcome in outcomes}) == 1, (number, outcomes)
+        if outcomes[0]["unchanged"]:
+            assert "KeyboardInterrupt" in errors, (number, outcomes)
+            assert errors <= {"KeyboardInterrupt", "RankFailedError"}, (number, outcomes)
+        else:
+            assert errors <= {"KeyboardInterrupt", ""}, (number, outcomes)
 
 
 @pytest.mark.parametrize("victim", [0, 2])

@@ -84,10 +84,11 @@ def update_bn_stats(
         tolerance: stop as soon as the standard error of every layer's mean (in its standard deviations) and variance
             (relative) is at most this, but not before 8 mini-batches. The errors are those of batch means: they assume
             that mini-batches are correlated, if at all, over a short part of the run, as shuffling ensures.
-        process_group: ranks whose data counts. None: all ranks, where torch.distributed is initialized; all of them
-            must call. False: this process alone. Ranks may have different numbers of mini-batches, or none (with
-            ``num_iters=None`` or ``tolerance``); all end with the same statistics, bit for bit. SyncBatchNorm layers
-            normalize with the mini-batch of their rank. A model whose forward communicates by itself (FSDP, a layer
+        process_group: ranks whose data counts: a group or a DeviceMesh of one dimension. None: all ranks, where
+            torch.distributed is initialized; all of them must call. False: this process alone. Ranks may have different
+            numbers of mini-batches, or none (with ``num_iters=None`` or ``tolerance``); all end with the same
+            statistics, bit for bit, and with the same ``num_batches_tracked``: the largest of any rank before, and the
+            mini-batches of all. SyncBatchNorm layers normalize with the mini-batch of their rank. A model whose forward communicates by itself (FSDP, a layer
             of your own with an all-reduce in it) needs the same number of mini-batches on every rank.
 
     Returns:
@@ -97,8 +98,8 @@ def update_bn_stats(
         InsufficientDataError: the loader ended before ``num_iters`` mini-batches, or gave none.
         NonFiniteStatisticsError: NaN or Inf in the input of a layer; names the layer and the mini-batch.
         BatchFormatError: the model does not take what the loader yields.
-        RankFailedError: another rank failed.
-        InputError: an argument that makes no sense.
+        RankFailedError: another rank failed, or did not come within the timeout of the process group.
+        InputError: an argument that makes no sense; or ranks that differ in their layers, arguments or versions.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
