@@ -88,8 +88,9 @@ def update_bn_stats(
             torch.distributed is initialized; all of them must call. False: this process alone. Ranks may have different
             numbers of mini-batches, or none (with ``num_iters=None`` or ``tolerance``); all end with the same
             statistics, bit for bit, and with the same ``num_batches_tracked``: the largest of any rank before, and the
-            mini-batches of all. SyncBatchNorm layers normalize with the mini-batch of their rank. A model whose forward communicates by itself (FSDP, a layer
-            of your own with an all-reduce in it) needs the same number of mini-batches on every rank.
+            mini-batches of all. SyncBatchNorm layers normalize with the mini-batch of their rank. A model whose forward
+            communicates by itself (FSDP, a layer of your own with an all-reduce in it) needs the same number of
+            mini-batches on every rank.
 
     Returns:
         What changed and how certain it is: :class:`UpdateReport`.
