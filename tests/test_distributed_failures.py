@@ -28,7 +28,7 @@ from precisebn.recalibration.report import LayerReport
 
 WORLD = 3
 SHORT_TIMEOUT_S = 3.0
-TIMES = 60
+TIMES = 40
 
 
 def net() -> nn.Sequential:
@@ -52,7 +52,14 @@ def trial(
     model = net() if model is None else model
     before, start = state_of(model), time.monotonic()
     loader = arguments.pop("loader", share(rank, number))
-    error = raised(lambda: (update_bn_stats(model, loader, None, **arguments), after()))
+
+    def call() -> None:
+        try:
+            update_bn_stats(model, loader, None, **arguments)
+        finally:
+            after()
+
+    error = raised(call)
     return {
         "error": error, "seconds": time.monotonic() - start, "unchanged": state_of(model) == before,
         "values": hashlib.sha256(repr(values_of(model)).encode()).hexdigest(),
@@ -141,7 +148,8 @@ def traced(rank: int, tracer: AtLine) -> Result:
 def ctrl_c_at_any_line_of_rank_0(rank: int, world: int) -> Result:
     count = AtLine(0)
     traced(rank, count)
-    lines = [list(range(1, count.seen, max(1, count.seen // 150)))]
+    end = count.seen - 60  # what follows the last step is short
+    lines = [[*range(1, end, max(1, end // 120)), *range(end, count.seen)]]
     dist.broadcast_object_list(lines)
     return {line: traced(rank, AtLine(line if rank == 0 else 0)) for line in lines[0]}
 
@@ -162,8 +170,6 @@ def ctrl_c_at_any_time(rank: int, victim: bool) -> Result:
         if victim:
             with mock.patch.object(distributed.Steps, "__init__", started):
                 results[k] = trial(rank, after=timer.join)  # the signal may come after the end
-            interrupted = raised(timer.join)  # or after the exception of another rank
-            assert interrupted[0] in ("", "KeyboardInterrupt")
         else:
             results[k] = trial(rank)
     return results
@@ -318,7 +324,7 @@ def killed_while_ranks_add_up(rank: int, world: int) -> Result:
 @pytest.fixture(scope="module")
 def survivors(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     processes.skip_without_gloo()
-    return Outcome(SCENARIOS, WORLD, tmp_path_factory.mktemp("failures"), init_method="tcp")
+    return Outcome(SCENARIOS, WORLD, tmp_path_factory.mktemp("failures"), limit_s=300.0, init_method="tcp")
 
 
 def by_trial(results: list[Result]) -> Iterator[tuple[Any, list[Result]]]:
