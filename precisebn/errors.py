@@ -37,7 +37,7 @@ class NonFiniteStatisticsError(PreciseBNError, ArithmeticError):
 
 
 class RankFailedError(PreciseBNError, RuntimeError):
-    """Another rank failed, so no rank changed its model."""
+    """Another rank failed, or did not come in time, so no rank changed its model."""
 
 
 class CycleError(PreciseBNError, RuntimeError):
