@@ -29,7 +29,14 @@ from precisebn.models.selection import ModuleSelection, find_bn, select_bn
 from precisebn.nn.frozen import FrozenNorm
 from precisebn.nn.population import PopulationNorm
 from precisebn.recalibration.recording import RecordedLayer, Recording, buffers_kept
-from precisebn.recalibration.report import LayerReport, UpdateReport, largest
+from precisebn.recalibration.report import (
+    LayerReport,
+    UpdateReport,
+    fallback_in_use,
+    frozen_parameters,
+    largest,
+    reason_left_alone,
+)
 from precisebn.statistics.estimator import ESTIMATORS, MIN_BLOCKS, EstimatorName, Population
 
 __all__ = ["adapt_bn_stats", "update_bn_stats"]
@@ -193,7 +200,7 @@ class _Run:
             layers, batches = self._choose_layers(batches)
             self._agree_on_layers(ranks, layers)
             if not layers:
-                return self._report(ranks, [])
+                return self._report(ranks, {}, [])
             with Recording(self.model, layers, self.estimator) as recording:
                 self._consume(batches, recording, ranks)
                 recording.check_finite()
@@ -224,6 +231,10 @@ class _Run:
             raise InputError(f"estimator={self.estimator!r} must be one of {', '.join(map(repr, ESTIMATORS))}")
         if self.tolerance is not None and not (_is_number(self.tolerance) and 0 < self.tolerance < math.inf):
             raise InputError(f"tolerance={self.tolerance!r} must be a positive number, such as 0.01, or None")
+        # NumPy's numbers are as good, but the report is of plain ones, and ranks compare how numbers are written.
+        self.num_iters = None if self.num_iters is None else int(self.num_iters)
+        self.tolerance = None if self.tolerance is None else float(self.tolerance)
+        self.prior = float(self.prior)
         if self.forward is not None and not callable(self.forward):
             raise InputError(f"forward={self.forward!r} must be a callable forward(model, batch)")
         if self.device is not None:
@@ -241,13 +252,13 @@ class _Run:
             batches = self._initialize_lazy_modules(batches)
         layers = {}
         for name, layer in find_bn(self.model).items():
-            if isinstance(layer, FrozenNorm) and name not in chosen:
-                self.skipped[name] = "it is frozen (name it in modules= to recalibrate it all the same)"
+            if name not in chosen:
+                self.skipped[name] = reason_left_alone(layer, self.modules)
         for name, layer in chosen.items():
             if layer.running_mean is None or layer.running_var is None:
-                self.skipped[name] = "it keeps no running statistics (track_running_stats=False)"
+                self.skipped[name] = "no running statistics (track_running_stats=False)"
             elif is_lazy(layer.running_mean):
-                self.skipped[name] = "it is lazy and the first mini-batch did not reach it"
+                self.skipped[name] = "lazy, and not reached by the first mini-batch"
             else:
                 layers[name] = layer
         if not layers:
@@ -309,17 +320,16 @@ class _Run:
         if self.forward is not None:
             self.forward(self.model, batch)
         else:
-            call_model(self.model, batch)
+            call_model(self.model, batch, is_first=self.iterations == 0)
 
     def _consume(self, batches: Iterator[Any], recording: Recording, ranks: Ranks) -> None:
         """Run the model on mini-batches until there are enough."""
-        bar_total = self.num_iters if self.num_iters is not None else _length(self.data_loader)
+        show = bool(self.progress) and ranks.rank == 0
+        bar_total = self.num_iters if self.num_iters is not None or not show else _length(self.data_loader)
         exhausted = False
         next_check = MIN_BLOCKS
         with ExitStack() as stack:
-            bar = stack.enter_context(
-                tqdm.tqdm(total=bar_total, desc="BN statistics", disable=not self.progress or ranks.rank != 0)
-            )
+            bar = stack.enter_context(tqdm.tqdm(total=bar_total, desc="BN statistics", disable=not show))
             for step in itertools.count(1) if self.num_iters is None else range(1, self.num_iters + 1):
                 if not exhausted:
                     exhausted = not self._step(batches, recording, bar)
@@ -384,10 +394,10 @@ class _Run:
             population = populations[layer.estimator]
             if population.num_batches[layer.slot] == 0:
                 several = isinstance(layer.module, PopulationNorm) and layer.module.num_slots is not None
-                what = "sample of its domain was seen" if several else "mini-batch reached it through its __call__"
+                what = "sample of the domain was seen" if several else "mini-batch came through __call__"
                 self.skipped[layer.name] = f"no {what}"
             elif self.iterations and not recording.writes_statistics(layer):
-                self.skipped[layer.name] = "its own forward does not write running statistics in training mode"
+                self.skipped[layer.name] = "own forward does not write running statistics in training mode"
             else:
                 samples = self._samples_of(layer, recording, population.count)
                 changes.append(_Change.of(layer, population, old, self.prior, samples))
@@ -404,7 +414,8 @@ class _Run:
 
     def _checked_report(self, ranks: Ranks, changes: "list[_Change]") -> UpdateReport:
         """The report, with a warning where it is not what was asked for: before writing, for it may be an error."""
-        report = self._report(ranks, [change.report() for change in changes])
+        changed = {change.layer.name: change.layer.module for change in changes}
+        report = self._report(ranks, changed, [change.report() for change in changes])
         if not changes:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
             warnings.warn(f"no BatchNorm layer was recalibrated ({reasons})", stacklevel=4)
@@ -418,17 +429,19 @@ class _Run:
             )
         return report
 
-    def _report(self, ranks: Ranks, layers: list[LayerReport]) -> UpdateReport:
+    def _report(self, ranks: Ranks, changed: dict[str, _NormBase], layers: list[LayerReport]) -> UpdateReport:
         errors = [error for layer in layers for error in (layer.mean_error, layer.var_error)]
         return UpdateReport(
             layers=tuple(layers),
             skipped=self.skipped,
+            frozen=frozen_parameters(self.model, changed),
             num_iters=self.iterations,
             num_samples=self.samples,
             world_size=ranks.size,
             estimator=self.estimator,
             tolerance=self.tolerance,
             converged=None if self.tolerance is None else _all_within(self.tolerance, errors),
+            fallback=fallback_in_use(t.device.type for layer in changed.values() for t in layer.buffers()),
         )
 
 
@@ -478,18 +491,13 @@ class _Change:
 
     def report(self) -> LayerReport:
         """Compare with the statistics that the layer still has."""
-        eps = self.layer.module.eps
-        var = self.var + eps
-        mean_drift = (self.old[0] - self.mean).abs() / var.sqrt()
-        var_drift = ((self.old[1].clamp(min=0.0) + eps) / var).log()
-        return LayerReport(
-            name=self.layer.name,
-            num_channels=self.mean.numel(),
+        return LayerReport.comparing(
+            self.layer.name,
+            self.old,
+            (self.mean, self.var),
+            self.layer.module.eps,
             num_batches=self.num_batches,
             count=self.count,
-            mean_drift=float(mean_drift.square().mean().sqrt()),
-            max_mean_drift=float(mean_drift.max()),
-            var_drift=float(var_drift.square().mean().sqrt()),
             mean_error=self.mean_error,
             var_error=self.var_error,
         )
@@ -566,5 +574,5 @@ def _is_number(value: object) -> bool:
 def _length(loader: Iterable[Any]) -> int | None:
     try:
         return len(loader)  # type: ignore[arg-type]
-    except TypeError:
+    except Exception:  # a loader that does not know its length may say so in any way
         return None
