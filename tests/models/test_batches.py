@@ -208,6 +208,16 @@ def test_what_the_error_of_a_first_mini_batch_advises_runs(name):
     assert update_bn_stats(build(), [batch] * 3, 3, forward=eval(advice, {"torch": torch})).num_iters == 3
 
 
+def test_torchvisions_detectors_want_targets(torchvision):
+    detection = torchvision.models.detection
+    model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    targets = [{"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "labels": torch.ones(1).long()}] * 2
+    with pytest.raises(AssertionError, match="targets should not be none") as caught:
+        update_bn_stats(model, [([torch.rand(3, 64, 64)] * 2, targets)], 1, modules="all")
+    said = "as a whole, model(batch), because item 0 is not a tensor (list)" + ELSE + "model(*batch)"
+    assert said in explanation(caught.value)
+
+
 def test_only_the_first_mini_batch_is_a_guess():
     with pytest.raises(RuntimeError) as caught:
         update_bn_stats(encoder(), [IMAGE, IMAGE[:, :2]], 2)
