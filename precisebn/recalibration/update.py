@@ -10,6 +10,7 @@ import itertools
 import math
 import numbers
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,21 +23,23 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from precisebn.distributed import ProcessGroup, Ranks, Tally
-from precisebn.errors import InputError, InsufficientDataError, NonFiniteStatisticsError
+from precisebn.errors import InputError, InsufficientDataError, NonFiniteStatisticsError, RankFailedError
 from precisebn.models.batches import ForwardFn, call_model, common_device, move_to, num_samples
-from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import ModuleSelection, find_bn, select_bn
-from precisebn.models.transaction import Transaction
 from precisebn.nn.frozen import FrozenNorm
 from precisebn.nn.population import PopulationNorm
 from precisebn.recalibration.recording import RecordedLayer, Recording, buffers_kept
-from precisebn.recalibration.report import LayerReport, UpdateReport, largest
+from precisebn.recalibration.report import (
+    LayerReport,
+    UpdateReport,
+    fallback_in_use,
+    frozen_parameters,
+    largest,
+    reason_left_alone,
+)
 from precisebn.statistics.estimator import ESTIMATORS, MIN_BLOCKS, EstimatorName, Population
 
 __all__ = ["adapt_bn_stats", "update_bn_stats"]
-
-_END = object()
-"""What comes after the last mini-batch."""
 
 
 def update_bn_stats(
@@ -84,13 +87,11 @@ def update_bn_stats(
         tolerance: stop as soon as the standard error of every layer's mean (in its standard deviations) and variance
             (relative) is at most this, but not before 8 mini-batches. The errors are those of batch means: they assume
             that mini-batches are correlated, if at all, over a short part of the run, as shuffling ensures.
-        process_group: ranks whose data counts: a group or a DeviceMesh of one dimension. None: all ranks, where
-            torch.distributed is initialized; all of them must call. False: this process alone. Ranks may have different
-            numbers of mini-batches, or none (with ``num_iters=None`` or ``tolerance``); all end with the same
-            statistics, bit for bit, and with the same ``num_batches_tracked``: the largest of any rank before, and the
-            mini-batches of all. SyncBatchNorm layers normalize with the mini-batch of their rank. A model whose forward
-            communicates by itself (FSDP, a layer of your own with an all-reduce in it) needs the same number of
-            mini-batches on every rank.
+        process_group: ranks whose data counts. None: all ranks, where torch.distributed is initialized; all of them
+            must call. False: this process alone. Ranks may have different numbers of mini-batches, or none (with
+            ``num_iters=None`` or ``tolerance``); all end with the same statistics, bit for bit. SyncBatchNorm layers
+            normalize with the mini-batch of their rank. A model whose forward communicates by itself (FSDP, a layer
+            of your own with an all-reduce in it) needs the same number of mini-batches on every rank.
 
     Returns:
         What changed and how certain it is: :class:`UpdateReport`.
@@ -99,8 +100,8 @@ def update_bn_stats(
         InsufficientDataError: the loader ended before ``num_iters`` mini-batches, or gave none.
         NonFiniteStatisticsError: NaN or Inf in the input of a layer; names the layer and the mini-batch.
         BatchFormatError: the model does not take what the loader yields.
-        RankFailedError: another rank failed, or did not come within the timeout of the process group.
-        InputError: an argument that makes no sense; or ranks that differ in their layers, arguments or versions.
+        RankFailedError: another rank failed.
+        InputError: an argument that makes no sense.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -188,32 +189,31 @@ class _Run:
     samples: int = field(default=0, init=False)
     max_error: float = field(default=math.nan, init=False)
     skipped: dict[str, str] = field(default_factory=dict, init=False)
-    signals: HeldBack = field(default_factory=HeldBack, init=False)
 
     def execute(self) -> UpdateReport:
-        with (
-            HeldBack() as self.signals,
-            Ranks(self.process_group, let_through=self.signals.let_through) as ranks,
-            Transaction() as writes,
-        ):
+        ranks = Ranks(self.process_group)
+        try:
             self._check_arguments()
             self.device = self.device if self.device is not None else common_device(self.model)
             ranks.device = next((p.device for p in _tensors(self.model) if p.device.type != "cpu"), None)
-            with self.signals.let_through():
-                batches = iter(self.data_loader)
+            batches = iter(self.data_loader)
             layers, batches = self._choose_layers(batches)
-            ranks.agree(self._description(layers))
+            self._agree_on_layers(ranks, layers)
             if not layers:
-                return self._report(ranks, [])
+                return self._report(ranks, {}, [])
             with Recording(self.model, layers, self.estimator) as recording:
                 self._consume(batches, recording, ranks)
                 recording.check_finite()
-                total, most = ranks.tally(self._tally(recording))
+                total, most = ranks.meet(self._tally(recording))
             changes = self._changes(ranks, recording, total, most)
             report = self._checked_report(ranks, changes)
-            for change in changes:
-                change.write(writes)
-            ranks.commit()  # every rank has written: what is raised before this undoes it on all ranks
+            ranks.meet(Tally())  # every rank has got this far, so every rank may write
+        except RankFailedError:
+            raise
+        except BaseException:
+            ranks.tell_failure()
+            raise
+        _write(changes)
         return report
 
     def _check_arguments(self) -> None:
@@ -231,6 +231,10 @@ class _Run:
             raise InputError(f"estimator={self.estimator!r} must be one of {', '.join(map(repr, ESTIMATORS))}")
         if self.tolerance is not None and not (_is_number(self.tolerance) and 0 < self.tolerance < math.inf):
             raise InputError(f"tolerance={self.tolerance!r} must be a positive number, such as 0.01, or None")
+        # NumPy's numbers are as good, but the report is of plain ones, and ranks compare how numbers are written.
+        self.num_iters = None if self.num_iters is None else int(self.num_iters)
+        self.tolerance = None if self.tolerance is None else float(self.tolerance)
+        self.prior = float(self.prior)
         if self.forward is not None and not callable(self.forward):
             raise InputError(f"forward={self.forward!r} must be a callable forward(model, batch)")
         if self.device is not None:
@@ -248,13 +252,13 @@ class _Run:
             batches = self._initialize_lazy_modules(batches)
         layers = {}
         for name, layer in find_bn(self.model).items():
-            if isinstance(layer, FrozenNorm) and name not in chosen:
-                self.skipped[name] = "it is frozen (name it in modules= to recalibrate it all the same)"
+            if name not in chosen:
+                self.skipped[name] = reason_left_alone(layer, self.modules)
         for name, layer in chosen.items():
             if layer.running_mean is None or layer.running_var is None:
-                self.skipped[name] = "it keeps no running statistics (track_running_stats=False)"
+                self.skipped[name] = "no running statistics (track_running_stats=False)"
             elif is_lazy(layer.running_mean):
-                self.skipped[name] = "it is lazy and the first mini-batch did not reach it"
+                self.skipped[name] = "lazy, and not reached by the first mini-batch"
             else:
                 layers[name] = layer
         if not layers:
@@ -298,16 +302,17 @@ class _Run:
             "BatchNorm has no statistics to update: recalibrate before such a conversion"
         )
 
-    def _description(self, layers: dict[str, _NormBase]) -> dict[str, object]:
-        """What must be the same on all ranks: else they would wait for each other for ever, or end with differences."""
-        tolerance = None if self.tolerance is None else float(self.tolerance)
-        return {
-            "estimator=": self.estimator,
-            "prior=": float(self.prior),
-            "tolerance=": tolerance,
-            "num_iters= with a tolerance": None if tolerance is None else self.num_iters,
-            **{f"layer {name!r}": text for name, text in _described(layers).items()},
+    def _agree_on_layers(self, ranks: Ranks, layers: dict[str, _NormBase]) -> None:
+        channels = {
+            name: 0 if layer.running_mean is None else layer.running_mean.numel() for name, layer in layers.items()
         }
+        # Ranks that check the tolerance at different steps would wait for each other for ever.
+        arguments = (self.estimator, self.prior, self.tolerance, None if self.tolerance is None else self.num_iters)
+        fingerprint = zlib.crc32(repr((channels, arguments)).encode())
+        own = Tally(layers=len(layers), channels=sum(channels.values()), fingerprint=fingerprint)
+        total, most = ranks.meet(own)
+        if total != Tally(*(ranks.size * number for number in most)):
+            raise _ranks_differ(own, most)
 
     def _call(self, batch: Any) -> None:
         if self.device is not None:
@@ -315,17 +320,16 @@ class _Run:
         if self.forward is not None:
             self.forward(self.model, batch)
         else:
-            call_model(self.model, batch)
+            call_model(self.model, batch, is_first=self.iterations == 0)
 
     def _consume(self, batches: Iterator[Any], recording: Recording, ranks: Ranks) -> None:
         """Run the model on mini-batches until there are enough."""
-        bar_total = self.num_iters if self.num_iters is not None else _length(self.data_loader)
+        show = bool(self.progress) and ranks.rank == 0
+        bar_total = self.num_iters if self.num_iters is not None or not show else _length(self.data_loader)
         exhausted = False
         next_check = MIN_BLOCKS
         with ExitStack() as stack:
-            bar = stack.enter_context(
-                tqdm.tqdm(total=bar_total, desc="BN statistics", disable=not self.progress or ranks.rank != 0)
-            )
+            bar = stack.enter_context(tqdm.tqdm(total=bar_total, desc="BN statistics", disable=not show))
             for step in itertools.count(1) if self.num_iters is None else range(1, self.num_iters + 1):
                 if not exhausted:
                     exhausted = not self._step(batches, recording, bar)
@@ -345,11 +349,8 @@ class _Run:
 
     def _step(self, batches: Iterator[Any], recording: Recording, bar: "tqdm.tqdm[Any]") -> bool:
         """Run one mini-batch, if there is one."""
-        with self.signals.let_through():
-            batch = next(batches, _END)
-            if batch is not _END:
-                self._call(batch)
-        if batch is not _END:
+        for batch in batches:
+            self._call(batch)
             recording.end_batch()
             self.iterations += 1
             self.samples += num_samples(batch)
@@ -369,7 +370,7 @@ class _Run:
     ) -> bool:
         """Whether the standard errors are within the tolerance, or no rank has data left."""
         recording.check_finite()
-        total, most = ranks.tally(self._tally(recording, unfinished=not exhausted))
+        total, most = ranks.meet(self._tally(recording, unfinished=not exhausted))
         errors: list[float] = []
         for population in _populations(recording, ranks, most):
             seen = population.count > 0
@@ -389,19 +390,17 @@ class _Run:
             for estimator, population in zip(recording.estimators, _populations(recording, ranks, most), strict=True)
         }
         changes: list[_Change] = []
-        facts = _facts_of_all_ranks(recording, ranks)
-        olds = _old_statistics(recording, ranks, self.prior)
-        for layer, old, (tracked, writes) in zip(recording.layers, olds, facts, strict=True):
+        for layer, old in zip(recording.layers, _old_statistics(recording, ranks, self.prior), strict=True):
             population = populations[layer.estimator]
             if population.num_batches[layer.slot] == 0:
                 several = isinstance(layer.module, PopulationNorm) and layer.module.num_slots is not None
-                what = "sample of its domain was seen" if several else "mini-batch reached it through its __call__"
+                what = "sample of the domain was seen" if several else "mini-batch came through __call__"
                 self.skipped[layer.name] = f"no {what}"
-            elif not writes:
-                self.skipped[layer.name] = "its own forward does not write running statistics in training mode"
+            elif self.iterations and not recording.writes_statistics(layer):
+                self.skipped[layer.name] = "own forward does not write running statistics in training mode"
             else:
                 samples = self._samples_of(layer, recording, population.count)
-                changes.append(_Change.of(layer, population, old, self.prior, samples, tracked))
+                changes.append(_Change.of(layer, population, old, self.prior, samples))
         if not changes and self.samples == 0 and self.iterations == 0:
             raise InsufficientDataError("no rank's data loader gave a mini-batch")
         return changes
@@ -415,7 +414,8 @@ class _Run:
 
     def _checked_report(self, ranks: Ranks, changes: "list[_Change]") -> UpdateReport:
         """The report, with a warning where it is not what was asked for: before writing, for it may be an error."""
-        report = self._report(ranks, [change.report() for change in changes])
+        changed = {change.layer.name: change.layer.module for change in changes}
+        report = self._report(ranks, changed, [change.report() for change in changes])
         if not changes:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
             warnings.warn(f"no BatchNorm layer was recalibrated ({reasons})", stacklevel=4)
@@ -429,17 +429,19 @@ class _Run:
             )
         return report
 
-    def _report(self, ranks: Ranks, layers: list[LayerReport]) -> UpdateReport:
+    def _report(self, ranks: Ranks, changed: dict[str, _NormBase], layers: list[LayerReport]) -> UpdateReport:
         errors = [error for layer in layers for error in (layer.mean_error, layer.var_error)]
         return UpdateReport(
             layers=tuple(layers),
             skipped=self.skipped,
+            frozen=frozen_parameters(self.model, changed),
             num_iters=self.iterations,
             num_samples=self.samples,
             world_size=ranks.size,
             estimator=self.estimator,
             tolerance=self.tolerance,
             converged=None if self.tolerance is None else _all_within(self.tolerance, errors),
+            fallback=fallback_in_use(t.device.type for layer in changed.values() for t in layer.buffers()),
         )
 
 
@@ -455,19 +457,12 @@ class _Change:
     new_var: Tensor
     count: int
     num_batches: int
-    tracked: int
-    """num_batches_tracked, until now; the largest of any rank."""
     mean_error: float
     var_error: float
 
     @staticmethod
     def of(
-        layer: RecordedLayer,
-        population: Population,
-        old: tuple[Tensor, Tensor],
-        prior: float,
-        samples: float,
-        tracked: int,
+        layer: RecordedLayer, population: Population, old: tuple[Tensor, Tensor], prior: float, samples: float
     ) -> "_Change":
         """What a population means for one layer, the old statistics counting as ``prior`` samples.
 
@@ -491,31 +486,18 @@ class _Change:
             )
         return _Change(
             layer, old, mean, var, new_mean, new_var, int(population.count[slot]), int(population.num_batches[slot]),
-            tracked, float(population.mean_error[slot]), float(population.var_error[slot]),
+            float(population.mean_error[slot]), float(population.var_error[slot]),
         )  # fmt: skip
-
-    def write(self, writes: Transaction) -> None:
-        """Overwrite the statistics of the layer, in place."""
-        writes.write(self.layer.running_mean, self.new_mean)
-        writes.write(self.layer.running_var, self.new_var)
-        if self.layer.num_batches_tracked is not None:
-            new = torch.full_like(self.layer.num_batches_tracked, self.tracked + self.num_batches)
-            writes.write(self.layer.num_batches_tracked, new)
 
     def report(self) -> LayerReport:
         """Compare with the statistics that the layer still has."""
-        eps = self.layer.module.eps
-        var = self.var + eps
-        mean_drift = (self.old[0] - self.mean).abs() / var.sqrt()
-        var_drift = ((self.old[1].clamp(min=0.0) + eps) / var).log()
-        return LayerReport(
-            name=self.layer.name,
-            num_channels=self.mean.numel(),
+        return LayerReport.comparing(
+            self.layer.name,
+            self.old,
+            (self.mean, self.var),
+            self.layer.module.eps,
             num_batches=self.num_batches,
             count=self.count,
-            mean_drift=float(mean_drift.square().mean().sqrt()),
-            max_mean_drift=float(mean_drift.max()),
-            var_drift=float(var_drift.square().mean().sqrt()),
             mean_error=self.mean_error,
             var_error=self.var_error,
         )
@@ -532,43 +514,6 @@ def _populations(recording: Recording, ranks: Ranks, most: Tally) -> list[Popula
     return results
 
 
-def _described(layers: dict[str, _NormBase]) -> dict[str, str]:
-    """What of each layer must be the same on all ranks, in words: what is summed over ranks, and written."""
-    devices: list[torch.device] = []  # those of each device are merged together
-    texts = {}
-    for name, layer in layers.items():
-        mean, var = layer.running_mean, layer.running_var
-        assert mean is not None  # or it would not have been chosen
-        assert var is not None
-        if mean.device not in devices:
-            devices.append(mean.device)
-        kinds = " and ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in (mean, var)))
-        populations = f"{len(mean)} populations of " if mean.dim() > 1 else ""
-        counted = "" if layer.num_batches_tracked is not None else ", mini-batches not counted"
-        place = f", on device {devices.index(mean.device)} of the model's" if len(devices) > 1 else ""
-        texts[name] = f"{populations}{mean.shape[-1]} channels in {kinds}, eps={layer.eps:g}{counted}{place}"
-    return texts
-
-
-def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> list[tuple[int, bool]]:
-    """Of each layer: the mini-batches that it has tracked until now, and whether its forward writes statistics.
-
-    Both are the largest of any rank. Ranks that trained together have counted the same mini-batches, so that a sum
-    would count them several times; and a layer with a forward of its own may have been reached on one rank only.
-    """
-    tracked = [layer.num_batches_tracked for layer in recording.layers]
-    facts = torch.tensor(
-        [
-            [0 if number is None else int(number) for number in tracked],
-            [recording.writes_statistics(layer) for layer in recording.layers],
-        ],
-        dtype=torch.float64,  # which every backend takes, and which is exact for counts
-    )
-    ranks.all_reduce(facts, "max")
-    numbers, writes = facts.tolist()
-    return [(int(number), bool(known)) for number, known in zip(numbers, writes, strict=True)]
-
-
 def _old_statistics(recording: Recording, ranks: Ranks, prior: float) -> list[tuple[Tensor, Tensor]]:
     """Mean and variance that each layer has, float64 on the CPU; as a prior, their averages over the ranks.
 
@@ -581,6 +526,36 @@ def _old_statistics(recording: Recording, ranks: Ranks, prior: float) -> list[tu
         ranks.all_reduce(flat)
         stats = list(flat.split([size for size in sizes for _ in range(2)]))
     return list(zip(stats[0::2], stats[1::2], strict=True))
+
+
+def _write(changes: list[_Change]) -> None:
+    """Overwrite the statistics of all layers in place; if that is interrupted, of none."""
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    for change in changes:
+        targets += [change.layer.running_mean, change.layer.running_var]
+        values += [change.new_mean, change.new_var]
+        tracked = change.layer.num_batches_tracked
+        if tracked is not None:
+            targets.append(tracked)
+            values.append(tracked + change.num_batches)
+    with torch.no_grad():
+        before = [target.clone() for target in targets]
+        try:
+            for target, value in zip(targets, values, strict=True):
+                target.copy_(value)
+        except BaseException:
+            for target, value in zip(targets, before, strict=True):
+                target.copy_(value)
+            raise
+
+
+def _ranks_differ(own: Tally, most: Tally) -> InputError:
+    return InputError(
+        f"ranks chose different BatchNorm layers, or have different arguments: this one has {own.layers} layers with "
+        f"{own.channels} channels, another {most.layers} with {most.channels}. Every rank must pass the same model in "
+        "the same mode, and the same estimator=, tolerance= and, with a tolerance, num_iters="
+    )
 
 
 def _all_within(tolerance: float, errors: list[float]) -> bool:
@@ -599,5 +574,5 @@ def _is_number(value: object) -> bool:
 def _length(loader: Iterable[Any]) -> int | None:
     try:
         return len(loader)  # type: ignore[arg-type]
-    except TypeError:
+    except Exception:  # a loader that does not know its length may say so in any way
         return None

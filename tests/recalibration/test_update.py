@@ -255,7 +255,7 @@ def test_layers_that_no_mini_batch_reached_keep_their_statistics_and_are_listed(
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     before = state_of(model[1])
     report = update_bn_stats(model, [torch.randn(8, 3)], 1, forward=lambda m, x: m[0](x))
-    assert report.skipped == {"1": "no mini-batch reached it through its __call__"}
+    assert report.skipped == {"1": "no mini-batch came through __call__"}
     assert state_of(model[1]) == before
 
 
