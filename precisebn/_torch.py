@@ -22,6 +22,7 @@ __all__ = [
     "is_scripting",
     "is_tracing",
     "is_transformed",
+    "join_disabled",
 ]
 
 
@@ -74,3 +75,10 @@ def group_timeout(group: Any, store: Any) -> float:
     except (AttributeError, IndexError, RuntimeError):
         timeout = store.timeout
     return (timeout if isinstance(timeout, datetime.timedelta) else store.timeout).total_seconds()
+
+
+def join_disabled() -> dict[str, Any]:
+    """The attribute of a DistributedDataParallel that ``with ddp.join()`` sets and leaves behind, as it was before."""
+    from torch.distributed.algorithms.join import _JoinConfig  # not every build of torch has it
+
+    return {"_join_config": _JoinConfig.construct_disabled_join_config()}
