@@ -132,7 +132,10 @@ def _rebuilt(batch: Any, items: Any) -> Any:
 
 def common_device(model: nn.Module) -> torch.device | None:
     """The device that holds all parameters of a model (all buffers, if it has none); None if there are several."""
-    devices = {p.device for p in model.parameters()} or {b.device for b in model.buffers()}
+    # Not model.parameters(), which takes longer than a small model's forward to name what it yields.
+    modules = list(model.modules())
+    devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
+    devices = devices or {b.device for m in modules for b in m._buffers.values() if b is not None}
     return devices.pop() if len(devices) == 1 else None
 
 

@@ -210,6 +210,8 @@ class PopulationEstimator:
         var = m2 / channel_count
         mean_error, var_error = torch.full_like(count, float("nan")), torch.full_like(count, float("nan"))
         for i in range(num_levels):
+            if all_reduce is None and self._num_taken_in >> i < MIN_BLOCKS:
+                break  # no layer has enough blocks of this size, nor of larger ones
             spread = SpreadSums(*parts[6 * i : 6 * i + 6])
             enough = spread.num_blocks >= MIN_BLOCKS
             errors = self._layer_errors(spread, channel_count, var, var - reference, eps)
