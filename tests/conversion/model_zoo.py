@@ -93,8 +93,15 @@ def tensors_of(layer: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in (*layer._parameters.items(), *layer._buffers.items()) if t is not None}
 
 
-Picture = Snapshot
-"""All of a model, comparable with ==."""
+class Picture:
+    """All of a model, comparable with ==: its modules, by every name, and their state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.named_modules(remove_duplicate=False))
+        self.state = Snapshot(model)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picture) and (self.modules, self.state) == (other.modules, other.state)
 
 
 def torchvision_model(name: str, **kwargs: Any) -> nn.Module:
