@@ -3,19 +3,26 @@
 A change of torch then shows in one place, and fails the test of that function.
 """
 
+import datetime
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 __all__ = [
     "assert_async",
+    "group_store",
+    "group_timeout",
     "in_backward",
     "is_batched",
     "is_exporting",
     "is_scripting",
     "is_tracing",
     "is_transformed",
+    "join_disabled",
 ]
 
 
@@ -50,3 +57,28 @@ def in_backward() -> bool:
 def assert_async(condition: Tensor, message: str) -> None:
     """Raise RuntimeError unless a tensor of one element is true; on a GPU later, without waiting for it now."""
     torch._assert_async(condition, message)
+
+
+def group_store(group: Any) -> Any:
+    """The key-value store that a process group was set up over; None for a group without one, as MPI's are.
+
+    ``ProcessGroup.get_group_store`` is public, but of torch 2.12 and later only.
+    """
+    _, store = dist.distributed_c10d._world.pg_map.get(group, (None, None))
+    return store
+
+
+def group_timeout(group: Any, store: Any) -> float:
+    """How long a collective of the group waits for a rank, in seconds; the store's, where the backend hides it."""
+    try:
+        timeout = group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        timeout = store.timeout
+    return (timeout if isinstance(timeout, datetime.timedelta) else store.timeout).total_seconds()
+
+
+def join_disabled() -> dict[str, Any]:
+    """The attribute of a DistributedDataParallel that ``with ddp.join()`` sets and leaves behind, as it was before."""
+    from torch.distributed.algorithms.join import _JoinConfig  # not every build of torch has it
+
+    return {"_join_config": _JoinConfig.construct_disabled_join_config()}

@@ -2,6 +2,8 @@
 replaced catches a built-in exception at the same place, from that built-in too.
 """
 
+import sys
+
 __all__ = [
     "PreciseBNError",
     "InputError",
@@ -10,6 +12,7 @@ __all__ = [
     "RankFailedError",
     "BatchFormatError",
     "CycleError",
+    "add_note",
 ]
 
 
@@ -37,8 +40,22 @@ class NonFiniteStatisticsError(PreciseBNError, ArithmeticError):
 
 
 class RankFailedError(PreciseBNError, RuntimeError):
-    """Another rank failed, so no rank changed its model."""
+    """Another rank failed, or did not come in time, so no rank changed its model."""
 
 
 class CycleError(PreciseBNError, RuntimeError):
     """A CycleBatchNormList was not called once on every domain."""
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Say more about an exception without changing its type or its message: tracebacks show the note below these.
+
+    Python 3.10 has no notes. There the exception gets the note for its cause, which tracebacks show above it, unless it
+    has one already; and carries it as ``__notes__``, where later Pythons keep them, in any case.
+    """
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+        return
+    vars(error).setdefault("__notes__", []).append(note)
+    if error.__cause__ is None:
+        error.__cause__ = PreciseBNError(note)

@@ -11,6 +11,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
+from precisebn.models.snapshot import Snapshot
+
 # A machine shared with other work is slow at times: an example that takes long is no failure.
 settings.register_profile("precisebn", deadline=None, derandomize=True)
 settings.load_profile("precisebn")
@@ -72,28 +74,9 @@ def _import_peer(name: str) -> ModuleType:
     return module
 
 
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """Everything that a recalibration could leave behind in a model, comparable with ``==``.
-
-    Every hook, flag and number in the attributes of every module; and of every parameter and buffer its identity, its
-    storage and its bits (NaN equals NaN, 0 differs from -0).
-    """
-    state: dict[str, Any] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        state[f"{path}:attributes"] = sorted(vars(module))
-        for key, value in vars(module).items():
-            if "hooks" in key and isinstance(value, dict):
-                state[f"{path}:{key}"] = list(value.items())
-            elif isinstance(value, bool | int | float | str | type(None)):
-                state[f"{path}:{key}"] = value
-            elif key == "device_ids":
-                state[f"{path}:{key}"] = list(value)
-        for key, tensor in _tensors(module):
-            if tensor is None:
-                state[f"{path}.{key}"] = None
-            else:
-                state[f"{path}.{key}"] = (_Identity(tensor), tensor.data_ptr(), tensor.requires_grad, _bits(tensor))
-    return state
+def state_of(model: nn.Module) -> Snapshot:
+    """Everything that a recalibration could leave behind in a model, comparable with ``==``."""
+    return Snapshot(model)
 
 
 def values_of(model: nn.Module) -> dict[str, Any]:
@@ -101,24 +84,6 @@ def values_of(model: nn.Module) -> dict[str, Any]:
     return {key: (value.dtype, _bits(value)) for key, value in model.state_dict().items()}
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    yield from module._parameters.items()
-    yield from module._buffers.items()
-
-
 def _bits(tensor: Tensor) -> bytes:
     raw: bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return raw
-
-
-class _Identity:
-    """Equal only to itself; and keeps its object alive, so that no other object can take its place in memory."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.tensor is other.tensor
-
-    def __hash__(self) -> int:
-        return id(self.tensor)

@@ -1,33 +1,23 @@
-"""Several ranks: real processes over gloo. One start of processes runs all scenarios; each test looks at one of them.
-
-A scenario runs on every rank with that rank's share of the data, and what it returns, or the exception that it raises,
-is written to a file. So a rank that hangs or dies shows as a file that is missing, in the scenario where it happened.
-"""
+"""Several ranks: real processes over gloo. One start of them runs all scenarios; each test looks at one scenario."""
 
 import contextlib
-import datetime
 import io
-import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import state_of, values_of
+from conftest import values_of
+from processes import HANG_S, Outcome, Result, Scenario, raised
 from torch import Tensor, nn
 
-from precisebn import InputError, RankFailedError, adapt_bn_stats, update_bn_stats
-from precisebn.distributed import Ranks, Tally
-
-SLOWEST_START_S = 120
-HANG_S = 30  # a collective that waits longer than this raises in gloo, so that a hang is a failure and not a wait
-
-Result = dict[str, Any]
-Scenario = Callable[[int, int], Result]
+from precisebn import InputError, RankFailedError, __version__, adapt_bn_stats, distributed, update_bn_stats
+from precisebn.distributed import Ranks, Tally, _wire_device
 
 
 def net(dtype: torch.dtype = torch.float32, bn: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
@@ -215,6 +205,72 @@ def other_lengths_with_tolerance(rank: int, world: int) -> Result:
     return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 9), 9 + rank, tolerance=1e-9))
 
 
+def other_version(rank: int, world: int) -> Result:
+    with mock.patch.object(distributed, "__version__", "0.0.1" if rank == 1 else distributed.__version__):
+        return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 3), 3))
+
+
+def other_dtype_of_buffers(rank: int, world: int) -> Result:
+    return unchanged(
+        lambda model: update_bn_stats(model, share(rank, [8] * 3), 3),
+        lambda model: model[1]._buffers.update(running_var=torch.ones(6).half()) if rank == 1 else None,
+    )
+
+
+def other_eps(rank: int, world: int) -> Result:
+    return unchanged(
+        lambda model: update_bn_stats(model, share(rank, [8] * 3), 3),
+        lambda model: setattr(model[4], "eps", 1e-3 if rank == 1 else 1e-5),
+    )
+
+
+def other_prior(rank: int, world: int) -> Result:
+    return unchanged(lambda model: adapt_bn_stats(model, share(rank, [8] * 3), prior=20.0 + (rank == 1)))
+
+
+def other_order_of_layers(rank: int, world: int) -> Result:
+    layers = [("a", nn.BatchNorm1d(3)), ("b", nn.BatchNorm1d(3))]
+    build = lambda: nn.Sequential(OrderedDict(layers[::-1] if rank == 1 else layers))  # noqa: E731
+    return unchanged(lambda model: update_bn_stats(model, [torch.randn(4, 3)], 1), build=build)
+
+
+def counted_differently_before(rank: int, world: int) -> Result:
+    model = net()
+    model[1].num_batches_tracked.fill_(10 + rank)
+    return recalibrated(model, rank, world)
+
+
+class OwnForward(nn.BatchNorm2d):
+    """Not known to normalize its input; whether it writes statistics is seen where mini-batches reach it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def own_forward_reached_on_rank_1_only(rank: int, world: int) -> Result:
+    model = net(bn=OwnForward)
+    forward = None if rank == 1 else lambda model, batch: model[:4](batch)
+    return recalibrated(model, rank, world, uneven=False, forward=forward)
+
+
+def device_mesh(rank: int, world: int) -> Result:
+    mesh = dist.init_device_mesh("cpu", (1, world), mesh_dim_names=("one", "all"))
+    two = raised(lambda: recalibrated(net(), rank, world, uneven=False, process_group=mesh))
+    return {"error": two, **recalibrated(net(), rank, world, uneven=False, process_group=mesh["all"])}
+
+
+def group_without_rank_0(rank: int, world: int) -> Result:
+    group = dist.new_group(list(range(1, world)))
+    if rank == 0:
+        return {"error": raised(lambda: recalibrated(net(), rank, world, uneven=False, process_group=group))}
+    return recalibrated(net(), rank, world, uneven=False, process_group=group)
+
+
+def group_without_a_store(rank: int, world: int) -> Result:
+    with mock.patch.object(distributed, "group_store", return_value=None):  # as MPI's, which no wheel of torch has
+        return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 3), 3))
+
+
 def ranks_meet_again_after_failures(rank: int, world: int) -> Result:
     return even(rank, world)
 
@@ -225,78 +281,27 @@ SCENARIOS: list[Scenario] = [
     tolerance_with_uneven_data, no_rank_has_data, bar_on_rank_0_only, model_fails_on_rank_1,
     model_fails_on_rank_1_with_tolerance, short_loader_on_rank_0, nan_on_rank_1, ctrl_c_on_rank_0,
     wrong_argument_on_rank_1, other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only,
-    other_lengths_with_tolerance, ranks_meet_again_after_failures,
+    other_lengths_with_tolerance, other_version, other_dtype_of_buffers, other_eps, other_prior, other_order_of_layers,
+    counted_differently_before, own_forward_reached_on_rank_1_only, device_mesh, group_without_rank_0,
+    group_without_a_store, ranks_meet_again_after_failures,
 ]  # fmt: skip
-
-
-def raised(call: Callable[[], Any]) -> tuple[str, str]:
-    try:
-        call()
-    except BaseException as error:
-        return type(error).__name__, str(error)
-    return "", ""
 
 
 def unchanged(
     call: Callable[[nn.Module], Any],
-    prepare: Callable[[nn.Module], Any] = lambda model: None,
+    prepare: Callable[[nn.Module], Any] | None = None,
     build: Callable[[], nn.Module] = net,
 ) -> Result:
-    """What a call raises, how long it took, and whether the model is as before."""
-    model = build()
-    prepare(model)
-    before, start = state_of(model), time.monotonic()
-    error = raised(lambda: call(model))
-    return {"error": error, "seconds": time.monotonic() - start, "unchanged": state_of(model) == before}
-
-
-def run_scenarios(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=HANG_S),
-    )  # fmt: skip
-    for scenario in SCENARIOS:
-        torch.save(scenario(rank, world), f"{folder}/{scenario.__name__}.{rank}.part")
-        Path(f"{folder}/{scenario.__name__}.{rank}.part").rename(f"{folder}/{scenario.__name__}.{rank}")
-    dist.destroy_process_group()
+    return processes.unchanged(call, build, prepare)
 
 
 # ---- Tests: what came of it ---------------------------------------------------------------------------------------
 
 
-class Outcome:
-    """Results of all scenarios on some number of ranks."""
-
-    def __init__(self, world: int, folder: Path) -> None:
-        self.world = world
-        self.folder = folder
-        processes = mp.spawn(run_scenarios, args=(world, str(folder)), nprocs=world, join=False)
-        try:
-            deadline = time.monotonic() + SLOWEST_START_S
-            while not processes.join(timeout=1):
-                assert time.monotonic() < deadline, f"ranks hang; finished: {sorted(p.name for p in folder.iterdir())}"
-            self.trouble = "but all ranks ended well"
-        except Exception as error:
-            self.trouble = str(error)
-        finally:
-            for process in processes.processes:
-                process.kill()
-                process.join()
-
-    def of(self, scenario: Scenario) -> list[Result]:
-        """What each rank returned."""
-        paths = [self.folder / f"{scenario.__name__}.{rank}" for rank in range(self.world)]
-        for rank, path in enumerate(paths):
-            assert path.exists(), f"rank {rank} did not get through {scenario.__name__}: {self.trouble}"
-        return [torch.load(path, weights_only=False) for path in paths]
-
-
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    return Outcome(request.param, tmp_path_factory.mktemp(f"world{request.param}"))
+    processes.skip_without_gloo()
+    return Outcome(SCENARIOS, request.param, tmp_path_factory.mktemp(f"world{request.param}"))
 
 
 def single_process(model: nn.Module, world: int, uneven: bool = True, **arguments: Any) -> nn.Module:
@@ -448,15 +453,72 @@ def test_a_rank_that_fails_makes_every_rank_raise_and_no_model_changes(ranks, sc
             assert f"rank(s) {failing} of {ranks.world} failed" in result["error"][1]
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only, other_lengths_with_tolerance],
-    ids=lambda scenario: scenario.__name__,
-)
-def test_ranks_that_do_not_agree_all_raise_instead_of_waiting(ranks, scenario):
+DISAGREEMENTS = {
+    other_modes: "layer '4' is not there on rank 0, but 4 channels in float32, eps=1e-05 on rank 1",
+    other_layers_of_the_same_size: "layer '0' is 3 channels in float32, eps=1e-05 on rank 0, but not there on rank 1",
+    tolerance_on_one_rank_only: "tolerance= is None on rank 0, but 0.1 on rank 1",
+    other_lengths_with_tolerance: "num_iters= with a tolerance is 9 on rank 0, but 10 on rank 1",
+    other_version: f"the version of precisebn is {__version__} on rank 0, but 0.0.1 on rank 1",
+    other_dtype_of_buffers: "layer '1' is 6 channels in float32, eps=1e-05 on rank 0, but 6 channels in float32 and "
+    "float16, eps=1e-05 on rank 1",
+    other_eps: "layer '4' is 4 channels in float32, eps=1e-05 on rank 0, but 4 channels in float32, eps=0.001 on",
+    other_prior: "prior= is 20.0 on rank 0, but 21.0 on rank 1",
+    other_order_of_layers: "their order is another on rank 0 than on rank 1",
+}
+
+
+@pytest.mark.parametrize("scenario", DISAGREEMENTS, ids=lambda scenario: scenario.__name__)
+def test_ranks_that_do_not_agree_all_raise_and_say_in_what(ranks, scenario):
     for result in ranks.of(scenario):
         assert result["error"][0] == "InputError"
         assert "ranks chose different BatchNorm layers, or have different arguments" in result["error"][1]
+        assert DISAGREEMENTS[scenario] in result["error"][1]
+        assert result["unchanged"]
+        assert result["seconds"] < HANG_S / 2
+
+
+def test_num_batches_tracked_ends_equal_at_the_largest_of_any_rank_and_the_mini_batches_of_all(ranks):
+    seen = sum(map(len, sizes_of(ranks.world, uneven=True)))
+    for result in ranks.of(counted_differently_before):
+        assert result["state_dict"]["1.num_batches_tracked"] == 10 + (ranks.world - 1) + seen
+        assert result["state_dict"]["4.num_batches_tracked"] == seen
+        assert result["values"] == ranks.of(counted_differently_before)[0]["values"]
+
+
+def test_a_layer_with_a_forward_of_its_own_that_one_rank_reached_is_recalibrated_on_all(ranks):
+    results = ranks.of(own_forward_reached_on_rank_1_only)
+    for result in results:
+        assert result["values"] == results[0]["values"]
+        assert [(layer.name, layer.num_batches) for layer in result["report"].layers] == [
+            ("1", 4 * ranks.world),
+            ("4", 4),
+        ]
+
+
+def test_a_device_mesh_of_one_dimension_is_a_group(ranks):
+    for result in ranks.of(device_mesh):
+        assert result["error"][0] == "InputError"
+        assert "DeviceMesh of 2 dimensions; pass one of them: mesh['dp']" in result["error"][1]
+        assert result["values"] == ranks.of(even)[0]["values"]
+
+
+def test_a_group_without_rank_0(ranks):
+    outside, *inside = ranks.of(group_without_rank_0)
+    assert "does not belong to the process_group" in outside["error"][1]
+    batches = [batch for rank in range(1, ranks.world) for batch in share(rank, EVEN[rank])]
+    alone = net()
+    update_bn_stats(alone, batches, None)
+    expected = statistics(alone.state_dict())
+    for result in inside:
+        assert result["values"] == inside[0]["values"]
+        assert result["report"].world_size == ranks.world - 1
+        torch.testing.assert_close(statistics(result["state_dict"]), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_group_without_a_store_is_refused(ranks):
+    for result in ranks.of(group_without_a_store):
+        assert result["error"][0] == "InputError"
+        assert "backend 'gloo' has no store" in result["error"][1]
         assert result["unchanged"]
 
 
@@ -478,10 +540,27 @@ def test_one_process_without_torch_distributed_is_one_rank():
     alone = Ranks()
     assert (alone.size, alone.rank) == (1, 0)
     tally = Tally(samples=5)
-    assert alone.meet(tally) == (tally, tally)
+    assert alone.tally(tally) == (tally, tally)
     flat = torch.ones(3)
     alone.all_reduce(flat)
     assert torch.equal(flat, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "accelerator", "expected"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", None, "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cuda:1", "cuda:1"),
+        ("cuda:nccl", "cpu", "cuda:1", "cuda:1"),  # float64 that lies on the CPU, with a model on an accelerator
+        ("cuda:nccl", "cpu", None, "cuda"),
+        ("xpu:xccl", "cpu", "xpu:2", "xpu:2"),
+        ("cuda:nccl", "cpu", "xpu:0", "cuda"),
+        ("cpu:gloo", "cuda:0", "cuda:0", "cpu"),
+    ],
+)
+def test_tensors_travel_on_a_device_that_the_backend_reduces(config, device, accelerator, expected):
+    of = torch.device
+    assert _wire_device(config, of(device), None if accelerator is None else of(accelerator)) == of(expected)
 
 
 def test_errors_are_what_code_that_knows_torch_expects():

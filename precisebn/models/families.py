@@ -7,6 +7,7 @@ alone and for no others.
 """
 
 import inspect
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple, TypeGuard
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from precisebn.nn.cycle import CycleBatchNormList
 from precisebn.nn.frozen import FrozenNorm
-from precisebn.nn.population import PopulationNorm
+from precisebn.nn.population import STATISTICS, PopulationNorm, Recordable, RunningStatistics
 
 __all__ = [
     "OURS",
@@ -26,6 +27,7 @@ __all__ = [
     "family_of",
     "is_batch_norm",
     "normalizes_its_input",
+    "populations_of",
 ]
 
 
@@ -70,11 +72,23 @@ OURS = (PopulationNorm, FrozenNorm, CycleBatchNormList)
 
 
 def is_batch_norm(module: nn.Module) -> TypeGuard[_NormBase]:
-    """Whether a module keeps running statistics of one input as nn.BatchNorm does: torch's classes and ours.
+    """Whether a module is a layer that keeps population statistics: torch's classes, and what declares populations.
 
-    A :class:`precisebn.nn.CycleBatchNormList` does not: its members do. Nor do the frozen layers of other libraries.
+    A :class:`precisebn.nn.CycleBatchNormList` declares none: its members do. Frozen layers of other libraries do not.
     """
-    return isinstance(module, _BatchNorm | PopulationNorm | FrozenNorm)
+    if isinstance(module, Recordable):
+        return type(module).populations is not Recordable.populations
+    return isinstance(module, (_BatchNorm, FrozenNorm))
+
+
+def populations_of(layer: nn.Module) -> Sequence[RunningStatistics]:
+    """The populations that a layer keeps: what it declares, or the buffers of an nn.BatchNorm; none without such."""
+    if isinstance(layer, Recordable):
+        return layer.populations()
+    mean, var, num_batches = map(layer._buffers.get, STATISTICS)
+    if mean is None or var is None:
+        return ()
+    return (RunningStatistics(mean, var, num_batches, vars(layer)["eps"]),)
 
 
 def family_of(layer: nn.Module) -> Family | None:
@@ -103,7 +117,10 @@ def describe_forward(layer: nn.Module) -> str:
 
 def _forward(layer: nn.Module) -> tuple[str, str]:
     """Module and qualified name of the forward of a layer's class."""
-    forward = inspect.getattr_static(type(layer), "forward")  # torch.jit's is computed, and for an instance only
+    try:
+        forward = type(layer).forward
+    except AttributeError:  # torch.jit's is computed, and for an instance only
+        forward = inspect.getattr_static(type(layer), "forward")
     return getattr(forward, "__module__", None) or "?", getattr(forward, "__qualname__", "?")
 
 

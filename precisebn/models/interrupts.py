@@ -18,9 +18,9 @@ __all__ = ["HeldBack"]
 class HeldBack(AbstractContextManager["HeldBack"]):
     """From ``with`` to its end SIGINT interrupts nothing but what runs inside :meth:`let_through`.
 
-    What is held back is delivered at the end, to the handler that was there before, unless an exception is on its way
-    already. Only the main thread gets signals, and only a handler written in Python can be stood in for: elsewhere this
-    does nothing. Blocks nest: an inner one hands on to the outer.
+    What is held back is delivered at the end, to the handler that was there before, unless a KeyboardInterrupt is on
+    its way already. Only the main thread gets signals, and only a handler written in Python can be stood in for:
+    elsewhere this does nothing. Blocks nest: an inner one hands on to the outer.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class HeldBack(AbstractContextManager["HeldBack"]):
         if self._previous is None:
             return
         signal.signal(signal.SIGINT, self._previous)
-        if self.pending and error is None:
+        if not isinstance(error, KeyboardInterrupt):
             self.deliver()
 
     def let_through(self) -> "_LetThrough":
@@ -54,7 +54,10 @@ class HeldBack(AbstractContextManager["HeldBack"]):
         return _LetThrough(self)
 
     def deliver(self) -> None:
-        """Hand a held-back interrupt to the handler that was there before, which raises KeyboardInterrupt as a rule."""
+        """Hand a held-back interrupt to the handler that was there before, which raises KeyboardInterrupt as a rule.
+
+        To be called where nothing is half done, and before what cannot be undone.
+        """
         if self.pending:
             self.pending = False
             self._previous(signal.SIGINT, None)
@@ -76,7 +79,10 @@ class _LetThrough:
 
     def __enter__(self) -> None:
         self._gate._lets_through = True
-        self._gate.deliver()
+        if self._gate.pending:
+            self._gate._lets_through = False  # if it raises, nobody will come to close the gate behind it
+            self._gate.deliver()
+            self._gate._lets_through = True
 
     def __exit__(self, *_: object) -> None:
         self._gate._lets_through = False

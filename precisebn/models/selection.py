@@ -154,13 +154,16 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[t
                 continue
             seen.add(module)
         yield name, module
-        wraps = isinstance(module, _WRAPPERS)
+        if not module._modules:
+            continue
+        wraps, prefix = isinstance(module, _WRAPPERS), f"{name}." if name else ""
         children = [
-            (name if key in _WRAPPER_COMPONENTS or (wraps and key == "module") else f"{name}.{key}".lstrip("."), child)
+            (name if key in _WRAPPER_COMPONENTS or (wraps and key == "module") else prefix + key, child)
             for key, child in module._modules.items()
             if child is not None
         ]
-        stack.extend(reversed(children))
+        children.reverse()
+        stack += children
 
 
 def _layers(

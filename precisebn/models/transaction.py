@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Transaction"]
+from precisebn.errors import add_note
+
+__all__ = ["Transaction", "refill"]
 
 
 class Transaction(AbstractContextManager["Transaction"]):
@@ -45,8 +47,7 @@ class Transaction(AbstractContextManager["Transaction"]):
         try:
             self.undo()
         except Exception as failure:  # the error that led here matters more
-            if hasattr(error, "add_note"):  # from Python 3.11 on
-                error.add_note(f"precisebn: putting the model back raised, too: {failure!r}")
+            add_note(error, f"precisebn: putting the model back raised, too: {failure!r}")
 
     def on_undo(self, undo: Callable[..., object], *arguments: Any) -> None:
         """Note how to undo a change that the caller is about to make; it must do no harm if the change never came."""
@@ -67,8 +68,8 @@ class Transaction(AbstractContextManager["Transaction"]):
 
     def fill(self, place: MutableMapping[Any, Any], content: Mapping[Any, Any]) -> None:
         """Replace all items of a dictionary."""
-        self.on_undo(_refill, place, dict(place))
-        _refill(place, content)
+        self.on_undo(refill, place, dict(place))
+        refill(place, content)
 
     def write(self, tensor: Tensor, value: Tensor) -> None:
         """Write values into a tensor, in place; in the shape that it has."""
@@ -84,27 +85,27 @@ class Transaction(AbstractContextManager["Transaction"]):
         """Undo all changes, last first; each of them, whatever others raise.
 
         Raises:
-            Exception: the first one that was raised on the way.
+            BaseException: the first one that was raised on the way.
         """
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
         while self._undo:
             undo, arguments = self._undo.pop()
             try:
                 undo(*arguments)
-            except Exception as failure:
+            except BaseException as failure:  # not even a KeyboardInterrupt stops the steps that are left
                 failures.append(failure)
         if failures:
             raise failures[0]
 
 
-def _refill(place: MutableMapping[Any, Any], content: Mapping[Any, Any]) -> None:
-    """Item by item: a place that is never empty in between, and may be of torch.jit's kinds, which have no clear()."""
+def refill(place: MutableMapping[Any, Any], content: Mapping[Any, Any]) -> None:
+    """Give a dictionary other items, in their order; it is never empty in between."""
     for key in [key for key in place if key not in content]:
         del place[key]
-    if list(place) != list(content)[: len(place)]:  # the order of a state dict, and that in which hooks run
-        for key in list(place):
-            del place[key]
+    in_order = list(place) == list(content)[: len(place)]
     for key, value in content.items():
+        if not in_order:
+            place.pop(key, None)
         place[key] = value
 
 

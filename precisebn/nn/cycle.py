@@ -14,12 +14,12 @@ from precisebn._torch import is_tracing
 from precisebn.errors import CycleError, InputError
 from precisebn.functional import batch_norm, frozen_batch_norm, portable
 from precisebn.nn.norm import TO_PLAIN
-from precisebn.nn.population import in_backward, update_running_statistics
+from precisebn.nn.population import Recordable, Recorder, in_backward, update_running_statistics
 
 __all__ = ["CycleBatchNormList", "one_cycle"]
 
 
-class CycleBatchNormList(nn.Module):
+class CycleBatchNormList(Recordable):
     r"""Domain-specific BatchNorm by order of calls: call k of a cycle uses BatchNorm k; weight and bias are shared.
 
     .. math::
@@ -62,6 +62,9 @@ class CycleBatchNormList(nn.Module):
 
     weight: Tensor | None
     bias: Tensor | None
+
+    # Where the cycle stood when a recording began. Of the class unless one lasts, so that no state is left behind.
+    _aside: tuple[int, int] | None = None
 
     def __init__(self, length: int, bn_class: type[nn.Module] = nn.BatchNorm2d, **kwargs: Any) -> None:
         super().__init__()
@@ -114,6 +117,25 @@ class CycleBatchNormList(nn.Module):
     def reset(self) -> None:
         """Start a cycle afresh: the next call uses BatchNorm 0."""
         self._pos = self._left_at = 0
+
+    def start_recording(self, recorder: Recorder) -> None:
+        """Put the cycle under way aside, as an interrupted forward leaves it; the members are recorded themselves."""
+        self._aside = self._pos, self._left_at
+        self.reset()
+
+    def stop_recording(self) -> None:
+        """Take up the cycle that was under way before."""
+        if self._aside is not None:
+            self._pos, self._left_at = self._aside
+            del self._aside
+
+    def end_batch(self, name: str) -> None:
+        """Of a mini-batch, every domain is called; an unfinished cycle would shift the domains of the next one."""
+        if self._pos:
+            raise CycleError(
+                f"layer {name!r} ({self._shown()}) was left after {self._pos} of {self.length} calls in a mini-batch; "
+                "call it on every domain, in order"
+            )
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0, which ``to_empty`` leaves unset; the members have the same for theirs."""
@@ -187,7 +209,8 @@ class CycleBatchNormList(nn.Module):
         raise InputError(f"{self._shown()}: torch.jit.script cannot compile it; {TO_PLAIN}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pos": 0, "_left_at": 0, "_calls": None}
+        own = {key: value for key, value in super().__getstate__().items() if key != "_aside"}
+        return own | {"_pos": 0, "_left_at": 0, "_calls": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Let a plain BatchNorm's checkpoint fill every member."""

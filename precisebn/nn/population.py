@@ -4,13 +4,17 @@ A slot is one set of running statistics. Most modules have one, in buffers of nn
 population for each of K domains has K, in buffers with one dimension more. A module works out the Moments of what it
 normalizes and hands them to :meth:`PopulationNorm.track`, the one place where running statistics are updated; a
 recalibration (:mod:`precisebn.recalibration.recording`) takes them there, exactly as they are, instead.
+
+:class:`Recordable` is all that the rest of the library asks of such a module: which populations it keeps, to whom it
+hands Moments while a recording lasts, and what ends a mini-batch. Nobody asks a module what class it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from precisebn import ops
@@ -20,20 +24,112 @@ from precisebn.functional import frozen_batch_norm, portable
 from precisebn.nn.norm import TO_PLAIN, Norm
 from precisebn.statistics.moments import Moments
 
-__all__ = ["PopulationNorm", "Recorder", "in_backward", "update_running_statistics"]
+__all__ = [
+    "PopulationNorm",
+    "Recordable",
+    "Recorder",
+    "RunningStatistics",
+    "STATISTICS",
+    "in_backward",
+    "update_running_statistics",
+]
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Names of buffers that are running statistics, in torch and wherever its conventions are followed."""
 
 Recorder = Callable[[Moments, int | None], None]
-"""Takes the Moments ``(C,)`` of one slot, by its number, or ``(K, C)`` of all of them (None)."""
+"""Takes the Moments ``(C,)`` of one population, by its index, or ``(K, C)`` of all of them (None)."""
 
 
-class PopulationNorm(Norm):
+@dataclass(frozen=True, slots=True, eq=False)
+class RunningStatistics:
+    """One population of a layer: the buffers that keep it, or views of them, for writing to in place.
+
+    Attributes:
+        mean: running mean, ``(C,)``.
+        var: running variance, ``(C,)``.
+        num_batches: mini-batches tracked, ``()``; None where the layer does not count them.
+        eps: what the layer adds to the variance.
+        index: which population of the layer it is; None where it can have only one.
+    """
+
+    mean: Tensor
+    var: Tensor
+    num_batches: Tensor | None
+    eps: float
+    index: int | None = None
+
+
+class Recordable(nn.Module):
+    """What a module declares that keeps populations or state of a mini-batch.
+
+    A recalibration calls :meth:`start_recording`, runs the model on mini-batches, calls :meth:`end_batch` after each,
+    and :meth:`stop_recording` in the end, however it ends; then it writes into :meth:`populations`. In between, while
+    :attr:`recorder` is there, the module normalizes with batch statistics whatever its mode, leaves its running
+    statistics alone, and hands the Moments of whatever it normalizes to the recorder. Copies are not recorded.
+
+    Example:
+        >>> class Centered(Recordable):
+        ...     "Subtracts the mean: of the mini-batch in training, else of the population."
+        ...
+        ...     def __init__(self, channels):
+        ...         super().__init__()
+        ...         self.register_buffer("mean", torch.zeros(channels))
+        ...         self.register_buffer("var", torch.ones(channels))
+        ...
+        ...     def populations(self):
+        ...         return [RunningStatistics(self.mean, self.var, None, eps=0.0)]
+        ...
+        ...     def forward(self, x):
+        ...         moments = Moments.of(x)
+        ...         if self.recorder is not None:
+        ...             self.recorder(moments, None)
+        ...         return x - (moments.mean if self.training or self.recorder else self.mean)
+        >>> import precisebn
+        >>> model = torch.nn.Sequential(Centered(1))
+        >>> report = precisebn.update_bn_stats(model, [torch.tensor([[1.0], [3.0]])], num_iters=1)
+        >>> model[0].mean, model[0].var
+        (tensor([2.]), tensor([1.]))
+    """
+
+    # On the instance while a recording lasts; of the class otherwise, so that no state is left behind.
+    recorder: Recorder | None = None
+    """Who takes Moments now, if anyone."""
+
+    def populations(self) -> Sequence[RunningStatistics]:
+        """The populations that it keeps, in order, all with the same number of channels; none by default."""
+        return ()
+
+    def start_recording(self, recorder: Recorder) -> None:
+        """From now on Moments go to the recorder; what belongs to a mini-batch under way is set aside."""
+        self.recorder = recorder
+
+    def stop_recording(self) -> None:
+        """Go on as before :meth:`start_recording`; does no harm if that never came, or was interrupted."""
+        vars(self).pop("recorder", None)
+
+    def end_batch(self, name: str) -> None:
+        """A mini-batch of a recording has ended.
+
+        Args:
+            name: what to call the module in a message.
+
+        Raises:
+            PreciseBNError: it has left something half done.
+        """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: all but the recorder."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("recorder", None)
+        return state
+
+
+class PopulationNorm(Recordable, Norm):
     """Base of modules that normalize with batch statistics and keep population statistics.
 
     Its constructor is :class:`Norm`'s; without ``track_running_stats`` batch statistics are always used.
     """
-
-    # Set on the instance while a recalibration lasts. A class attribute otherwise, so that no state is left behind.
-    _recorder: Recorder | None = None
 
     def _repeat(self, *, populations: int | None = None, affines: int | None = None) -> None:
         """For constructors: make running statistics ``(populations, C)``, and weight and bias ``(affines, C)``.
@@ -55,7 +151,20 @@ class PopulationNorm(Norm):
     @property
     def uses_batch_statistics(self) -> bool:
         """Whether a forward normalizes with the statistics of its input, rather than with those of the population."""
-        return self.training or self.running_mean is None
+        return self.training or self.running_mean is None or self.recorder is not None
+
+    def populations(self) -> Sequence[RunningStatistics]:
+        """One for each slot."""
+        mean, var, batches = map(self._buffers.get, STATISTICS)
+        if mean is None or var is None:
+            return ()
+        if mean.dim() == 1:
+            return (RunningStatistics(mean, var, batches, self.eps),)
+        counts = [None] * len(mean) if batches is None else batches.unbind()
+        return [
+            RunningStatistics(*buffers, self.eps, index)
+            for index, buffers in enumerate(zip(mean.unbind(), var.unbind(), counts, strict=True))
+        ]
 
     def frozen(
         self,
@@ -111,11 +220,11 @@ class PopulationNorm(Norm):
             moments: of one slot ``(C,)``, or of all ``(K, C)``.
             slot: which one, where there are several and the Moments are of one.
         """
-        if self._recorder is not None:
-            self._recorder(moments, slot)
+        if self.recorder is not None:
+            self.recorder(moments, slot)
             return
         # Not as attributes, which nn.Module looks for in vain at first, and slowly.
-        mean, var, batches = map(self._buffers.get, ("running_mean", "running_var", "num_batches_tracked"))
+        mean, var, batches = map(self._buffers.get, STATISTICS)
         updates = self.training and self.track_running_stats and not in_backward()
         if not updates or mean is None or var is None or batches is None:
             return

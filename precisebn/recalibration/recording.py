@@ -1,121 +1,125 @@
-"""Recording: while it lasts, BatchNorm layers normalize with batch statistics, and their moments are collected.
+"""Recording: while it lasts, BatchNorm layers normalize with batch statistics, and their Moments are collected.
 
-Each layer is put into eval mode, with scratch buffers in the place of its running statistics. A hook takes the moments
-of the layer's input, once, and writes the batch's own mean and variance into the scratch buffers, from which the layer
-then normalizes: the output is the one of training mode, while statistics are read from memory once and the layer's own
-buffers are not touched at all. When the recording ends, however it ends, everything is as it was before.
-
-The modules of :mod:`precisebn.nn` work out Moments themselves, and know best of what: they run in training mode and
-hand their Moments over. One with several populations has a slot for each.
-
-A subclass with a forward of its own may normalize something else than its input: part of it, another shape of it, or
-all ranks' together. Such a layer runs in training mode, and with momentum 1 leaves its batch statistics, rounded to its
-dtype, in the scratch buffers (which is how fvcore does it for all layers).
+A layer that declares its populations (:class:`precisebn.nn.population.Recordable`) hands its Moments over. Of any other
+the forward is recorded, see :mod:`precisebn.recalibration.forwards`. The running statistics themselves are not touched.
+When a recording ends well, the model is what a forward has made of it, but for running statistics, which are all as
+before. When it ends badly, the model is as before, bit for bit.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
-from precisebn import ops
-from precisebn.errors import BatchFormatError, CycleError, InputError, NonFiniteStatisticsError
-from precisebn.models.families import normalizes_its_input
+from precisebn.errors import InputError, NonFiniteStatisticsError, add_note
+from precisebn.models.families import is_batch_norm, normalizes_its_input, populations_of
 from precisebn.models.selection import named_modules
-from precisebn.nn.cycle import CycleBatchNormList
-from precisebn.nn.population import PopulationNorm, Recorder
+from precisebn.models.snapshot import Snapshot
+from precisebn.models.transaction import Transaction
+from precisebn.models.wrappers import run_eagerly, set_wrappers_aside
+from precisebn.nn.population import Recordable, Recorder, RunningStatistics
 from precisebn.ops.chan import merge
+from precisebn.recalibration.forwards import InputForward, Slot, UnknownForward
 from precisebn.statistics.estimator import EstimatorName, PopulationEstimator
 from precisebn.statistics.moments import Moments
 
-__all__ = ["RecordedLayer", "Recording", "buffers_kept"]
+__all__ = ["RecordedPopulation", "Recording"]
 
 
-class RecordedLayer(NamedTuple):
-    """A population under recording: its layer and own statistics, and its slot in its device's estimator.
+class RecordedPopulation(NamedTuple):
+    """A population under recording: whose it is, its buffers, and its place in its device's estimator.
 
-    The name is the layer's; with a number, ``head.bn[2]``, where the layer has several populations.
+    The name is the layer's; with an index, ``head.bn[2]``, where the layer has several populations.
     """
 
     name: str
-    module: _NormBase
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor | None
+    layer: nn.Module
+    statistics: RunningStatistics
     estimator: PopulationEstimator
-    slot: int
+    position: int
 
 
 class Recording(AbstractContextManager["Recording"]):
     """Records the named layers of a model, from ``with`` to its end.
 
     Args:
-        model: the model; wrappers in it (DDP, DataParallel, torch.compile) stand aside for the duration, and all its
-            buffers are as before afterwards.
+        model: the model; wrappers in it (DDP, DataParallel, torch.compile) stand aside for the duration.
         layers: what to record, by qualified name. Layers need running statistics and initialized parameters.
         kind: which statistics to estimate, see :class:`precisebn.statistics.estimator.PopulationEstimator`.
+
+    Raises:
+        InputError: a layer without running statistics; on entering: the model, or a part of it, is being recorded
+            already, by another thread or by the very code that runs the model.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, _NormBase], kind: EstimatorName) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], kind: EstimatorName) -> None:
         self.model = model
         self.kind = kind
-        populations = {name: list(_populations(name, layer)) for name, layer in layers.items()}
-        by_device: dict[torch.device, list[str]] = {}
-        for name, slots in populations.items():
-            by_device.setdefault(slots[0].running_mean.device, []).append(name)
+        self.populations: list[RecordedPopulation] = []
         self.estimators: list[PopulationEstimator] = []
-        place: dict[str, tuple[PopulationEstimator, int]] = {}
-        for device, names in by_device.items():
-            sizes = [population.running_mean.numel() for name in names for population in populations[name]]
-            self.estimators.append(PopulationEstimator(sizes, kind=kind, device=device))
-            first = 0
-            for name in names:
-                place[name] = self.estimators[-1], first
-                first += len(populations[name])
-        self.layers = [
-            RecordedLayer(*population, place[name][0], place[name][1] + k)
-            for name, slots in populations.items()
-            for k, population in enumerate(slots)
-        ]
-        self._written: set[str] = set()
+        self.refused: dict[int, int] = {}
+        """Populations, by their number here, of whose layer's forward nothing is known, with the reason."""
+        self._layers: list[_Layer] = []
+        self._place(layers)
         self._execution_order: dict[int, None] = {}
-        self._cycles = {name: m for name, m in named_modules(model) if isinstance(m, CycleBatchNormList)}
-        self._undo = ExitStack()
+        self._with_ends: list[tuple[str, Recordable]] = []
+        self._temporary = Transaction()
+        self._before: Snapshot | None = None
+        self._stopped = False
 
     def __enter__(self) -> "Recording":
-        with ExitStack() as stack:  # whatever fails from here on, what was changed so far is changed back
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(_eager())
-            stack.enter_context(_wrappers_aside(self.model))
-            stack.enter_context(buffers_kept(self.model))
-            for cycle in self._cycles.values():
-                for attribute in ("_pos", "_left_at"):
-                    stack.callback(setattr, cycle, attribute, getattr(cycle, attribute))
-                cycle.reset()  # a forward that was interrupted may have left a cycle unfinished
-            for index, layer in enumerate(self.layers):
-                if not isinstance(layer.module, PopulationNorm):
-                    self._record(index, layer, stack)
-                elif index == 0 or self.layers[index - 1].module is not layer.module:
-                    self._record_moments(index, layer.module, stack)
-            self._undo = stack.pop_all()
+        modules = list(named_modules(self.model))
+        temporary = self._temporary
+        try:
+            _in_use.claim(self, self.model, [module for _, module in modules])
+            self._before = Snapshot(self.model)
+            temporary.on_undo(torch.set_grad_enabled, torch.is_grad_enabled())
+            torch.set_grad_enabled(False)
+            run_eagerly(temporary)
+            set_wrappers_aside([module for _, module in modules], temporary)
+            for layer in self._layers:
+                self._record(layer)
+            for name, module in modules:
+                if isinstance(module, Recordable) and not is_batch_norm(module):  # it has a state, and no Moments
+                    self._start(name, module, _no_recorder)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._undo.__exit__(kind, error, traceback)
+        steps = Transaction()  # each of which runs, whatever another raises; the last one first
+        steps.on_undo(_in_use.release, self)
+        if self._before is not None:
+            if error is not None:
+                steps.on_undo(self._before.put_back)
+            elif not self._stopped:
+                steps.on_undo(self._before.put_back_statistics)
+        steps.on_undo(self._temporary.undo)
+        try:
+            steps.undo()
+        except Exception as failure:
+            if error is None:
+                raise
+            add_note(error, f"precisebn: putting the model back raised, too: {failure!r}")
 
-    def writes_statistics(self, layer: RecordedLayer) -> bool:
-        """False for a layer whose own forward was never seen to write running statistics: nothing is known of it."""
-        known = isinstance(layer.module, PopulationNorm) or normalizes_its_input(layer.module)
-        return known or layer.name in self._written
+    def stop(self) -> None:
+        """No more mini-batches: the model runs as before, and running statistics are what they were, to be written now.
+
+        Should the block end with an exception all the same, then everything else is put back, too.
+        """
+        assert self._before is not None  # inside the block
+        steps = Transaction()
+        steps.on_undo(self._before.put_back_statistics)
+        steps.on_undo(self._temporary.undo)
+        steps.undo()
+        self._stopped = True
 
     @property
     def num_levels(self) -> int:
@@ -126,16 +130,12 @@ class Recording(AbstractContextManager["Recording"]):
         """Close a mini-batch.
 
         Raises:
-            CycleError: a CycleBatchNormList was not called on every domain.
+            PreciseBNError: a module was left half done, as a CycleBatchNormList that was not called on every domain.
             NonFiniteStatisticsError: a layer on the CPU met NaN or Inf. (On other devices :meth:`check_finite` at the
                 end tells the same: asking every time would make the host wait for the device.)
         """
-        for name, cycle in self._cycles.items():
-            if cycle._pos:
-                raise CycleError(
-                    f"layer {name!r} (CycleBatchNormList({cycle.length})) was left after {cycle._pos} of "
-                    f"{cycle.length} calls in a mini-batch; call it on every domain, in order"
-                )
+        for name, module in self._with_ends:
+            module.end_batch(name)
         on_cpu = [estimator for estimator in self.estimators if estimator.device.type == "cpu"]
         finite = all(estimator.current_is_finite() for estimator in on_cpu)
         for estimator in self.estimators:
@@ -149,50 +149,78 @@ class Recording(AbstractContextManager["Recording"]):
             return
         firsts: dict[int, int] = {}
         for index in self._execution_order:
-            layer = self.layers[index]
-            first = layer.estimator.first_nonfinite.split(layer.estimator.num_channels)[layer.slot]
+            one = self.populations[index]
+            first = one.estimator.first_nonfinite.split(one.estimator.num_channels)[one.position]
             if bool((first >= 0).any()):
                 firsts[index] = int(first[first >= 0].min())
         iteration = min(firsts.values())
-        layer = self.layers[next(index for index, first in firsts.items() if first == iteration)]
+        one = self.populations[next(index for index, first in firsts.items() if first == iteration)]
         raise NonFiniteStatisticsError(
-            f"the input of layer {layer.name!r} ({type(layer.module).__name__}) held NaN or Inf, or values whose "
+            f"the input of layer {one.name!r} ({type(one.layer).__name__}) held NaN or Inf, or values whose "
             f"variance overflows, in mini-batch {iteration} (counted from 0); the model is as it was. Check that "
             "mini-batch and the layers before this one; half precision may need autocast to bfloat16"
         )
 
-    def _record(self, index: int, layer: RecordedLayer, stack: ExitStack) -> None:
-        """Put one layer under recording, and on ``stack`` what puts it back."""
+    # ---- Layers -----------------------------------------------------------------------------------------------------
+
+    def _place(self, layers: Mapping[str, nn.Module]) -> None:
+        """Give every population its place in an estimator, of which there is one for each device."""
+        sizes: dict[torch.device, list[int]] = {}
+        found: list[tuple[str, nn.Module, RunningStatistics, int]] = []
+        for name, module in layers.items():
+            populations = populations_of(module)
+            if not populations:
+                raise InputError(f"layer {name!r} keeps no running statistics, so there is nothing to record for it")
+            self._layers.append(_Layer(name, module, len(found), len(populations)))
+            for one in populations:
+                shown = name if one.index is None else f"{name}[{one.index}]"
+                of_device = sizes.setdefault(one.mean.device, [])
+                found.append((shown, module, one, len(of_device)))
+                of_device.append(one.mean.numel())
+        estimators = {
+            device: PopulationEstimator(channels, kind=self.kind, device=device) for device, channels in sizes.items()
+        }
+        self.estimators += estimators.values()
+        self.populations += [
+            RecordedPopulation(shown, module, one, estimators[one.mean.device], position)
+            for shown, module, one, position in found
+        ]
+        self._scratch = _Scratch([one.statistics for one in self.populations if not isinstance(one.layer, Recordable)])
+
+    def _record(self, layer: "_Layer") -> None:
+        """Put one layer under recording, and among what is temporary how it comes out again."""
         module = layer.module
-        # They start as the layer's own: modules such as torch.ao's ConvBn2d read them before the layer runs.
-        scratch_mean, scratch_var = layer.running_mean.clone(), layer.running_var.clone()
-        stack.callback(setattr, module, "training", module.training)
-        module._buffers["running_mean"], module._buffers["running_var"] = scratch_mean, scratch_var
+        if isinstance(module, Recordable):
+            self._start(layer.name, module, self._recorder(layer))
+            return
+        index, one = layer.first, self.populations[layer.first]
+        moments = one.estimator.slot(one.position)
+        averages, order = self.kind == "batch-mean", self._execution_order
+        slot = Slot(layer.name, type(module).__name__, moments, averages, lambda: order.setdefault(index))
+        scratch = dict(zip(("running_mean", "running_var"), self._scratch.take(one.statistics), strict=True))
         if normalizes_its_input(module):
-            module.training = False
-            hook = self._hook(index, layer, scratch_mean, scratch_var)
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            InputForward(module, slot, scratch).put(self._temporary)
         else:
-            stack.callback(setattr, module, "momentum", module.momentum)
-            module.training, module.momentum = True, 1.0
-            before, after = self._hooks_around(index, layer, scratch_mean, scratch_var)
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+            if one.statistics.num_batches is not None:
+                scratch["num_batches_tracked"] = one.statistics.num_batches.clone()
+            UnknownForward(module, slot, scratch, lambda reason: self._refuse(index, reason)).put(self._temporary)
 
-    def _record_moments(self, index: int, module: PopulationNorm, stack: ExitStack) -> None:
-        """The same for a layer that hands over its Moments, whose populations are those from ``index`` on."""
-        stack.callback(setattr, module, "training", module.training)
-        module.training = True
-        module._recorder = self._recorder(index, module)
-        stack.callback(delattr, module, "_recorder")
+    def _start(self, name: str, module: Recordable, recorder: Recorder) -> None:
+        self._with_ends.append((name, module))
+        self._temporary.on_undo(module.stop_recording)
+        module.start_recording(recorder)
 
-    def _recorder(self, index: int, module: PopulationNorm) -> Recorder:
-        layer, num_slots = self.layers[index], module.num_slots or 1
-        counts, means, m2s = layer.estimator.slots(layer.slot, num_slots)
+    def _refuse(self, index: int, reason: int) -> None:
+        self.refused.setdefault(index, reason)
+
+    def _recorder(self, layer: "_Layer") -> Recorder:
+        """What takes the Moments of a layer that hands them over."""
+        one = self.populations[layer.first]
+        counts, means, m2s = one.estimator.slots(one.position, layer.number)
         order, averaging = self._execution_order, self.kind == "batch-mean"
 
-        def record(moments: Moments, slot: int | None) -> None:
-            first, last = (0, num_slots) if slot is None else (slot, slot + 1)
+        def record(moments: Moments, population: int | None) -> None:
+            first, last = (0, layer.number) if population is None else (population, population + 1)
             count, mean, m2 = counts[first:last], means[first:last], m2s[first:last]
             new_count, new_mean, new_m2 = moments.count.reshape(-1), moments.mean.view_as(mean), moments.m2.view_as(m2)
             # A single population of one value was refused by the layer itself; looking would make the host wait.
@@ -201,8 +229,8 @@ class Recording(AbstractContextManager["Recording"]):
                     f"layer {layer.name!r} got one value per channel of a domain: it has no unbiased variance, which "
                     "estimator='batch-mean' averages; use larger mini-batches or estimator='population'"
                 )
-            for k in range(first, last):
-                order.setdefault(index + k)
+            for index in range(layer.first + first, layer.first + last):
+                order.setdefault(index)
             merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
             mean.copy_(merged.mean)
             m2.copy_(merged.m2)
@@ -210,166 +238,57 @@ class Recording(AbstractContextManager["Recording"]):
 
         return record
 
-    def _hook(
-        self, index: int, layer: RecordedLayer, batch_mean: Tensor, batch_var: Tensor
-    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        count, mean, m2 = layer.estimator.slot(layer.slot)
-        num_channels, min_count = mean.numel(), 2 if self.kind == "batch-mean" else 0
-        order, accumulate = self._execution_order, ops.accumulate
-        may_overflow = batch_var.dtype == torch.float16
 
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input")
-            if not isinstance(x, Tensor):
-                raise BatchFormatError(
-                    f"layer {layer.name!r} takes a tensor (N, {num_channels}, *), got {type(x).__name__}"
-                )
-            if x.dim() < 2 or x.shape[1] != num_channels:
-                raise InputError(
-                    f"layer {layer.name!r} ({type(module).__name__}) takes tensors (N, {num_channels}, *), got shape "
-                    f"{tuple(x.shape)}; check the mini-batch, or say how the model takes it: forward="
-                )
-            if x.device != mean.device:
-                raise InputError(f"layer {layer.name!r} is on {mean.device}, but its input on {x.device}; pass device=")
-            if not x.is_floating_point():
-                raise InputError(
-                    f"layer {layer.name!r} ({type(module).__name__}) takes floating-point tensors, got {x.dtype}; "
-                    "convert the mini-batch, or say how the model takes it: forward="
-                )
-            if 0 < x.numel() < min_count * num_channels:
-                raise InputError(
-                    f"layer {layer.name!r} got one value per channel, shape {tuple(x.shape)}: it has no unbiased "
-                    "variance, which estimator='batch-mean' averages; use larger mini-batches or estimator='population'"
-                )
-            order.setdefault(index)
-            accumulate(x, count, mean, m2, batch_mean, batch_var)
-            if may_overflow:  # the layer would divide by Inf and hand zeros on: as bad as Inf in its input
-                m2.masked_fill_(batch_var.isinf(), float("inf"))
-
-        return record
-
-    def _hooks_around(
-        self, index: int, layer: RecordedLayer, batch_mean: Tensor, batch_var: Tensor
-    ) -> tuple[Callable[..., None], Callable[..., None]]:
-        """What runs before and after a layer whose own forward writes the statistics of the batch."""
-        count, mean, m2 = layer.estimator.slot(layer.slot)
-        num_channels = mean.numel()
-
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # What it would find in training, but for NaN, of which a momentum of 1 leaves 0 * NaN.
-            batch_mean.copy_(layer.running_mean).nan_to_num_()
-            batch_var.copy_(layer.running_var).nan_to_num_()
-            module._buffers["running_mean"], module._buffers["running_var"] = batch_mean, batch_var
-
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            n = 0 if x is None else x.numel() // num_channels
-            # Some layers write into their buffers, some put new tensors in their place, some do neither.
-            new_mean, new_var = module._buffers["running_mean"], module._buffers["running_var"]
-            if n == 0 or new_mean is None or new_var is None:
-                return
-            if layer.name not in self._written and not (
-                torch.equal(new_mean, layer.running_mean.nan_to_num())
-                and torch.equal(new_var, layer.running_var.nan_to_num())
-            ):
-                self._written.add(layer.name)
-            self._execution_order.setdefault(index)
-            num_values = count.new_full((1,), n)
-            merged = merge(count, mean, m2, num_values, new_mean.double(), new_var.double() * (n - 1))
-            mean.copy_(merged.mean)
-            m2.copy_(merged.m2)
-            count.add_(num_values)
-
-        return before, after
-
-
-class _Population(NamedTuple):
-    """The first fields of a RecordedLayer: what is known before there are estimators."""
-
+class _Layer(NamedTuple):
     name: str
-    module: _NormBase
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor | None
+    module: nn.Module
+    first: int
+    """The number of its first population."""
+    number: int
+    """How many it has."""
 
 
-def _populations(name: str, layer: _NormBase) -> Iterator[_Population]:
-    mean, var, tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    if mean is None or var is None:
-        raise InputError(f"layer {name!r} keeps no running statistics, so there is nothing to record for it")
-    if mean.dim() == 1:
-        yield _Population(name, layer, mean, var, tracked)
-        return
-    for k in range(len(mean)):
-        yield _Population(f"{name}[{k}]", layer, mean[k], var[k], None if tracked is None else tracked[k])
+class _Scratch:
+    """Copies of running means and variances, cut from one allocation for each dtype and device."""
+
+    def __init__(self, populations: list[RunningStatistics]) -> None:
+        own: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for one in populations:
+            for buffer in (one.mean, one.var):
+                own.setdefault((buffer.dtype, buffer.device), []).append(buffer.detach())
+        self._left = {
+            key: iter(torch.cat(buffers).split([buffer.numel() for buffer in buffers])) for key, buffers in own.items()
+        }
+
+    def take(self, one: RunningStatistics) -> tuple[Tensor, Tensor]:
+        """The next pair, in the order of the populations."""
+        return next(self._left[one.mean.dtype, one.mean.device]), next(self._left[one.var.dtype, one.var.device])
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Run torch.compile'd code eagerly, where hooks are seen, and leave its compiled form in place for later.
-
-    Nothing can have been compiled before torch._dynamo is imported, and importing it takes seconds.
-    """
-    if "torch._dynamo" not in sys.modules:
-        return ExitStack()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+def _no_recorder(moments: Moments, population: int | None) -> None:
+    """For modules that keep no population, and so have no Moments to hand over."""
 
 
-@contextmanager
-def _wrappers_aside(model: nn.Module) -> Iterator[None]:
-    """Keep data-parallel wrappers from touching buffers.
+class _InUse:
+    """Which modules are being recorded: a second recording would take the scratch buffers of the first for its own."""
 
-    DDP would broadcast rank 0's over everyone's scratch buffers at every forward, and hang where ranks have different
-    numbers of mini-batches; DataParallel would run replicas, whose buffers are copies.
-    """
-    ddp = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    dp = [m for m in model.modules() if isinstance(m, DataParallel)]
-    sync_flags = [m.require_forward_param_sync for m in ddp]
-    device_ids = [m.device_ids for m in dp]
-    try:
-        for wrapper in ddp:
-            wrapper.require_forward_param_sync = False
-        for parallel in dp:
-            parallel.device_ids = []
-        yield
-    finally:
-        for wrapper, flag in zip(ddp, sync_flags, strict=True):
-            wrapper.require_forward_param_sync = flag
-        for parallel, ids in zip(dp, device_ids, strict=True):
-            parallel.device_ids = ids
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owners: dict[nn.Module, Recording] = {}
+
+    def claim(self, owner: Recording, model: nn.Module, modules: list[nn.Module]) -> None:
+        with self._lock:
+            if not self._owners.keys().isdisjoint(modules):
+                raise InputError(
+                    f"{type(model).__name__}, or a part of it, is being recalibrated already, by another thread or by "
+                    "the code that runs the model; wait for that to end, or recalibrate a copy of the model"
+                )
+            self._owners.update(dict.fromkeys(modules, owner))
+
+    def release(self, owner: Recording) -> None:
+        with self._lock:
+            for module in [module for module, other in self._owners.items() if other is owner]:
+                del self._owners[module]
 
 
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its place and its value back at the end.
-
-    Recorded layers have scratch buffers in the place of theirs, and other layers keep state too: InstanceNorm, spectral
-    norm, BatchNorm layers that were not chosen. A buffer that a forward has registered stays if all went well, like the
-    attributes that go with it, and goes if not.
-    """
-    places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    tensors = {t for _, buffers in places for t in buffers.values() if t is not None}
-    values = [(t, t._version, t.clone()) for t in tensors if _can_be_kept(t)]
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        for place, buffers in places:
-            registered = {} if failed else {k: v for k, v in place.items() if buffers.get(k) is None}
-            place.clear()
-            place.update(buffers | registered)
-        # First those that are known to have changed: that takes no memory, of which there may be none left.
-        for tensor, version, value in values:
-            if tensor._version != version:
-                if tensor.shape != value.shape:  # torch.ao's observers resize theirs
-                    tensor.resize_(value.shape)
-                tensor.copy_(value)
-        for tensor, version, value in values:  # .data changes without a new version
-            if tensor._version == version and tensor.device.type == "cpu" and not torch.equal(tensor, value):
-                tensor.copy_(value)
-
-
-def _can_be_kept(tensor: Tensor) -> bool:
-    """Inference tensors cannot change, uninitialized and meta ones have nothing to keep; sparse ones are constants."""
-    return not (is_lazy(tensor) or tensor.is_inference() or tensor.is_meta or tensor.layout != torch.strided)
+_in_use = _InUse()

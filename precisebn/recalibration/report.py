@@ -1,27 +1,47 @@
 """UpdateReport: what a recalibration changed, layer by layer, and how far the result can be trusted."""
 
+import difflib
 import math
+import numbers
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LayerReport", "UpdateReport"]
+from torch import Tensor, nn
+
+from precisebn import ops
+from precisebn.models.selection import ModuleSelection
+from precisebn.nn.frozen import FrozenNorm
+from precisebn.statistics.estimator import is_dead
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["LayerReport", "UpdateReport", "fallback_in_use", "frozen_parameters", "largest", "reason_left_alone"]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """One layer of an :class:`UpdateReport`.
 
+    A channel that is constant in the data is *dead*: its variance is so small against the layer's ``eps`` that what it
+    puts out varies by less than a hundredth of what a normalized channel does (``var <= eps / 10**4``). What the layer
+    divides it by is ``sqrt(eps)``, a number of the layer's and not of the data: a mean that is off by 1 would be off by
+    316 of these for an ``eps`` of 1e-5, and say nothing. So dead channels are counted, and left out of everything else.
+
     Attributes:
         name: qualified name in the model.
         num_channels: C.
+        dead_channels: how many of them are constant in the data.
         num_batches: mini-batches that reached the layer, over all ranks.
         count: values per channel that the new statistics come from, over all ranks.
         mean_drift: how far the old running mean was from the new one, in standard deviations of the new
-            (``sqrt(var + eps)``), root mean square over channels.
+            (``sqrt(var + eps)``), root mean square over channels; 0 where all channels are dead.
         max_mean_drift: the same, in the worst channel.
         var_drift: ``log`` of the old over the new ``var + eps``, root mean square over channels: 0.1 means that the
             variances were off by about 10%.
+        max_var_drift: its size in the worst channel.
         mean_error: standard error of the new mean, in the units of ``mean_drift``, root mean square over channels; NaN
             below 8 mini-batches.
         var_error: standard error of the new variance relative to ``var + eps``, likewise.
@@ -29,46 +49,87 @@ class LayerReport:
 
     name: str
     num_channels: int
+    dead_channels: int
     num_batches: int
     count: int
     mean_drift: float
     max_mean_drift: float
     var_drift: float
+    max_var_drift: float
     mean_error: float
     var_error: float
 
+    @classmethod
+    def comparing(
+        cls, name: str, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float, **measured: Any
+    ) -> "LayerReport":
+        """What lies between old and new (mean, variance), each ``(C,)`` and float64.
 
-@dataclass(frozen=True, slots=True)
+        Args:
+            name: of the layer.
+            old: the statistics that it had.
+            new: the statistics that it gets.
+            eps: what the layer adds to its variance.
+            measured: the fields that no comparison gives: num_batches, count, mean_error and var_error.
+        """
+        dead = is_dead(new[1], eps)
+        unit = new[1][~dead] + eps
+        mean_drift = (old[0] - new[0])[~dead].abs() / unit.sqrt()
+        var_drift = ((old[1][~dead].clamp(min=0.0) + eps) / unit).log().abs()
+        return cls(
+            name=name,
+            num_channels=dead.numel(),
+            dead_channels=int(dead.sum()),
+            mean_drift=_root_mean_square(mean_drift),
+            max_mean_drift=_maximum(mean_drift),
+            var_drift=_root_mean_square(var_drift),
+            max_var_drift=_maximum(var_drift),
+            **measured,
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class UpdateReport:
-    """What :func:`precisebn.update_bn_stats` did. ``str()`` is a table, :meth:`plot` a picture.
+    """What :func:`precisebn.update_bn_stats` did. ``str()`` is a table, ``report[name]`` a layer, ``plot()`` a picture.
+
+    Every BatchNorm layer of the model is in ``layers`` or in ``skipped`` (a layer with a population for each of several
+    domains under a name for each, ``"head.bn[1]"``).
 
     Attributes:
         layers: one :class:`LayerReport` for every layer whose statistics were replaced, in the model's order.
-        skipped: BatchNorm layers that were chosen but left as they are, by name, with the reason.
+        skipped: layers that were left as they are, by name, with the reason.
+        frozen: names of layers in ``layers`` all of whose parameters are frozen (``requires_grad=False``). Freezing
+            parameters says nothing of statistics, but who froze these may not have meant them to be overwritten. Empty
+            where the whole model is frozen, as averaged and deployed models are.
         num_iters: mini-batches that this rank used.
         num_samples: samples in the mini-batches of all ranks.
         world_size: number of ranks whose data went in.
         estimator: ``"population"`` or ``"batch-mean"``.
         tolerance: the tolerance asked for, or None.
         converged: whether the tolerance was reached; None without one.
+        fallback: why plain PyTorch ran in the place of compiled kernels; empty where kernels ran.
 
     Example:
         >>> import precisebn, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
         >>> report = precisebn.update_bn_stats(model, [torch.randn(8, 1, 6, 6)] * 10, num_iters=None)
-        >>> report.num_samples, report.layers[0].name, report.layers[0].count
+        >>> report.num_samples, report.layers[0].name, report["1"].count
         (80, '1', 1280)
+        >>> sorted(report.metrics())[:3]
+        ['precisebn/dead_channels', 'precisebn/layers', 'precisebn/max_drift']
     """
 
     layers: tuple[LayerReport, ...]
     skipped: dict[str, str]
+    frozen: tuple[str, ...]
     num_iters: int
     num_samples: int
     world_size: int
     estimator: str
     tolerance: float | None
     converged: bool | None
+    fallback: str
 
     @property
     def max_error(self) -> float:
@@ -79,81 +140,248 @@ class UpdateReport:
     def max_drift(self) -> float:
         """The largest drift of a mean, in standard deviations, of any channel of any layer; NaN without layers.
 
-        Infinite where the old statistics were NaN.
+        Infinite where the old statistics were NaN. Dead channels are left out, see :class:`LayerReport`.
         """
-        return largest(math.inf if math.isnan(layer.max_mean_drift) else layer.max_mean_drift for layer in self.layers)
+        return largest(_nan_is_infinite(layer.max_mean_drift) for layer in self.layers)
+
+    @property
+    def max_var_drift(self) -> float:
+        """The largest drift of a variance, as ``|log(old / new)|``, likewise: 0.7 is off by a factor of 2."""
+        return largest(_nan_is_infinite(layer.max_var_drift) for layer in self.layers)
+
+    @property
+    def dead_channels(self) -> int:
+        """How many channels of all layers are constant in the data."""
+        return sum(layer.dead_channels for layer in self.layers)
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """The layer of that name.
+
+        Raises:
+            KeyError: no such layer was recalibrated; the message says why not, or which names come near.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(self._why_missing(name))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the layer of that name was recalibrated."""
+        return any(layer.name == name for layer in self.layers)
+
+    # Without this, iter() would ask for report[0], report[1], ...: what to loop over is `layers`.
+    __iter__ = None
+
+    def metrics(self, prefix: str = "precisebn", *, per_layer: bool = False) -> dict[str, float]:
+        """The report as numbers with names, as wandb, TensorBoard, MLflow and Lightning's loggers take them.
+
+        What is not known (standard errors below 8 mini-batches, drift of no layers) is left out.
+
+        Args:
+            prefix: what every name begins with, before a slash.
+            per_layer: also the drift, errors and dead channels of every layer, ``"precisebn/mean_drift/3.b1"``.
+
+        Example:
+            ``wandb.log(report.metrics())``, ``for name, value in report.metrics().items(): writer.add_scalar(name,
+            value, step)``.
+        """
+        numbers_of: dict[str, float] = {
+            "max_drift": self.max_drift,
+            "max_var_drift": self.max_var_drift,
+            "max_error": self.max_error,
+            "dead_channels": self.dead_channels,
+            "layers": len(self.layers),
+            "skipped": len(self.skipped),
+            "num_iters": self.num_iters,
+            "num_samples": self.num_samples,
+        }
+        if self.converged is not None:
+            numbers_of["converged"] = self.converged
+        if per_layer:
+            for what in ("mean_drift", "var_drift", "mean_error", "var_error", "dead_channels"):
+                numbers_of.update((f"{what}/{layer.name}", getattr(layer, what)) for layer in self.layers)
+        return {f"{prefix}/{name}": float(value) for name, value in numbers_of.items() if not math.isnan(value)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON (NaN and Inf, which JSON has not, become None)."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, float) and not math.isfinite(value):
-                return None
-            if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
-            if isinstance(value, list | tuple):
-                return [plain(item) for item in value]
-            return value
-
-        result: dict[str, Any] = plain(asdict(self))
+        result: dict[str, Any] = _plain(asdict(self))
         return result
 
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw the drift of every layer beside the standard errors of the new statistics, on logarithmic axes.
+
+        Needs matplotlib, which the extra ``plot`` brings.
+
+        Args:
+            path: where to save the picture as well; its suffix chooses the format (png, svg, pdf).
+
+        Returns:
+            The figure, one row for each layer.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from precisebn.recalibration.plot import draw
+        except ImportError as error:
+            raise ImportError(
+                "UpdateReport.plot needs matplotlib: pip install matplotlib, or install precisebn with the extra that "
+                "brings it, precisebn[plot]"
+            ) from error
+        figure = draw(self)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+    def __repr__(self) -> str:
+        """One line: the table is what ``print`` shows."""
+        return (
+            f"<UpdateReport: {len(self.layers)} layers, {self.num_samples} samples, max_drift={self.max_drift:.4g}, "
+            f"max_var_drift={self.max_var_drift:.4g}, max_error={self.max_error:.4g}>"
+        )
+
     def __str__(self) -> str:
-        ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
+        return "\n".join([self._headline(), *self._table(), *self._remarks()])
+
+    def _headline(self) -> str:
+        data = f"{self.num_samples} samples in {self.num_iters} mini-batches"
+        if self.world_size > 1:
+            data = f"{self.num_samples} samples on {self.world_size} ranks ({self.num_iters} mini-batches on this rank)"
+        return f"{_count(len(self.layers), 'BatchNorm layer')}, {data}, estimator {self.estimator!r}"
+
+    def _table(self) -> list[str]:
+        if not self.layers:
+            return []
+        rows = [("layer", "count", "mean drift", "var drift", "mean s.e.", "var s.e.", "dead")]
+        rows += [
+            (layer.name, str(layer.count), f"{layer.mean_drift:.4f}", f"{layer.var_drift:.4f}",
+             _known(layer.mean_error), _known(layer.var_error), str(layer.dead_channels or "-"))
+            for layer in self.layers
+        ]  # fmt: skip
+        used = 7 if self.dead_channels else 6
+        first, *others = (max(map(len, column)) for column in list(zip(*rows, strict=True))[:used])
+        widths = [max(width, 9) for width in others]
         lines = [
-            f"{len(self.layers)} BatchNorm layers, {self.num_samples} samples in {self.num_iters} mini-batches{ranks}, "
-            f"estimator {self.estimator!r}"
+            "  ".join([f"{row[0]:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:used], widths, strict=True))])
+            for row in rows
         ]
-        if self.layers:
-            width = max(5, *(len(layer.name) for layer in self.layers))
-            lines.append(f"{'layer':<{width}}  {'count':>11}  {'mean drift':>10}  {'var drift':>9}  "
-                         f"{'mean s.e.':>9}  {'var s.e.':>9}")  # fmt: skip
-            for layer in self.layers:
-                lines.append(
-                    f"{layer.name:<{width}}  {layer.count:>11}  {layer.mean_drift:>10.4f}  {layer.var_drift:>9.4f}  "
-                    f"{_known(layer.mean_error):>9}  {_known(layer.var_error):>9}"
-                )
-            lines.append("(drift: old from new; mean in new standard deviations, var as |log ratio|; s.e. likewise)")
-            if all(math.isnan(layer.mean_error) for layer in self.layers):
-                lines.append("(no standard errors: they take at least 8 mini-batches)")
-        lines += [f"{name}: left alone: {reason}" for name, reason in self.skipped.items()]
+        lines.append("(drift: old from new; mean in new standard deviations, var as |log ratio|; s.e. likewise)")
+        if all(math.isnan(layer.mean_error) for layer in self.layers):
+            lines.append("(no standard errors: they take at least 8 mini-batches)")
+        if self.dead_channels:
+            lines.append(
+                f"(dead: channels that are constant in the data, {self.dead_channels} of "
+                f"{sum(layer.num_channels for layer in self.layers)}; left out of drift and s.e.)"
+            )
+        return lines
+
+    def _remarks(self) -> list[str]:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines = [
+            f"{_count(len(names), 'layer')} left alone: {reason}: {_some(names)}" for reason, names in by_reason.items()
+        ]
+        if len(self.layers) > 1:
+            mean = max(self.layers, key=lambda layer: _nan_is_infinite(layer.max_mean_drift))
+            var = max(self.layers, key=lambda layer: _nan_is_infinite(layer.max_var_drift))
+            lines.insert(
+                0,
+                f"largest drift of a channel: mean {self.max_drift:.4f} in {mean.name}, var {self.max_var_drift:.4f} "
+                f"in {var.name}",
+            )
+        if self.frozen:
+            whose = "its" if len(self.frozen) == 1 else "their"
+            lines.append(
+                f"{_count(len(self.frozen), 'layer')} recalibrated although all {whose} parameters are frozen: "
+                f"{_some(self.frozen)}"
+            )
         if self.tolerance is not None:
             verdict = "reached" if self.converged else "NOT reached"
             lines.append(f"tolerance {self.tolerance:g} {verdict}: largest standard error {self.max_error:.5f}")
-        return "\n".join(lines)
+        if self.fallback:
+            lines.append(f"plain PyTorch ran in the place of kernels: {self.fallback}")
+        return lines
 
-    def plot(self, path: str | Path) -> None:
-        """Draw the drift of every layer, with the standard errors of the new statistics, into a picture file.
-
-        Needs matplotlib (the extra ``demo`` brings it).
-
-        Args:
-            path: where to; its suffix chooses the format (png, svg, pdf).
-        """
-        from matplotlib.figure import Figure  # an extra: imported where it is used
-
+    def _why_missing(self, name: object) -> str:
+        if not isinstance(name, str):
+            return f"layers are looked up by name, not by {type(name).__name__}; `layers` is a tuple of all"
+        if name in self.skipped:
+            return f"layer {name!r} was left alone: {self.skipped[name]}"
         names = [layer.name for layer in self.layers]
-        positions = range(len(names))
-        figure = Figure(figsize=(max(6.0, 0.22 * len(names) + 2.0), 5.5), layout="constrained")
-        for axes, what in zip(figure.subplots(2, 1, sharex=True), ("mean", "var"), strict=True):
-            axes.bar(positions, [getattr(layer, f"{what}_drift") for layer in self.layers], color="tab:blue",
-                     label="drift of the old statistics")  # fmt: skip
-            axes.plot(positions, [getattr(layer, f"{what}_error") for layer in self.layers], "o", color="tab:orange",
-                      markersize=4, label="standard error of the new")  # fmt: skip
-            axes.set_yscale("symlog", linthresh=1e-3)
-            axes.set_ylim(bottom=0)
-            axes.set_ylabel("mean [std]" if what == "mean" else "variance [|log ratio|]")
-            axes.grid(axis="y", alpha=0.3)
-        figure.axes[0].legend()
-        figure.axes[0].set_title(f"Drift of BatchNorm statistics ({self.num_samples} samples)")
-        figure.axes[-1].set_xticks(positions, names, rotation=90, fontsize=7)
-        figure.savefig(path, dpi=120)
+        near = (
+            [other for other in names if other.startswith((f"{name}[", f"{name}."))]
+            or [other for other in names if other.endswith(f".{name}")]
+            or difflib.get_close_matches(name, names)
+        )
+        hint = f"did you mean {_some(list(map(repr, near)))}?" if near else f"there are {_some(names) or 'none'}"
+        return f"no layer {name!r} was recalibrated; {hint}"
+
+
+def reason_left_alone(layer: nn.Module, modules: ModuleSelection) -> str:
+    """Why a layer is not among those that ``modules`` chose, in words that do for many layers."""
+    if isinstance(layer, FrozenNorm) and isinstance(modules, str) and modules in ("training", "all"):
+        return "frozen (name them in modules= to recalibrate them all the same)"
+    if modules == "training" and not layer.training:
+        return "eval mode"
+    return "not chosen by modules="
+
+
+def frozen_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Names of the layers whose parameters are all frozen, in a model that trains others."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return ()
+    own = {name: list(layer.parameters()) for name, layer in layers.items()}
+    return tuple(name for name, ps in own.items() if ps and not any(parameter.requires_grad for parameter in ps))
+
+
+def fallback_in_use(devices: Iterable[str]) -> str:
+    """Which of these types of device have no kernels in use though they could, and why; empty if all have."""
+    backend = ops.backend()
+    reasons = {"cpu": (backend.cpu, backend.cpu_detail), "cuda": (backend.cuda, backend.cuda_detail)}
+    found = {device: reasons[device] for device in dict.fromkeys(devices) if device in reasons}
+    return "; ".join(f"{device}: {why}" for device, (kind, why) in found.items() if kind == "fallback")
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest of some standard errors, leaving out those not known yet; NaN if none is known."""
+    return max((error for error in errors if not math.isnan(error)), default=math.nan)
+
+
+def _root_mean_square(drift: Tensor) -> float:
+    return float(drift.square().mean().sqrt()) if drift.numel() else 0.0
+
+
+def _maximum(drift: Tensor) -> float:
+    return float(drift.max()) if drift.numel() else 0.0
+
+
+def _nan_is_infinite(drift: float) -> float:
+    return math.inf if math.isnan(drift) else drift
+
+
+def _plain(value: Any) -> Any:
+    """Containers of Python's own numbers: NumPy's are none to JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _some(names: Iterable[str]) -> str:
+    """The names if they are few; else the first ones and the last."""
+    names = list(names)
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
 
 
 def _known(error: float) -> str:
     return "-" if math.isnan(error) else f"{error:.5f}"
-
-
-def largest(errors: Any) -> float:
-    """The largest of some standard errors, leaving out those not known yet; NaN if none is known."""
-    return max((error for error in errors if not math.isnan(error)), default=math.nan)

@@ -21,7 +21,7 @@ from torch import Tensor
 from precisebn.ops.chan import merge, merge_rows
 from precisebn.statistics.moments import Moments
 
-__all__ = ["ESTIMATORS", "MIN_BLOCKS", "EstimatorName", "Population", "PopulationEstimator"]
+__all__ = ["ESTIMATORS", "MIN_BLOCKS", "EstimatorName", "Population", "PopulationEstimator", "is_dead"]
 
 EstimatorName = Literal["population", "batch-mean"]
 ESTIMATORS: tuple[EstimatorName, ...] = ("population", "batch-mean")
@@ -30,6 +30,16 @@ _MAX_WAITING = 16  # mini-batches taken in at once
 
 MIN_BLOCKS = 8
 """Fewest blocks from which a standard error is computed; below, its own relative error would exceed 1/4."""
+
+
+def is_dead(var: Tensor, eps: Tensor | float) -> Tensor:
+    """Which channels are constant, as far as a layer can tell that adds ``eps`` to their variances.
+
+    What a layer puts out has variance ``var / (var + eps)``: nearly 1, or nearly 0 where ``eps`` is all it divides by.
+    A channel is dead where the standard deviation of its output is at most 1/100. In units of ``sqrt(var + eps)``,
+    which there is ``sqrt(eps)``, errors of a dead channel mean nothing: they tell of ``eps`` and not of the data.
+    """
+    return var <= 1e-4 * eps
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +54,8 @@ class Population:
         mean: population mean, ``(S,)``.
         var: population variance, ``(S,)``.
         mean_error: standard error of the mean in units of the layer's standard deviation ``sqrt(var + eps)``, root
-            mean square over the layer's channels, ``(L,)``; NaN where fewer than ``MIN_BLOCKS`` mini-batches were seen.
+            mean square over the layer's channels but dead ones (:func:`is_dead`), ``(L,)``; NaN where fewer than
+            ``MIN_BLOCKS`` mini-batches were seen.
         var_error: standard error of the variance relative to ``var + eps``, likewise.
     """
 
@@ -199,6 +210,8 @@ class PopulationEstimator:
         var = m2 / channel_count
         mean_error, var_error = torch.full_like(count, float("nan")), torch.full_like(count, float("nan"))
         for i in range(num_levels):
+            if all_reduce is None and self._num_taken_in >> i < MIN_BLOCKS:
+                break  # no layer has enough blocks of this size, nor of larger ones
             spread = SpreadSums(*parts[6 * i : 6 * i + 6])
             enough = spread.num_blocks >= MIN_BLOCKS
             errors = self._layer_errors(spread, channel_count, var, var - reference, eps)
@@ -236,15 +249,21 @@ class PopulationEstimator:
         blocks = _per_channel(spread.num_blocks, self.layer_of_channel)
         covered = _per_channel(spread.covered, self.layer_of_channel).clamp(min=1.0)
         factor = blocks / (blocks - 1.0).clamp(min=1.0) / (covered * channel_count)
-        scale = var + _per_channel(eps, self.layer_of_channel)
+        eps = _per_channel(eps, self.layer_of_channel)
+        scale, alive = var + eps, ~is_dead(var, eps)
+        num_alive = self._layer_sums(alive).clamp(min=1.0)
 
         def layer_rms(squared: Tensor) -> Tensor:
-            of_layers: tuple[Tensor, ...] = squared.split(self.num_channels)
-            return torch.stack([layer.mean() for layer in of_layers]).sqrt()
+            return (self._layer_sums(squared.where(alive, squared.new_zeros(()))) / num_alive).sqrt()
 
         return layer_rms(spread.m_square * factor / scale), layer_rms(
             about_var.clamp(min=0.0) * factor / scale.square()
         )
+
+    def _layer_sums(self, values: Tensor) -> Tensor:
+        """Sums over the channels of each layer, ``(L,)``, the same bits every time: no atomics."""
+        of_layers: tuple[Tensor, ...] = values.split(self.num_channels)
+        return torch.stack([layer.sum(dtype=torch.float64) for layer in of_layers])
 
     def _no_spread(self) -> "SpreadSums":
         zeros = torch.zeros_like(self.population.mean)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import import_torchvision, state_of
+from conftest import import_torchvision
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,6 +24,7 @@ from precisebn.conversion.converters import (
 )
 from precisebn.conversion.layers import is_layer
 from precisebn.models.selection import select
+from precisebn.models.snapshot import Snapshot
 from precisebn.nn import (
     BatchStatBN,
     ConcatSharedBN,
@@ -93,11 +94,11 @@ def tensors_of(layer: nn.Module) -> dict[str, Tensor]:
 
 
 class Picture:
-    """All of a model, comparable with ==: its modules, by identity, and their state."""
+    """All of a model, comparable with ==: its modules, by every name, and their state."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.named_modules(remove_duplicate=False))
-        self.state = state_of(model)
+        self.state = Snapshot(model)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Picture) and (self.modules, self.state) == (other.modules, other.state)

@@ -68,6 +68,7 @@ class Frozen:
         self.model = convert_frozen_batchnorm(nn.Sequential(self.layer, self.layer))
         self.model[0].weight.add_(1.0)
         self.model.to(dtype)
+        self.dtype = dtype
         self.before, self.layer_before = self.picture()
 
     def picture(self) -> tuple[Picture, tuple[object, ...]]:
@@ -83,7 +84,7 @@ class Frozen:
         assert type(self.model[0]) is type(self.model[1]) is converted_to
         assert self.model[0] is self.model[1]
         assert self.model[0].weight.tolist() == [2.0] * 3
-        assert self.model[0].weight.dtype == self.before.state["0.weight"][0].tensor.dtype
+        assert self.model[0].weight.dtype == self.dtype
         self.model.load_state_dict(self.model.state_dict())
         return True
 

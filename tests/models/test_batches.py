@@ -1,5 +1,8 @@
 """What a data loader may yield: how it is passed on, moved and counted."""
 
+import re
+import sys
+import traceback
 from collections import OrderedDict, UserDict, namedtuple
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from precisebn import BatchFormatError, InputError, adapt_bn_stats, update_bn_stats
+from precisebn.errors import add_note
 from precisebn.models.batches import call_model, common_device, move_to, num_samples
 
 IMAGE, LABELS, FLOAT_TARGET, MASK = torch.randn(4, 3, 8, 8), torch.arange(4), torch.randn(4, 1), torch.ones(4).bool()
@@ -96,11 +100,162 @@ def test_a_mapping_becomes_keyword_arguments(form):
 )
 def test_a_wrong_guess_shows_the_batch_and_names_forward(batch, described):
     model = nn.Sequential(nn.BatchNorm2d(3))
-    message = rf"Sequential on a batch of the form {described} raised TypeError: .*forward=lambda model, batch"
+    message = (
+        rf"^the mini-batch, {described}, was passed to Sequential .*forward=lambda model, batch: .*raised TypeError: "
+    )
     with pytest.raises(BatchFormatError, match=message) as caught:
         update_bn_stats(model, [batch], 1)
     assert isinstance(caught.value, TypeError)
     assert isinstance(caught.value.__cause__, TypeError)
+
+
+def explanation(error: BaseException) -> str:
+    """What an exception of a first mini-batch says of the guess, however this Python shows it."""
+    if isinstance(error, BatchFormatError):
+        return str(error)
+    return "\n".join(getattr(error, "__notes__", []))
+
+
+def encoder() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+class Detector(nn.Module):
+    """Wants targets in training, as torchvision's detectors do, and complains as they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Tensor:
+        assert targets is not None, "targets should not be none when in training mode"
+        return self.bn(torch.stack(images))
+
+
+ELSE = "; if that is wrong, pass forward=lambda model, batch: "
+FIRST_MINI_BATCHES = {
+    "float targets": (
+        encoder, (IMAGE, FLOAT_TARGET), TypeError,
+        "as a whole, model(batch), because item 1 is floating point, too" + ELSE + "model(batch[0])",
+    ),
+    "float targets in a mapping": (
+        encoder, (IMAGE, {"boxes": FLOAT_TARGET}), TypeError, "because item 1 holds floating point, too",
+    ),
+    "detection, float boxes": (
+        Detector, ([IMAGE[0]] * 2, [{"boxes": FLOAT_TARGET}] * 2), AssertionError,
+        "as a whole, model(batch), because item 0 is not a tensor (list)" + ELSE + "model(*batch)",
+    ),
+    "two arguments wanted": (
+        Detector, (IMAGE, LABELS), AssertionError,
+        "as its item 0, model(batch[0]), because no other item is floating point" + ELSE + "model(*batch)",
+    ),
+    "pixels": (
+        encoder, (IMAGE * 255).to(torch.uint8), RuntimeError,
+        "Tensor(4, 3, 8, 8) of uint8, was passed to Sequential (whose parameters are float32) as it is, model(batch)"
+        + ELSE + "model(batch.to(torch.float32))",
+    ),
+    "pixels and labels": (
+        encoder, [(IMAGE * 255).to(torch.uint8), LABELS], TypeError,
+        "as a whole, model(batch), because item 0 is not floating point but uint8" + ELSE + "model(batch[0].float())",
+    ),
+    "double precision": (
+        encoder, (IMAGE.double(), LABELS), RuntimeError,
+        "(whose parameters are float32) as its item 0, model(batch[0]), because no other item is floating point"
+        + ELSE + "model(batch[0].to(torch.float32))",
+    ),
+    "channels last": (encoder, IMAGE.permute(0, 2, 3, 1), RuntimeError, "Tensor(4, 8, 8, 3), was passed to Sequential"),
+    "mapping": (
+        encoder, {"label": LABELS, "image": IMAGE}, TypeError,
+        "as keyword arguments, model(**batch)" + ELSE + "model(batch['image'])",
+    ),
+    "NumPy": (
+        encoder, [np.zeros((4, 3, 8, 8)), LABELS], TypeError, "because item 0 is not a tensor (ndarray)",
+    ),
+    "too few channels for BatchNorm": (
+        lambda: nn.Sequential(nn.BatchNorm2d(5)), (IMAGE, LABELS), InputError, "as its item 0, model(batch[0])",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIRST_MINI_BATCHES)
+def test_whatever_the_first_mini_batch_raises_says_what_was_guessed(name):
+    """The exception keeps its type, but for TypeErrors; and says what to pass instead, which then runs."""
+    build, batch, kind, said = FIRST_MINI_BATCHES[name]
+    with pytest.raises(kind) as caught:
+        update_bn_stats(build(), [batch] * 3, 3)
+    assert said in explanation(caught.value)
+    if kind is TypeError:
+        assert type(caught.value) is BatchFormatError
+        assert explanation(caught.value).startswith("the mini-batch, ")
+        assert len(explanation(caught.value)) < 600  # a convolution's complaint alone has 1,000 characters
+        assert type(caught.value.__cause__) is TypeError  # and is not lost
+    else:
+        assert type(caught.value) is kind
+        assert explanation(caught.value).startswith("precisebn: the mini-batch, ")
+
+
+@pytest.mark.parametrize("name", ["float targets", "two arguments wanted", "pixels", "pixels and labels",
+                                  "double precision", "mapping", "detection, float boxes"])  # fmt: skip
+def test_what_the_error_of_a_first_mini_batch_advises_runs(name):
+    build, batch, kind, _ = FIRST_MINI_BATCHES[name]
+    with pytest.raises(kind) as caught:
+        update_bn_stats(build(), [batch] * 3, 3)
+    advice = re.search(
+        r"pass forward=(lambda model, batch: model\(.*?\))(?: or |\. It raised|$)", explanation(caught.value)
+    )[1]
+    if name == "two arguments wanted":
+        batch = (list(IMAGE), LABELS)
+    assert update_bn_stats(build(), [batch] * 3, 3, forward=eval(advice, {"torch": torch})).num_iters == 3
+
+
+def test_torchvisions_detectors_want_targets(torchvision):
+    detection = torchvision.models.detection
+    model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    targets = [{"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "labels": torch.ones(1).long()}] * 2
+    with pytest.raises(AssertionError, match="targets should not be none") as caught:
+        update_bn_stats(model, [([torch.rand(3, 64, 64)] * 2, targets)], 1, modules="all")
+    said = "as a whole, model(batch), because item 0 is not a tensor (list)" + ELSE + "model(*batch)"
+    assert said in explanation(caught.value)
+
+
+def test_only_the_first_mini_batch_is_a_guess():
+    with pytest.raises(RuntimeError) as caught:
+        update_bn_stats(encoder(), [IMAGE, IMAGE[:, :2]], 2)
+    assert explanation(caught.value) == ""
+
+
+def test_running_out_of_memory_is_no_matter_of_form():
+    class Hungry(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        update_bn_stats(nn.Sequential(Hungry(3)), [IMAGE], 1)
+    assert explanation(caught.value) == ""
+
+
+def test_the_guess_is_explained_for_lazy_models_too():
+    with pytest.raises(RuntimeError) as caught:
+        update_bn_stats(nn.Sequential(nn.Conv2d(5, 4, 3), nn.LazyBatchNorm2d()), [IMAGE], 1)
+    assert "was passed to Sequential as it is" in explanation(caught.value)
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 11)])
+def test_a_note_shows_in_the_traceback_of_every_python(version, monkeypatch):
+    """Python 3.10 shows no notes: there it is the cause, and one that an exception has already is not replaced."""
+    monkeypatch.setattr(sys, "version_info", (*version, 0))
+    if version == (3, 11) and not hasattr(Exception, "add_note"):
+        pytest.skip("this Python has no notes")
+    error, cause = KeyError("mine"), ValueError("why")
+    add_note(error, "precisebn: a note")
+    shown = "".join(traceback.format_exception(error))
+    assert "precisebn: a note" in shown
+    assert "KeyError: 'mine'" in shown
+    with_cause = RuntimeError("mine")
+    with_cause.__cause__ = cause
+    add_note(with_cause, "precisebn: a note")
+    assert with_cause.__cause__ is cause
+    assert with_cause.__notes__ == error.__notes__ == ["precisebn: a note"]
 
 
 def test_a_type_error_of_the_users_own_forward_stays_as_it_is():

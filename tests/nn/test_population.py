@@ -155,11 +155,11 @@ def test_a_mini_batch_is_not_counted_again_inside_a_backward():
 def test_a_recorder_gets_the_moments_instead_in_any_mode():
     bn, got = Tracking(CHANNELS, num_slots=2), []
     before = state_of(bn)
-    bn._recorder = lambda moments, slot: got.append((moments, slot))
+    bn.start_recording(lambda moments, slot: got.append((moments, slot)))
     x = sample((4, CHANNELS))
     bn(x, slot=1)
     bn.eval()(x)
-    del bn._recorder
+    bn.stop_recording()
     bn.train()
     assert got == [(Moments.of(x), 1), (Moments.of(x), None)]
     assert state_of(bn) == before

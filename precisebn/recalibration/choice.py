@@ -1,0 +1,131 @@
+"""Which layers a recalibration is of, and why it leaves each of the others alone."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from precisebn.errors import InsufficientDataError
+from precisebn.models.families import populations_of
+from precisebn.models.selection import select
+from precisebn.models.snapshot import Snapshot
+from precisebn.models.transaction import Transaction
+from precisebn.nn.frozen import FrozenNorm
+from precisebn.recalibration.report import reason_left_alone
+from precisebn.recalibration.settings import Settings
+
+__all__ = ["Choice", "choose", "initialize_lazy_layers"]
+
+
+@dataclass
+class Choice:
+    """The layers of a model, by qualified name and in its order.
+
+    Attributes:
+        layers: what to recalibrate.
+        skipped: what not, with the reason, in words that do for many layers.
+        chosen: how many were asked for, those without running statistics included.
+        some_are_lazy: whether any layer of the model does not know its size yet.
+    """
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    chosen: int = 0
+    some_are_lazy: bool = False
+
+    def why_nothing(self, model: nn.Module) -> str:
+        """What to tell the user where there is nothing to recalibrate."""
+        kind, found = type(model).__name__, len(self.skipped)
+        if self.chosen:
+            return f"none of the {self.chosen} BatchNorm layers chosen in {kind} keeps running statistics"
+        if not found:
+            return (
+                f"{kind} has no BatchNorm layer, so nothing was recalibrated; frozen, scripted (torch.jit) and "
+                "quantized BatchNorm has no statistics to update: recalibrate before such a conversion"
+            )
+        reasons = set(self.skipped.values())
+        if all(reason.startswith("frozen") for reason in reasons):
+            return (
+                f"all {found} BatchNorm layers of {kind} are frozen, so nothing was recalibrated; name them in "
+                "modules= to recalibrate them all the same"
+            )
+        if EXCLUDED in reasons:
+            return f"exclude= leaves none of the {found} BatchNorm layers of {kind}, so nothing was recalibrated"
+        return (
+            f"none of the {found} BatchNorm layers of {kind} is in training mode, so nothing was recalibrated; call "
+            "model.train() before, or pass modules='all'"
+        )
+
+
+EXCLUDED = "exclude="
+
+
+def choose(settings: Settings) -> Choice:
+    """What ``modules=`` and ``exclude=`` ask for.
+
+    Raises:
+        InputError: something that selects no BatchNorm layer of the model.
+    """
+    keyword = settings.modules if isinstance(settings.modules, str) else None
+    by_mode = keyword in ("training", "all")
+    included = select(settings.model, None if by_mode else settings.modules, argument="modules")
+    excluded = {} if settings.exclude is None else select(settings.model, settings.exclude, argument="exclude").chosen
+    result = Choice(some_are_lazy=any(map(_is_lazy, included.found.values())))
+    for name, layer in included.found.items():
+        if name in excluded:
+            result.skipped[name] = EXCLUDED
+        elif (
+            name not in included.chosen
+            or (by_mode and isinstance(layer, FrozenNorm))
+            or (keyword == "training" and not layer.training)
+        ):
+            result.skipped[name] = reason_left_alone(layer, settings.modules)
+        else:
+            result.chosen += 1
+            populations = populations_of(layer)
+            if not populations:
+                result.skipped[name] = "no running statistics (track_running_stats=False)"
+            elif _is_lazy(layer):
+                result.skipped[name] = "lazy, and not reached by the first mini-batch"
+            else:
+                result.layers[name] = layer
+    return result
+
+
+def initialize_lazy_layers(model: nn.Module, batches: Iterator[Any], run: Callable[[Any], object]) -> Iterator[Any]:
+    """Run the first mini-batch once, so that lazy layers get their size; all else is put back.
+
+    Args:
+        model: the model.
+        batches: mini-batches.
+        run: calls the model on one.
+
+    Returns:
+        The mini-batches, none of them lost.
+
+    Raises:
+        InsufficientDataError: there is none.
+    """
+    first = next(batches, None)
+    if first is None:
+        raise InsufficientDataError("the data loader gave no mini-batch, so lazy BatchNorm layers have no size yet")
+    before, modes = Snapshot(model), Transaction()
+    modes.on_undo(before.put_back)
+    try:
+        for module in model.modules():
+            if isinstance(module, _NormBase):  # so that no statistics move of those that cannot be put back
+                modes.put(vars(module), "training", False)
+        with torch.no_grad():
+            run(first)
+    finally:
+        modes.undo()
+    return itertools.chain([first], batches)
+
+
+def _is_lazy(layer: nn.Module) -> bool:
+    return any(is_lazy(t) for place in (layer._parameters, layer._buffers) for t in place.values() if t is not None)

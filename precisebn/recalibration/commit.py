@@ -1,0 +1,234 @@
+"""The commit: the new running statistics of all layers, checked, compared with the old, and then written in place.
+
+All layers of a device are worked on together, as flat tensors: a small network has as many layers as a large one, and a
+handful of operations on each of them would cost more than its forward.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from precisebn.distributed import Ranks, Tally
+from precisebn.errors import NonFiniteStatisticsError
+from precisebn.recalibration.forwards import REASONS
+from precisebn.recalibration.loop import merged_over_ranks
+from precisebn.recalibration.recording import RecordedPopulation, Recording
+from precisebn.recalibration.report import LayerReport
+from precisebn.statistics.estimator import Population, is_dead
+
+__all__ = ["Changes", "Commit"]
+
+
+class Changes(NamedTuple):
+    """Populations that are to be written, and what to say of each."""
+
+    populations: Sequence[RecordedPopulation] = ()
+    reports: Sequence[LayerReport] = ()
+
+
+class Commit:
+    """What is to be written, and what is not; nothing has been written yet.
+
+    Args:
+        recording: with all mini-batches in it, and stopped.
+        ranks: those that work together.
+        total: sums over the ranks.
+        most: maxima over the ranks.
+        prior: as how many samples the present statistics count.
+
+    Attributes:
+        changes: the populations that are to be written.
+        skipped: layers that are left alone, with the reason.
+
+    Raises:
+        NonFiniteStatisticsError: new statistics that do not fit the dtype of their buffers, or a prior of NaN or Inf.
+    """
+
+    def __init__(self, recording: Recording, ranks: Ranks, total: Tally, most: Tally, prior: float) -> None:
+        self._tracked, refused = _facts_of_all_ranks(recording, ranks)
+        self._populations = recording.populations
+        merged = dict(zip(recording.estimators, merged_over_ranks(recording, ranks, most), strict=True))
+        groups = {}
+        for estimator in recording.estimators:
+            members = [one for one in recording.populations if one.estimator is estimator]
+            groups[estimator] = _Group(members, merged[estimator].cpu(), estimator.layer_of_channel.cpu())
+
+        self.skipped: dict[str, str] = {}
+        self._changed: list[int] = []
+        for index, one in enumerate(recording.populations):
+            if refused[index]:
+                self.skipped[one.name] = REASONS[refused[index]]
+            elif groups[one.estimator].population.num_batches[one.position] > 0:
+                self._changed.append(index)
+            elif one.statistics.index is not None:
+                self.skipped[one.name] = "no sample of the domain was seen"
+            else:
+                self.skipped[one.name] = "no mini-batch came through __call__"
+
+        changed = [recording.populations[index] for index in self._changed]
+        for estimator, group in groups.items():
+            group.update([one for one in changed if one.estimator is estimator], ranks, total.samples, prior)
+        self.changes = Changes(changed, [groups[one.estimator].report(one) for one in changed])
+        self._new = [groups[one.estimator].new(one) for one in changed]
+
+    def write(self) -> None:
+        """Overwrite the running statistics in place. Whoever holds a snapshot of the model can undo it."""
+        with torch.no_grad():
+            for index, (mean, var), report in zip(self._changed, self._new, self.changes.reports, strict=True):
+                statistics = self._populations[index].statistics
+                statistics.mean.copy_(mean)
+                statistics.var.copy_(var)
+                if statistics.num_batches is not None:
+                    statistics.num_batches.fill_(self._tracked[index] + report.num_batches)
+
+
+def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float], list[int]]:
+    """Of each population: how many mini-batches it has tracked until now, and the reason to refuse it, or 0.
+
+    Both are the largest of any rank. Ranks that trained together have counted the same mini-batches, so that a sum
+    would count them several times; and a layer with a forward of its own may have been reached on one rank only.
+    """
+    facts = torch.zeros(2, len(recording.populations), dtype=torch.float64)  # exact for counts, and averages of counts
+    for estimator in recording.estimators:
+        of_device = [(i, one.statistics.num_batches) for i, one in enumerate(recording.populations)
+                     if one.estimator is estimator and one.statistics.num_batches is not None]  # fmt: skip
+        if of_device:
+            indices, counters = zip(*of_device, strict=True)
+            facts[0, list(indices)] = torch.stack([counter.reshape(()).double() for counter in counters]).cpu()
+    for index, reason in recording.refused.items():
+        facts[1, index] = reason
+    ranks.all_reduce(facts, "max")
+    return facts[0].tolist(), [int(reason) for reason in facts[1].tolist()]
+
+
+class _Group:
+    """The populations of one device, float64 on the CPU: L of them, with S channels in all.
+
+    Args:
+        members: in the order of their estimator.
+        population: their statistics in the data.
+        layer_of_channel: ``(S,)``.
+    """
+
+    def __init__(self, members: Sequence[RecordedPopulation], population: Population, layer_of_channel: Tensor) -> None:
+        self.members = members
+        self.population = population
+        self.layer_of_channel = layer_of_channel
+        self.sizes = [one.statistics.mean.numel() for one in members]
+        self.old = tuple(
+            torch.cat([buffer.detach() for buffer in buffers]).to("cpu", torch.float64)
+            for buffers in ([one.statistics.mean for one in members], [one.statistics.var for one in members])
+        )
+
+    def update(self, changed: Sequence[RecordedPopulation], ranks: Ranks, samples: int, prior: float) -> None:
+        """Work out the new statistics of some of the members, the old ones counting as ``prior`` samples."""
+        mean, var = self.population.mean, self.population.var
+        if prior > 0:
+            if ranks.size > 1:  # ranks that trained together have slightly different running averages
+                flat = torch.cat(self.old).div_(ranks.size)
+                ranks.all_reduce(flat)
+                self.old = tuple(flat.chunk(2))
+            self._require(torch.stack(self.old).isfinite().all(0), changed, _no_prior)
+            weight = self._per_channel(self._prior_weights(samples, prior))
+            mean, var = torch.lerp(mean, self.old[0], weight), torch.lerp(var, self.old[1], weight)
+        self.mean, self.var = mean, var
+        self._rounded = {
+            dtype: [
+                (a, b) for a, b in zip(mean.to(dtype).split(self.sizes), var.to(dtype).split(self.sizes), strict=True)
+            ]
+            for dtype in {buffer.dtype for one in self.members for buffer in (one.statistics.mean, one.statistics.var)}
+        }
+        for dtype in self._rounded:
+            of_dtype = [one for one in changed if dtype in (one.statistics.mean.dtype, one.statistics.var.dtype)]
+            fits = mean.to(dtype).isfinite() & var.to(dtype).isfinite()
+            self._require(fits, of_dtype, self._overflow)
+        self._drifts = self._compare()
+
+    def new(self, one: RecordedPopulation) -> tuple[Tensor, Tensor]:
+        """New mean and variance, ``(C,)``, rounded to the dtype of the buffers."""
+        statistics, position = one.statistics, one.position
+        return self._rounded[statistics.mean.dtype][position][0], self._rounded[statistics.var.dtype][position][1]
+
+    def report(self, one: RecordedPopulation) -> LayerReport:
+        """The new statistics against the old."""
+        position, population = one.position, self._numbers
+        return LayerReport(
+            name=one.name,
+            num_channels=self.sizes[position],
+            dead_channels=int(self._drifts["dead_channels"][position]),
+            num_batches=int(population["num_batches"][position]),
+            count=int(population["count"][position]),
+            mean_drift=self._drifts["mean_drift"][position],
+            max_mean_drift=self._drifts["max_mean_drift"][position],
+            var_drift=self._drifts["var_drift"][position],
+            max_var_drift=self._drifts["max_var_drift"][position],
+            mean_error=population["mean_error"][position],
+            var_error=population["var_error"][position],
+        )
+
+    def _compare(self) -> dict[str, list[float]]:
+        """How far the old statistics are from the new, for each population."""
+        self._numbers = {
+            name: getattr(self.population, name).tolist()
+            for name in ("count", "num_batches", "mean_error", "var_error")
+        }
+        eps = self._per_channel(torch.tensor([one.statistics.eps for one in self.members], dtype=torch.float64))
+        # Of dead channels they would say how far the old mean is in units of eps, which is nothing of the data's.
+        alive = ~is_dead(self.var, eps)
+        var = self.var + eps
+        drifts = {
+            "mean": (self.old[0] - self.mean).abs() / var.sqrt(),
+            "var": ((self.old[1].clamp(min=0.0) + eps) / var).log().abs(),
+        }
+        zeros = torch.zeros(len(self.members), dtype=torch.float64)
+        num_alive = zeros.index_add(0, self.layer_of_channel, alive.double())
+        result = {"dead_channels": (torch.tensor(self.sizes) - num_alive).tolist()}
+        for what, drift in drifts.items():
+            drift = drift.where(alive, 0.0)
+            sums = zeros.index_add(0, self.layer_of_channel, drift.square())
+            result[f"{what}_drift"] = (sums / num_alive.clamp(min=1.0)).sqrt().tolist()
+            result[f"max_{what}_drift"] = zeros.scatter_reduce(0, self.layer_of_channel, drift, "amax").tolist()
+        return result
+
+    def _prior_weights(self, samples: int, prior: float) -> Tensor:
+        """The share of the old statistics in the new, ``(L,)``.
+
+        Where a layer has several populations, each has its part of the samples, by numbers of values.
+        """
+        count = self.population.count
+        layers: dict[object, int] = {}
+        layer = torch.tensor([layers.setdefault(one.layer, len(layers)) for one in self.members])
+        of_layer = torch.zeros(len(layers), dtype=torch.float64).index_add(0, layer, count)
+        own = samples * count / of_layer[layer].clamp(min=1.0)
+        return prior / (prior + own) if math.isfinite(prior) else torch.ones_like(own)
+
+    def _per_channel(self, per_layer: Tensor) -> Tensor:
+        return per_layer.index_select(0, self.layer_of_channel)
+
+    def _require(self, good: Tensor, members: Sequence[RecordedPopulation], failure: "_Failure") -> None:
+        """Raise for the first of some members that has a channel that is not good."""
+        if bool(good.all()):
+            return
+        of_members = good.split(self.sizes)
+        for one in members:
+            if not bool(of_members[one.position].all()):
+                raise failure(one)
+
+    def _overflow(self, one: RecordedPopulation) -> NonFiniteStatisticsError:
+        largest = self.var.split(self.sizes)[one.position].max().item()
+        return NonFiniteStatisticsError(
+            f"the new statistics of layer {one.name!r} overflow its {one.statistics.var.dtype} buffers (largest "
+            f"variance {largest:.3g}); keep BatchNorm layers in float32. The model is as it was"
+        )
+
+
+_Failure = Callable[[RecordedPopulation], NonFiniteStatisticsError]
+
+
+def _no_prior(one: RecordedPopulation) -> NonFiniteStatisticsError:
+    return NonFiniteStatisticsError(
+        f"the present statistics of layer {one.name!r} hold NaN or Inf: no prior; pass prior=0"
+    )

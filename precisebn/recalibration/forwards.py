@@ -1,0 +1,288 @@
+"""Recorded forwards: what runs in the place of a layer's own forward, for layers that do not hand over Moments.
+
+The forward of the instance is the one place that sees what hooks have made of the input, and that nothing goes past.
+While it runs, and only then, the layer is in another mode; and scratch buffers are in the place of its running
+statistics. Copies that are made meanwhile have the layer's own, and nothing of the recording.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from precisebn import ops
+from precisebn.errors import BatchFormatError, InputError
+from precisebn.models.transaction import Transaction
+from precisebn.statistics.moments import Moments
+
+__all__ = ["InputForward", "Slot", "UnknownForward"]
+
+
+class Slot:
+    """Where the Moments of one population of the mini-batch go, and what is to be known of its inputs.
+
+    Args:
+        name: of the layer, for messages.
+        kind: the name of its class.
+        moments: count ``(1,)``, mean and m2 ``(C,)``, float64, merged in place.
+        averages: whether mini-batches' unbiased variances are averaged, which a single value has not.
+        reached: called when something is merged.
+    """
+
+    def __init__(
+        self, name: str, kind: str, moments: tuple[Tensor, Tensor, Tensor], averages: bool, reached: Callable[[], None]
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.count, self.mean, self.m2 = moments
+        self.num_channels = self.mean.numel()
+        self.device = self.mean.device
+        self.fewest = 2 * self.num_channels if averages else 0
+        self.reached = reached
+
+    def merge(self, x: object, batch_mean: Tensor | None = None, batch_var: Tensor | None = None) -> None:
+        """Merge the Moments of ``(N, C, *)``; write its own mean and variance, if asked for."""
+        if not (
+            isinstance(x, Tensor)
+            and x.dim() > 1
+            and x.shape[1] == self.num_channels
+            and x.device == self.device
+            and x.is_floating_point()
+            and not 0 < x.numel() < self.fewest
+        ):
+            raise self._refusal(x)
+        self.reached()
+        ops.accumulate(x, self.count, self.mean, self.m2, batch_mean, batch_var)
+
+    def _refusal(self, x: object) -> InputError | BatchFormatError:
+        layer = f"layer {self.name!r} ({self.kind})"
+        wanted = f"(N, {self.num_channels}, *)"
+        if not isinstance(x, Tensor):
+            return BatchFormatError(f"layer {self.name!r} takes a tensor {wanted}, got {type(x).__name__}")
+        if x.dim() < 2 or x.shape[1] != self.num_channels:
+            return InputError(
+                f"{layer} takes tensors {wanted}, got shape {tuple(x.shape)}; check the mini-batch, or say how the "
+                "model takes it: forward="
+            )
+        if x.device != self.device:
+            return InputError(f"layer {self.name!r} is on {self.device}, but its input on {x.device}; pass device=")
+        if not x.is_floating_point():
+            return InputError(
+                f"{layer} takes floating-point tensors, got {x.dtype}; convert the mini-batch, or say how the model "
+                "takes it: forward="
+            )
+        return InputError(
+            f"layer {self.name!r} got one value per channel, shape {tuple(x.shape)}: it has no unbiased variance, "
+            "which estimator='batch-mean' averages; use larger mini-batches or estimator='population'"
+        )
+
+
+class _RecordedForward:
+    """Takes the place of ``module.forward`` on the instance; copies of the module do not get it."""
+
+    def __init__(self, module: nn.Module, scratch: Mapping[str, Tensor]) -> None:
+        self.module = module
+        self.scratch = scratch
+        self.original: Callable[..., Any] = module.forward
+        self.is_of_the_instance = "forward" in vars(module)  # put there by a user, or by a library such as accelerate
+        self.own = {name: buffer for name in scratch if (buffer := module._buffers[name]) is not None}
+        self.entries = {"forward": self, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}
+
+    def put(self, changes: Transaction) -> None:
+        """From now on run in the place of the forward."""
+        for name, value in self.entries.items():
+            changes.put(vars(self.module), name, value)
+        for name, buffer in self.scratch.items():
+            changes.put(self.module._buffers, name, buffer)
+
+    def _deepcopy(self, memo: dict[int, Any]) -> nn.Module:
+        with self._taken_out():
+            return copy.deepcopy(self.module, memo)
+
+    def _reduce(self, protocol: Any) -> Any:
+        """For pickle, torch.save and multiprocessing."""
+        with self._taken_out():
+            reduced = self.module.__reduce_ex__(protocol)
+            # The state may be the very dictionary into which the entries are about to be put again.
+            return tuple(dict(part) if part is vars(self.module) else part for part in reduced)
+
+    @contextmanager
+    def _taken_out(self) -> Iterator[None]:
+        changes = Transaction()
+        try:
+            for name in self.entries:
+                changes.on_undo(vars(self.module).__setitem__, name, vars(self.module).pop(name))
+            if self.is_of_the_instance:
+                vars(self.module)["forward"] = self.original
+            for name, buffer in self.own.items():
+                changes.put(self.module._buffers, name, buffer)
+            yield
+        finally:
+            changes.undo()
+
+
+class InputForward(_RecordedForward):
+    """Of a layer that normalizes the very tensor that it is called with.
+
+    One pass takes its Moments and writes the mini-batch's own mean and variance into scratch buffers, from which the
+    layer, in eval mode for this call, then normalizes: what comes out is the output of training mode. They start as
+    copies of its own, and stay until the next mini-batch: modules such as torch.ao's ConvBn2d read them before.
+
+    Args:
+        module: the layer.
+        slot: where Moments go.
+        scratch: copies of its running mean and variance.
+    """
+
+    def __init__(self, module: nn.Module, slot: Slot, scratch: Mapping[str, Tensor]) -> None:
+        super().__init__(module, scratch)
+        self.slot = slot
+        self.mean, self.var = scratch["running_mean"], scratch["running_var"]
+        self.may_overflow = self.var.dtype == torch.float16
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        self.slot.merge(x, self.mean, self.var)
+        if self.may_overflow:  # the layer would divide by Inf and hand zeros on: as bad as Inf in its input
+            self.slot.m2.masked_fill_(self.var.isinf(), float("inf"))
+        attributes = vars(self.module)
+        training = attributes["training"]
+        try:
+            attributes["training"] = False
+            return self.original(*args, **kwargs)
+        finally:
+            attributes["training"] = training
+
+
+class UnknownForward(_RecordedForward):
+    """Of a subclass with a forward of its own, which may normalize part of its input, or something else altogether.
+
+    It runs in training mode on scratch buffers. What it hands to ``batch_norm`` together with them is what it
+    normalizes, and the Moments of that are exact. A forward that calls no such function, and works its statistics out
+    by hand, has to show what they are of: of the tensors that it may have normalized, one has the very mean and
+    variance that it left in the scratch buffers (with a momentum of 1, so as they are). Else nothing is known of it,
+    and it is left alone: a number that might not be so would be worse than none.
+
+    Args:
+        module: the layer.
+        slot: where Moments go.
+        scratch: copies of its running mean, variance and number of mini-batches.
+        refuse: called with the reason if nothing is known of what it normalizes.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        slot: Slot,
+        scratch: Mapping[str, Tensor],
+        refuse: Callable[[int], None],
+    ) -> None:
+        super().__init__(module, scratch)
+        self.slot = slot
+        self.refuse = refuse
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for name, buffer in self.scratch.items():
+            # What it would find in training, but for NaN, of which a momentum of 1 leaves 0 * NaN.
+            buffer.copy_(self.own[name])
+            if buffer.is_floating_point():
+                buffer.nan_to_num_()
+        before = self.scratch["running_mean"].clone(), self.scratch["running_var"].clone()
+        watch = _BatchNormCalls(self.slot, self.scratch["running_mean"])
+        attributes, buffers = vars(self.module), self.module._buffers
+        aside = {key: attributes[key] for key in ("training", "momentum")}
+        try:
+            attributes.update(training=True, momentum=1.0)
+            buffers.update(self.scratch)
+            with watch:
+                output = self.original(*args, **kwargs)
+            # Some layers write into their buffers, some put new tensors in their place, some do neither.
+            written = buffers.get("running_mean"), buffers.get("running_var")
+        finally:
+            attributes.update(aside)
+            buffers.update(self.scratch)
+        if not watch.seen_own:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            self._judge(before, written, [*watch.others, *tensors[:1]])
+        return output
+
+    def _judge(
+        self, before: tuple[Tensor, Tensor], written: tuple[Tensor | None, Tensor | None], candidates: list[Tensor]
+    ) -> None:
+        """Merge the one tensor whose statistics were written; refuse the layer if there is none."""
+        mean, var = written
+        if any(x.numel() == 0 for x in candidates):
+            return  # an empty mini-batch counts for nothing
+        if mean is None or var is None or (torch.equal(mean, before[0]) and torch.equal(var, before[1])):
+            self.refuse(WRITES_NOTHING)
+            return
+        for x in candidates:
+            if _statistics_are_of(x, mean, var):
+                self.slot.merge(x)
+                return
+        if not (mean.isfinite().all() and var.isfinite().all()) and candidates:
+            self.slot.merge(candidates[-1])  # NaN has no statistics to recognize it by; to be reported as what it is
+            return
+        self.refuse(NOT_UNDERSTOOD)
+
+
+WRITES_NOTHING, NOT_UNDERSTOOD = 1, 2
+REASONS: Mapping[int, str] = {
+    WRITES_NOTHING: "a forward of its own, which writes no running statistics in training mode",
+    NOT_UNDERSTOOD: "a forward of its own, of which it is not known what it normalizes",
+}
+
+
+def _statistics_are_of(x: Tensor, mean: Tensor, var: Tensor) -> bool:
+    """Whether a mean and a variance, worked out by hand in float32 or better, are those of ``(N, C, *)``.
+
+    The bound is that of ``E[x^2] - E[x]^2`` from sums that are right to some tens of units in the last place, and of
+    one rounding to the dtype of the buffers. It does not matter whether the variance is the unbiased one.
+    """
+    if x.dim() < 2 or x.shape[1] != mean.numel() or x.device != mean.device or not x.is_floating_point():
+        return False
+    moments = Moments.of(x)
+    n = float(moments.count)
+    variance = moments.m2 / n
+    bound = 64 * torch.finfo(torch.float32).eps + torch.finfo(mean.dtype).eps
+    square = variance + moments.mean.square()
+    same_mean = (mean.double() - moments.mean).abs() <= bound * square.sqrt()
+    unbiased = variance * (n / max(n - 1, 1))
+    same_var = ((var.double() - variance).abs() <= bound * square) | ((var.double() - unbiased).abs() <= bound * square)
+    return bool((same_mean & same_var).all())
+
+
+class _BatchNormCalls(TorchFunctionMode):
+    """While a layer's forward runs: merges what it hands to batch_norm with its own buffers, and notes what without."""
+
+    def __init__(self, slot: Slot, running_mean: Tensor) -> None:
+        super().__init__()
+        self.slot = slot
+        self.running_mean = running_mean
+        self.seen_own = False
+        self.others: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        parameters = _BATCH_NORMS.get(func)
+        if parameters is not None:
+            given = {**dict(zip(parameters, args, strict=False)), **(kwargs or {})}
+            if given.get("training"):
+                if given.get("running_mean") is self.running_mean:
+                    self.seen_own = True
+                    self.slot.merge(given["input"])
+                elif given.get("running_mean") is None:
+                    self.others.append(given["input"])
+        return func(*args, **(kwargs or {}))
+
+
+_BATCH_NORMS: dict[Callable[..., Any], tuple[str, ...]] = {
+    nn.functional.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
+    torch.native_batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
+}

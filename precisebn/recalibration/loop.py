@@ -1,0 +1,162 @@
+"""The loop: run the model on mini-batches until there are enough of them, on all ranks together."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import tqdm
+
+from precisebn.distributed import Ranks, Tally
+from precisebn.errors import InsufficientDataError
+from precisebn.models.batches import call_model, common_device, move_to, num_samples
+from precisebn.models.interrupts import HeldBack
+from precisebn.recalibration.recording import Recording
+from precisebn.recalibration.report import largest
+from precisebn.recalibration.settings import Settings
+from precisebn.statistics.estimator import MIN_BLOCKS, Population
+
+__all__ = ["Loop", "all_within", "merged_over_ranks"]
+
+
+class Loop:
+    """One pass over the data.
+
+    Args:
+        settings: the arguments of the user.
+        ranks: those that work together.
+        interrupts: holds Ctrl-C back, but while the loader and the model are at work.
+
+    Attributes:
+        iterations: mini-batches that this rank has used so far.
+        samples: samples in them.
+        batches: the mini-batches that are left.
+    """
+
+    def __init__(self, settings: Settings, ranks: Ranks, interrupts: HeldBack) -> None:
+        self.settings = settings
+        self.ranks = ranks
+        self.iterations = 0
+        self.samples = 0
+        self._interrupts = interrupts
+        self._device = settings.device if settings.device is not None else common_device(settings.model)
+        self._max_error = math.nan
+        self.batches: Iterator[Any] = _Interruptible(settings.data_loader, interrupts)
+
+    def call(self, batch: Any) -> None:
+        """Run the model on a mini-batch; Ctrl-C may come while it does."""
+        with self._interrupts.let_through():
+            if self._device is not None:
+                batch = move_to(batch, self._device)
+            if self.settings.forward is not None:
+                self.settings.forward(self.settings.model, batch)
+            else:
+                call_model(self.settings.model, batch, is_first=self.iterations == 0)
+
+    def run(self, recording: Recording) -> tuple[Tally, Tally]:
+        """Record mini-batches until there are enough.
+
+        Returns:
+            What the ranks have counted: sums and maxima.
+
+        Raises:
+            InsufficientDataError: the loader gave none, or fewer than ``num_iters``.
+            NonFiniteStatisticsError: a layer met NaN or Inf.
+        """
+        settings = self.settings
+        show = bool(settings.progress) and self.ranks.rank == 0
+        bar_total = settings.num_iters if settings.num_iters is not None or not show else _length(settings.data_loader)
+        exhausted, next_check = False, MIN_BLOCKS
+        with tqdm.tqdm(total=bar_total, desc="BN statistics", disable=not show) as bar:
+            for step in itertools.count(1) if settings.num_iters is None else range(1, settings.num_iters + 1):
+                if not exhausted:
+                    exhausted = not self._step(recording, bar)
+                if exhausted and (settings.tolerance is None or self.ranks.size == 1):
+                    break
+                if settings.tolerance is not None and step >= next_check:
+                    next_check = step + max(1, step // 20)  # each check costs a wait for the device and for the ranks
+                    if self._is_enough(settings.tolerance, recording, exhausted, bar):
+                        break
+        self._check_amount(exhausted)
+        recording.check_finite()
+        return self.ranks.tally(self._tally(recording))
+
+    def _step(self, recording: Recording, bar: "tqdm.tqdm[Any]") -> bool:
+        """Run one mini-batch, if there is one."""
+        for batch in self.batches:
+            self.call(batch)
+            recording.end_batch()
+            self.iterations += 1
+            self.samples += num_samples(batch)
+            self._show(bar)
+            bar.update()
+            return True
+        return False
+
+    def _check_amount(self, exhausted: bool) -> None:
+        settings = self.settings
+        if self.iterations == 0 and self.ranks.size == 1:
+            raise InsufficientDataError("the data loader gave no mini-batch")
+        if exhausted and settings.tolerance is None and settings.num_iters is not None:
+            raise InsufficientDataError(
+                f"num_iters={settings.num_iters}, but the data loader ended after {self.iterations} mini-batches; pass "
+                "num_iters=None to use the whole loader, or a loader that is long enough"
+            )
+
+    def _is_enough(self, tolerance: float, recording: Recording, exhausted: bool, bar: "tqdm.tqdm[Any]") -> bool:
+        """Whether the standard errors are within the tolerance, or no rank has data left."""
+        recording.check_finite()
+        total, most = self.ranks.tally(self._tally(recording, unfinished=not exhausted))
+        errors: list[float] = []
+        for population in merged_over_ranks(recording, self.ranks, most):
+            seen = population.count > 0
+            errors += population.mean_error[seen].tolist() + population.var_error[seen].tolist()
+        self._max_error = largest(errors)
+        self._show(bar)
+        return all_within(tolerance, errors) or not total.unfinished
+
+    def _tally(self, recording: Recording, unfinished: bool = False) -> Tally:
+        return Tally(samples=self.samples, levels=recording.num_levels, unfinished=int(unfinished))
+
+    def _show(self, bar: "tqdm.tqdm[Any]") -> None:
+        if bar.disable:
+            return
+        error = {} if math.isnan(self._max_error) else {"error": f"{self._max_error:.2g}"}
+        bar.set_postfix({"samples": self.samples, **error}, refresh=False)
+
+
+def merged_over_ranks(recording: Recording, ranks: Ranks, most: Tally) -> list[Population]:
+    """The statistics so far, of each device's estimator."""
+    results = []
+    for estimator in recording.estimators:
+        eps = [one.statistics.eps for one in recording.populations if one.estimator is estimator]
+        eps_tensor = torch.tensor(eps, dtype=torch.float64, device=estimator.device)
+        all_reduce = ranks.all_reduce if ranks.size > 1 else None
+        results.append(estimator.result(eps_tensor, all_reduce=all_reduce, num_levels=most.levels))
+    return results
+
+
+def all_within(tolerance: float, errors: list[float]) -> bool:
+    """Whether there are errors, and all are known and small enough."""
+    return bool(errors) and all(error <= tolerance for error in errors)  # NaN, an error not known yet, is not within
+
+
+class _Interruptible(Iterator[Any]):
+    """The mini-batches of a loader, in whose code Ctrl-C may come."""
+
+    def __init__(self, loader: Iterable[Any], interrupts: HeldBack) -> None:
+        self._interrupts = interrupts
+        with interrupts.let_through():
+            self._batches = iter(loader)
+
+    def __next__(self) -> Any:
+        with self._interrupts.let_through():
+            return next(self._batches)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except Exception:  # a loader that does not know its length may say so in any way
+        return None

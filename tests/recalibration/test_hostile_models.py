@@ -1,0 +1,447 @@
+"""Models that do in their forward what forwards rarely do: nothing of it may cost them more than a forward does."""
+
+import copy
+import itertools
+import pickle
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import state_of
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from precisebn import InputError, NonFiniteStatisticsError, adapt_bn_stats, update_bn_stats
+from precisebn.models.snapshot import Snapshot
+from precisebn.nn import DomainSpecificBN, GhostBN
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BATCHES = [torch.randn(n, 3, 5, 5, generator=torch.Generator().manual_seed(n)) for n in (4, 6, 5)]
+NAN = torch.full((4, 3, 5, 5), torch.nan)
+
+
+def assert_population(layer: nn.Module, values: Tensor) -> None:
+    """The exact statistics of (N, C, *), but for the rounding to float32."""
+    values = values.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(layer.running_mean.double(), values.mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), values.var(1, unbiased=False), rtol=1e-6, atol=0)
+
+
+# ---- Parts that are no ordinary modules ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("part", [torch.jit.script, lambda m: torch.jit.trace(m, BATCHES[0])], ids=["script", "trace"])
+def test_a_scripted_or_traced_part_is_no_obstacle(part, fails):
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.InstanceNorm2d(3, track_running_stats=True))
+    model = nn.Sequential(part(plain), nn.BatchNorm2d(3))
+    before = state_of(model)
+    with pytest.raises(NonFiniteStatisticsError) if fails else nullcontext():
+        update_bn_stats(model, [*BATCHES, NAN] if fails else BATCHES, None)
+    if fails:
+        assert state_of(model) == before
+    else:
+        changed = set(before.differences(state_of(model)))
+        assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+class Cache(nn.Module):
+    """The idiom of rotary embeddings: a buffer that grows with the input, its size in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 2
+        self.seen: list[int] = []
+        self.register_buffer("table", torch.zeros(2), persistent=False)
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        if x.shape[-1] > self.size:
+            self.size = x.shape[-1]
+            self.register_buffer("table", torch.zeros(self.size), persistent=False)
+        return self.bn(x + self.table[: x.shape[-1]])
+
+
+def test_a_cache_that_a_forward_enlarges_stays_so_after_success():
+    model = Cache()
+    table = model.table
+    update_bn_stats(model, BATCHES, None)
+    assert model.table is not table
+    assert (model.size, len(model.table), model.seen) == (5, 5, [4, 6, 5])
+    model(BATCHES[0])
+
+
+def test_a_cache_that_a_forward_enlarges_is_as_before_after_failure():
+    model = Cache()
+    before, table = state_of(model), model.table
+    with pytest.raises(NonFiniteStatisticsError):
+        update_bn_stats(model, [*BATCHES, NAN], None)
+    assert state_of(model) == before
+    assert model.table is table
+    assert (model.size, model.seen) == (2, [])
+    model(BATCHES[0])
+
+
+class Hostile(nn.Module):
+    """Does one thing to itself in each forward."""
+
+    def __init__(self, does: Callable[["Hostile"], Any]) -> None:
+        super().__init__()
+        self.does = does
+        self.bn, self.other = nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.plain = torch.ones(3)
+        self.memory = {"queue": [torch.zeros(2)]}
+        self.register_buffer("grid", torch.arange(6.0))
+        self.register_buffer("halves", torch.zeros(4, dtype=torch.complex32))
+        self.register_buffer("four_bits", torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+        self.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+        self.register_buffer("jagged", torch.nested.nested_tensor([torch.ones(2, 2)], layout=torch.jagged))
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("expanded", torch.zeros(1).expand(4))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.other(self.conv(self.bn(x)))
+        self.does(self)
+        return y
+
+
+@torch.no_grad()
+def _new_parameter(m: Hostile) -> None:
+    m.conv.weight = nn.Parameter(torch.zeros(3, 3, 1, 1))
+
+
+DEEDS: dict[str, Callable[[Hostile], Any]] = {
+    "data of another shape": lambda m: setattr(m.grid, "data", torch.zeros(2, 2)),
+    "data of another dtype": lambda m: setattr(m.grid, "data", torch.zeros(6, dtype=torch.float64)),
+    "data of a statistic": lambda m: m.other.running_mean.data.add_(1),
+    "data of a statistic elsewhere": lambda m: setattr(m.other.running_var, "data", torch.ones(3)),
+    "resize": lambda m: m.grid.resize_(9).fill_(7),
+    "complex32": lambda m: m.halves.copy_(torch.ones(4)),
+    "float4": lambda m: m.four_bits.view(torch.uint8).fill_(3),
+    "nested": lambda m: m.nested.mul_(2),
+    "jagged": lambda m: m.jagged.mul_(2),
+    "sparse": lambda m: m.sparse.mul_(2),
+    "expanded": lambda m: m.expanded.data[:1].add_(1),
+    "parameter in place": lambda m: m.conv.weight.mul_(0.5),
+    "data of a parameter": lambda m: m.conv.weight.data.mul_(0.5),
+    "new parameter": _new_parameter,
+    "tensor in an attribute": lambda m: m.plain.add_(1),
+    "tensor in a list in a dictionary": lambda m: m.memory["queue"][0].add_(1),
+    "longer list": lambda m: m.memory["queue"].append(torch.ones(2)),
+    "new key": lambda m: m.memory.update(more=1),
+    "deleted attribute": lambda m: vars(m).pop("memory", None),
+    "deleted buffer": lambda m: m._buffers.pop("grid", None),
+    "module": lambda m: m.add_module("late", nn.Linear(1, 1)),
+    "hook": lambda m: m.conv.register_forward_hook(lambda *args: None),
+    "mode": lambda m: m.conv.eval(),
+    "gradient switched off": lambda m: m.conv.weight.requires_grad_(False),
+    "statistics of another layer": lambda m: m.other.running_mean.fill_(5.0),
+    "statistics of the layer": lambda m: m.bn.running_mean.fill_(5.0),
+    "another statistic in its place": lambda m: m.other.register_buffer("running_var", torch.ones(3) * 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype", "ignore:ComplexHalf", "ignore:.*[Ss]parse")
+@pytest.mark.parametrize("deed", DEEDS)
+def test_whatever_a_forward_does_to_the_model_is_undone_after_a_failure(deed):
+    model = Hostile(DEEDS[deed])
+    before = state_of(model)
+    deed_alone = copy.copy(DEEDS[deed])
+    with pytest.raises(NonFiniteStatisticsError):
+        update_bn_stats(model, [*BATCHES, NAN], None)
+    assert before.differences(state_of(model)) == {}
+    with torch.no_grad():
+        deed_alone(model)
+    assert before.differences(state_of(model)) != {}  # or the picture would not show what this test is about
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype", "ignore:ComplexHalf", "ignore:.*[Ss]parse")
+@pytest.mark.parametrize("deed", DEEDS)
+def test_after_success_what_a_forward_has_done_stays_but_to_running_statistics(deed):
+    model, twin = Hostile(DEEDS[deed]), Hostile(DEEDS[deed])
+    before, other = state_of(model), Snapshot(model.other)
+    with torch.no_grad():
+        model_twin = state_of(twin)
+        for _ in BATCHES:
+            DEEDS[deed](twin)
+    expected = {key for key in model_twin.differences(state_of(twin)) if not key.startswith(("bn.", "other."))}
+    update_bn_stats(model, BATCHES, None)
+    assert state_of(model.other) == other
+    assert_population(model.bn, torch.cat(BATCHES).flatten(2).transpose(0, 1).reshape(3, -1).T)
+    changed = set(before.differences(state_of(model)))
+    assert changed == expected | {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
+
+
+# ---- Copies ---------------------------------------------------------------------------------------------------------
+
+
+class Student(nn.Module):
+    """Copies itself in its first forward, as teachers of students are made, and runs the copy beside it."""
+
+    def __init__(self, layer: nn.Module, make: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 3, 1), layer)
+        self.make = make
+        self.teachers: list[nn.Module] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.teachers:
+            self.teachers.append(self.make(self.net))
+        self.teachers[0](x + 10.0)
+        return self.net(x)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda module: pickle.loads(pickle.dumps(module))}
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm2d": lambda: nn.BatchNorm2d(3),
+    "eval mode": lambda: nn.BatchNorm2d(3).eval(),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(3),
+    "own forward": lambda: Doubling(3),
+    "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(3), dim=None),
+    "GhostBN": lambda: GhostBN(3, 2),
+}
+
+
+class Doubling(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(2.0 * input)
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_copy_made_in_a_forward_has_nothing_of_the_recording_and_is_not_counted(kind, how):
+    if how == "pickle" and kind == "parametrized":
+        pytest.skip("torch pickles no parametrized modules")
+    model = Student(LAYERS[kind](), COPIES[how])
+    layer = model.net[1]
+    layer.running_mean.fill_(0.5)
+    twin = copy.deepcopy(model)
+    report = update_bn_stats(model, BATCHES, None, modules="all")
+    assert report.layers[0].count == sum(len(batch) * 25 for batch in BATCHES)
+    teacher = model.teachers[0][1]
+    assert vars(teacher).keys() == vars(layer).keys()
+    assert teacher.training == layer.training
+    assert [len(value) for key, value in vars(teacher).items() if "hooks" in key] == [
+        len(value) for key, value in vars(layer).items() if "hooks" in key
+    ]
+    # The copy did what it would have done without a recording: in training, its own averages go on from the layer's.
+    with torch.no_grad():
+        for batch in BATCHES:
+            twin(batch)
+    torch.testing.assert_close(teacher.running_mean, twin.teachers[0][1].running_mean)
+    torch.testing.assert_close(teacher.running_var, twin.teachers[0][1].running_var)
+    update_bn_stats(model.teachers[0], BATCHES, None, modules="all")
+
+
+# ---- Forwards of their own ------------------------------------------------------------------------------------------
+
+
+class HalfNormalized(nn.BatchNorm2d):
+    """Normalizes the first half of its input, and hands the rest on."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        first, rest = input.chunk(2)
+        return torch.cat([super().forward(first), rest])
+
+
+class HalfByHand(nn.BatchNorm2d):
+    """The same without batch_norm: nothing tells of what the statistics are that it writes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        first, rest = input.chunk(2)
+        var, mean = torch.var_mean(first, (0, 2, 3), keepdim=True)
+        self.running_mean.lerp_(mean.flatten(), self.momentum)
+        self.running_var.lerp_(var.flatten(), self.momentum)
+        return torch.cat([(first - mean) / (var + self.eps).sqrt(), rest])
+
+
+def test_what_counts_is_what_a_layer_normalizes_not_what_it_is_called_with():
+    layer = HalfNormalized(3)
+    report = update_bn_stats(layer, BATCHES, None)
+    halves = torch.cat([batch.chunk(2)[0].flatten(2).transpose(1, 2).reshape(-1, 3) for batch in BATCHES])
+    assert_population(layer, halves)
+    assert report.layers[0].count == len(halves)
+
+
+def test_the_bound_of_a_forward_of_its_own_is_that_of_any_layer():
+    layer, batches = HalfNormalized(3), [1e4 + torch.randn(8, 3, 16, 16) for _ in range(5)]
+    update_bn_stats(layer, batches, None)
+    assert_population(
+        layer, torch.cat([batch.chunk(2)[0].flatten(2).transpose(1, 2).reshape(-1, 3) for batch in batches])
+    )
+
+
+def test_a_layer_that_is_not_understood_is_listed_and_left_alone():
+    model = nn.Sequential(HalfByHand(3), nn.BatchNorm2d(3))
+    before = state_of(model[0])
+    report = update_bn_stats(model, BATCHES, None)
+    assert state_of(model[0]) == before
+    assert "not known what it normalizes" in report.skipped["0"]
+    assert [layer.name for layer in report.layers] == ["1"]
+
+
+def test_split_batchnorm_of_timm(timm):
+    from timm.layers import SplitBatchNorm2d
+
+    layer, batches = SplitBatchNorm2d(3, num_splits=2), [torch.randn(4, 3, 4, 4) + 3 * i for i in range(4)]
+    report = update_bn_stats(layer, batches, None)
+    for bn, part in ((layer, 0), (layer.aux_bn[0], 1)):
+        assert_population(bn, torch.cat([b.chunk(2)[part].flatten(2).transpose(1, 2).reshape(-1, 3) for b in batches]))
+    assert [one.count for one in report.layers] == [4 * 2 * 16] * 2
+
+
+# ---- Threads --------------------------------------------------------------------------------------------------------
+
+
+def in_threads(*calls: Callable[[], Any]) -> list[BaseException | None]:
+    """What each call raised."""
+    raised: list[BaseException | None] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            calls[index]()
+        except BaseException as error:
+            raised[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_two_threads_that_recalibrate_leave_the_compiler_as_it_was():
+    import torch._dynamo
+
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+    models = [nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
+
+    def begins_first(model: nn.Module, x: Tensor) -> None:
+        first_is_in.set()
+        assert second_is_in.wait(30)
+        model(x)
+
+    def begins_second(model: nn.Module, x: Tensor) -> None:
+        second_is_in.set()
+        thread.join(30)  # it ends last: the first one's end comes between
+        model(x)
+
+    def second() -> None:
+        assert first_is_in.wait(30)
+        update_bn_stats(models[1], BATCHES[:1], 1, forward=begins_second)
+
+    thread = threading.Thread(target=lambda: update_bn_stats(models[0], BATCHES[:1], 1, forward=begins_first))
+    thread.start()
+    assert in_threads(second) == [None]
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert len(compiled) == 1
+    for model in models:
+        assert_population(model, BATCHES[0])
+
+
+def test_a_model_under_recalibration_is_refused_to_a_second_thread_and_the_first_goes_on():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    twin = copy.deepcopy(model)
+    refused: list[BaseException | None] = []
+
+    def forward(model: nn.Module, x: Tensor) -> None:
+        refused.extend(
+            in_threads(lambda: update_bn_stats(model, BATCHES, None), lambda: adapt_bn_stats(model[1], BATCHES))
+        )
+        model(x)
+
+    update_bn_stats(model, BATCHES, None, forward=forward)
+    assert len(refused) == 2 * len(BATCHES)
+    for error, name in zip(refused, itertools.cycle(("Sequential", "BatchNorm2d"))):
+        assert isinstance(error, InputError)
+        assert f"{name}, or a part of it, is being recalibrated already" in str(error)
+    update_bn_stats(twin, BATCHES, None)
+    assert torch.equal(model[1].running_var, twin[1].running_var)
+    update_bn_stats(model, BATCHES, None)  # and it is free again
+
+
+# ---- DDP ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_join_leaves_behind_in_ddp_is_set_aside(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+        with ddp.join():
+            ddp(BATCHES[0]).sum().backward()
+        assert ddp._join_config.enable  # torch leaves it so
+        config, inside = ddp._join_config, []
+        update_bn_stats(ddp, BATCHES, None, forward=lambda m, x: (inside.append(m._join_config.enable), m(x)))
+        assert inside == [False] * len(BATCHES)
+        assert ddp._join_config is config
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- What is left alone ---------------------------------------------------------------------------------------------
+
+
+def three() -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval())
+
+
+@pytest.mark.parametrize("update", [update_bn_stats, adapt_bn_stats])
+@pytest.mark.parametrize("exclude", ["1", ["[1]"], lambda m: m[1]])
+def test_excluded_layers_are_left_alone_and_listed(update, exclude):
+    model = three()
+    before = state_of(model[1])
+    report = update(model, BATCHES, num_iters=None, exclude=exclude(model) if callable(exclude) else exclude)
+    assert state_of(model[1]) == before
+    assert report.skipped["1"] == "exclude="
+    assert ("2" in report.skipped) is (update is update_bn_stats)
+
+
+def test_every_layer_is_in_the_report_or_has_a_reason():
+    model = nn.Sequential(*three(), nn.BatchNorm2d(3, track_running_stats=False), DomainSpecificBN(3, 2))
+    report = update_bn_stats(model, BATCHES, None, forward=lambda m, x: m[4](m[3](m[:3](x)), domain=0), exclude="0")
+    assert [layer.name for layer in report.layers] == ["1", "4[0]"]
+    assert report.skipped == {
+        "0": "exclude=",
+        "2": "eval mode",
+        "3": "no running statistics (track_running_stats=False)",
+        "4[1]": "no sample of the domain was seen",
+    }
+
+
+def test_excluding_everything_is_told():
+    with pytest.warns(UserWarning, match="exclude= leaves none of the 3"):
+        update_bn_stats(three(), BATCHES, None, exclude="*")
+    with pytest.raises(InputError, match="exclude='bn' matches no BatchNorm layer"):
+        update_bn_stats(three(), BATCHES, None, exclude="bn")
+
+
+def test_a_warning_points_at_the_users_line_however_it_came_there():
+    def helper() -> None:
+        update_bn_stats(nn.Linear(1, 1), [torch.randn(2, 1)], 1)
+
+    def both() -> None:
+        helper()
+        list(map(lambda model: adapt_bn_stats(model, []), [nn.Linear(1, 1)]))  # noqa: C417
+
+    with pytest.warns(UserWarning, match="Linear has no BatchNorm layer") as caught:
+        both()
+    assert [one.filename for one in caught] == [__file__] * 2
+    assert caught[0].lineno == helper.__code__.co_firstlineno + 1
+    assert sys.modules[__name__].__file__ == __file__

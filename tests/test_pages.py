@@ -1,0 +1,179 @@
+"""The pages: every public name stands on docs/api.md, every replacement on docs/migration.md runs, all code runs."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import precisebn
+from precisebn import convert_frozen_batchnorm
+from precisebn.nn import FrozenBatchNorm2d
+
+DOCS = Path(__file__).parent.parent / "docs"
+NAMESPACES = ("precisebn", "precisebn.nn", "precisebn.functional", "precisebn.ops")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sections(page: Path) -> dict[str, str]:
+    """The text under each heading of the second level."""
+    parts = re.split(r"^## (.+)$", page.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the tables in a text, without head and rule."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    rules = [i for i, row in enumerate(cells) if set("".join(row)) <= set("-|")]
+    return [row for i, row in enumerate(cells) if i not in rules and i + 1 not in rules]
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_every_public_name_is_on_the_page_and_nothing_else(namespace):
+    listed = [row[0].strip("`") for row in rows(sections(DOCS / "api.md")[namespace])]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(importlib.import_module(namespace).__all__)
+
+
+def test_every_name_on_the_page_has_one_line_of_its_own():
+    table = [row for namespace in NAMESPACES for row in rows(sections(DOCS / "api.md")[namespace])]
+    assert all(len(row) == 2 and 5 < len(row[1]) < 120 for row in table)
+
+
+def test_the_code_of_the_page_of_names_runs():
+    namespace: dict[str, object] = {}
+    torch.manual_seed(0)
+    for block in blocks(DOCS / "api.md"):
+        exec(compile(block, "docs/api.md", "exec"), namespace)
+
+
+def test_what_the_page_says_of_a_slice_is_so():
+    """A slice of a container is a new one: converting it alone leaves the model as it was."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    convert_frozen_batchnorm(model[:2])
+    assert type(model[1]) is nn.BatchNorm2d
+    convert_frozen_batchnorm(model, include=model[:2])
+    assert type(model[1]) is FrozenBatchNorm2d
+    assert type(model[3]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "docs/migration.md", "docs/modules.md", "docs/design.md"])
+def test_links_lead_somewhere(page):
+    path = DOCS.parent / page
+    links = re.findall(r"\]\(([^)]+)\)", path.read_text())
+    headings = {re.sub(r"[^\w ]", "", line.lower()).strip().replace(" ", "-") for line in path.read_text().splitlines()}
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in headings
+        elif not link.startswith("https://"):
+            assert (path.parent / link).exists(), link
+
+
+# ---- docs/migration.md ----------------------------------------------------------------------------------------------
+
+
+class World(dict[str, object]):
+    """The names that the page uses: a model, data for it, an average of it."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        model = nn.Sequential(stem, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        data = [(torch.randn(4, 3, 8, 8), torch.zeros(4).long())] * 256
+        super().__init__(
+            precisebn=precisebn,
+            torch=torch,
+            model=model,
+            loader=data[:200],
+            batches=[{"inputs": images, "data_samples": [None] * 4} for images, _ in data],
+            ema=torch.optim.swa_utils.AveragedModel(model, use_buffers=True).eval(),
+        )
+
+
+def replacements() -> list[tuple[str, str, str]]:
+    page = sections(DOCS / "migration.md")
+    return [(library, *row) for library, text in page.items() for row in rows(text)]
+
+
+REPLACEMENTS = [pytest.param(*row, id=f"{row[0]}: {row[1]}") for row in replacements()]
+
+
+@pytest.mark.parametrize(("library", "theirs", "ours"), REPLACEMENTS)
+def test_what_to_call_here_runs(library, theirs, ours, request):
+    assert re.fullmatch(r"`[^`]+`", ours)
+    world = World()
+    for peer in ("timm", "torchvision"):
+        if f"{peer}." in ours:
+            world[peer] = request.getfixturevalue(peer)
+    eval(ours.strip("`"), world)
+
+
+@pytest.mark.parametrize(("library", "theirs", "ours"), REPLACEMENTS)
+def test_what_was_called_is_there(library, theirs, ours, request):
+    """In those of the libraries that are installed; the arguments are looked at by the eye alone."""
+    called = re.match(r"`((\w+\.)+\w+)", theirs)
+    if called is None:
+        pytest.skip("no name of a library")
+    path = called[1].split(".")
+    if path[0] in ("timm", "torchvision"):
+        request.getfixturevalue(path[0])
+    elif path[0] == "fvcore":
+        request.getfixturevalue("fvcore_bn")
+    elif path[0] != "torch":
+        pytest.importorskip(path[0], reason=f"{path[0]} is not installed")
+    found = importlib.import_module(path[0])
+    for depth, name in enumerate(path[1:], 2):
+        if not hasattr(found, name):
+            importlib.import_module(".".join(path[:depth]))
+        found = getattr(found, name)
+    assert callable(found)
+
+
+@pytest.mark.parametrize("call", ["update_bn", "update_bn_stats"])
+def test_the_same_statistics_as_theirs(call, fvcore_bn):
+    """Where the page says that only the name changes, the result is the same: mini-batches of one size."""
+    theirs, ours = World(), World()
+    data = [torch.randn(8, 3, 8, 8) for _ in range(10)]
+    if call == "update_bn":
+        torch.optim.swa_utils.update_bn(data, theirs["ema"])
+        precisebn.update_bn_stats(ours["ema"], data, None, modules="all", estimator="batch-mean")
+        pairs = zip(theirs["ema"].buffers(), ours["ema"].buffers(), strict=True)
+    else:
+        fvcore_bn.update_bn_stats(theirs["model"], data, 10)
+        precisebn.update_bn_stats(ours["model"], data, 10)
+        pairs = zip(theirs["model"].buffers(), ours["model"].buffers(), strict=True)
+    for a, b in pairs:
+        if a.is_floating_point():
+            torch.testing.assert_close(a, b)
+
+
+def test_what_the_page_says_of_timms_functions_is_so(timm):
+    """They pass frozen layers of ours over, and reparameterize_model stops at them, both without a word."""
+    model = convert_frozen_batchnorm(nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))))
+    timm.utils.unfreeze(model, ["0"])
+    assert type(model[0][1]) is FrozenBatchNorm2d
+    precisebn.convert_to_batchnorm(timm.layers.freeze_batch_norm_2d(model))
+    assert type(model[0][1]) is nn.BatchNorm2d
+
+    mobile = convert_frozen_batchnorm(timm.create_model("mobileone_s0").eval())
+    with pytest.raises(AssertionError, match=r"^$"):
+        timm.utils.reparameterize_model(mobile)
+
+
+@pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])
+def test_a_slice_of_a_model_says_which_layers(container):
+    model = (
+        container([nn.BatchNorm2d(3) for _ in range(3)])
+        if container is nn.ModuleList
+        else container(*[nn.BatchNorm2d(3) for _ in range(3)])
+    )
+    convert_frozen_batchnorm(model, include=model[:2])
+    assert [type(layer) for layer in model] == [FrozenBatchNorm2d, FrozenBatchNorm2d, nn.BatchNorm2d]
