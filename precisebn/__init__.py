@@ -22,6 +22,7 @@ from precisebn.errors import (
     PreciseBNError,
     RankFailedError,
 )
+from precisebn.freezing import freeze, frozen, pause_tracking, trainable_parameters, unfreeze
 from precisebn.functional import batch_norm, frozen_batch_norm
 from precisebn.models.selection import get_bn_modules
 from precisebn.recalibration.report import LayerReport, UpdateReport
@@ -53,8 +54,13 @@ __all__ = [
     "convert_shared_head",
     "convert_sync_batchnorm",
     "convert_to_batchnorm",
+    "freeze",
+    "frozen",
     "frozen_batch_norm",
     "get_bn_modules",
+    "pause_tracking",
     "replace_batchnorm",
+    "trainable_parameters",
+    "unfreeze",
     "update_bn_stats",
 ]

@@ -97,7 +97,7 @@ def _run(scenarios: Sequence[Scenario], rank: int, world: int, folder: str, time
         raise
 
 
-def _tcp_store(rank: int, world: int, folder: str) -> dist.Store:
+def _tcp_store(rank: int, world: int, folder: str) -> Any:
     """A store in the process of rank 0, at a port that is free; which one, the others read in a file."""
     start = datetime.timedelta(seconds=SLOWEST_START_S)
     note = Path(f"{folder}/port")

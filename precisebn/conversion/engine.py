@@ -24,7 +24,7 @@ from precisebn.conversion.handover import Source, carry_over, hand_over, move_ho
 from precisebn.conversion.layers import ORIGIN, Origin, describe, origin_of
 from precisebn.conversion.towers import put_towers_back
 from precisebn.errors import InputError
-from precisebn.models.families import OURS
+from precisebn.models.families import OURS, is_frozen
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import ModuleSelection, listed, select
 from precisebn.models.transaction import Transaction
@@ -141,7 +141,7 @@ def replace_layers(
 
 def _is_taken(layer: nn.Module, conversion: Conversion) -> bool:
     """Whether a conversion takes a layer that is not named."""
-    if layers.recognized(layer).frozen:
+    if layers.recognized(layer).frozen or is_frozen(layer):
         return conversion.takes_frozen
     return conversion.takes_others or isinstance(layer, (_BatchNorm, *OURS))
 

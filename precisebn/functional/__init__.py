@@ -6,6 +6,6 @@ time, or with frozen layers.
 """
 
 from precisebn.functional._batch_norm import batch_norm
-from precisebn.functional._frozen_batch_norm import frozen_batch_norm, frozen_batch_norm_unchecked
+from precisebn.functional._frozen_batch_norm import frozen_batch_norm
 
-__all__ = ["batch_norm", "frozen_batch_norm", "frozen_batch_norm_unchecked"]
+__all__ = ["batch_norm", "frozen_batch_norm"]

@@ -20,12 +20,15 @@ from precisebn.nn.frozen import FrozenNorm
 from precisebn.nn.population import STATISTICS, PopulationNorm, Recordable, RunningStatistics
 
 __all__ = [
+    "FROZEN",
     "OURS",
     "Family",
     "class_family",
     "describe_forward",
     "family_of",
     "is_batch_norm",
+    "is_frozen",
+    "is_norm_with_statistics",
     "normalizes_its_input",
     "populations_of",
 ]
@@ -79,6 +82,21 @@ def is_batch_norm(module: nn.Module) -> TypeGuard[_NormBase]:
     if isinstance(module, Recordable):
         return type(module).populations is not Recordable.populations
     return isinstance(module, (_BatchNorm, FrozenNorm))
+
+
+def is_norm_with_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
+    """Whether a module is of a class that can keep running statistics: BatchNorm, InstanceNorm, and ours."""
+    return isinstance(module, _NormBase)
+
+
+FROZEN = "_precisebn_frozen"
+"""The attribute by which :func:`precisebn.freeze` marks a module: what it was before."""
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer is of the FrozenBatchNorm classes, or one whose mode :func:`precisebn.freeze` holds."""
+    record = vars(layer).get(FROZEN)
+    return isinstance(layer, FrozenNorm) or (record is not None and record.training is not None)
 
 
 def populations_of(layer: nn.Module) -> Sequence[RunningStatistics]:

@@ -11,8 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from precisebn.errors import InputError
-from precisebn.models.families import is_batch_norm
-from precisebn.nn.frozen import FrozenNorm
+from precisebn.models.families import is_batch_norm, is_frozen
 
 __all__ = [
     "ModuleSelection",
@@ -73,7 +72,7 @@ def select_bn(
     return {
         name: layer
         for name, layer in select(model, None, exclude).chosen.items()
-        if is_batch_norm(layer) and (modules == "all" or layer.training) and not isinstance(layer, FrozenNorm)
+        if is_batch_norm(layer) and (modules == "all" or layer.training) and not is_frozen(layer)
     }
 
 
@@ -97,6 +96,7 @@ def select(
     exclude: ModuleSelection | None = None,
     *,
     argument: str = "include",
+    what: str = "BatchNorm layer",
     is_layer: Callable[[nn.Module], bool] = is_batch_norm,
     outermost: bool = False,
 ) -> Selection:
@@ -108,6 +108,7 @@ def select(
             over qualified names, which stands for all layers in what it matches. None: every layer.
         exclude: the same; what not.
         argument: what ``include`` is called in the function that the user has called, for messages.
+        what: what is chosen among, for messages.
         is_layer: what counts as a layer.
         outermost: whether what lies inside a layer is part of it, and no layer.
 
@@ -124,9 +125,9 @@ def select(
     by_name = any(isinstance(item, str) for item in (*(included or ()), *(excluded or ())))
     places = list(named_modules(model, remove_duplicate=not by_name))
     found = dict(_layers(places, is_layer, outermost))
-    chosen = set(found.values()) if included is None else _matched(argument, included, model, found, places)
+    chosen = set(found.values()) if included is None else _matched(argument, what, included, model, found, places)
     if excluded is not None:
-        chosen -= _matched("exclude", excluded, model, found, places)
+        chosen -= _matched("exclude", what, excluded, model, found, places)
     asked_for = set(included or ())
     named = {module for name, module in places if name in asked_for or module in asked_for}
     return Selection(
@@ -192,6 +193,7 @@ def _items(argument: str, selection: ModuleSelection) -> list[str | nn.Module]:
 
 def _matched(
     argument: str,
+    what: str,
     items: Iterable[str | nn.Module],
     model: nn.Module,
     found: Mapping[str, nn.Module],
@@ -206,20 +208,21 @@ def _matched(
             tops = [item]
         matched = layers.intersection(part for top in tops for part in top.modules())
         if not matched:
-            raise InputError(_no_match(argument, item, model, found, places))
+            raise InputError(_no_match(argument, what, item, model, found, places))
         chosen |= matched
     return chosen
 
 
 def _no_match(
     argument: str,
+    what: str,
     item: str | nn.Module,
     model: nn.Module,
     found: Mapping[str, nn.Module],
     places: list[tuple[str, nn.Module]],
 ) -> str:
     shown = repr(item) if isinstance(item, str) else f"the {type(item).__name__} given"
-    message = f"{argument}={shown} matches no BatchNorm layer of {type(model).__name__}; it has {listed(found)}"
+    message = f"{argument}={shown} matches no {what} of {type(model).__name__}; it has {listed(found)}"
     if not isinstance(item, str):
         return message
     layers = set(found.values())

@@ -61,6 +61,12 @@ class Transaction(AbstractContextManager["Transaction"]):
             self.on_undo(place.pop, key, None)
         place[key] = value
 
+    def drop(self, place: MutableMapping[Any, Any], key: Any) -> None:
+        """Take an item out of a dictionary, if it is there."""
+        if key in place:
+            self.on_undo(place.__setitem__, key, place[key])
+            del place[key]
+
     def set(self, target: object, name: str, value: object) -> None:
         """Set an attribute."""
         self.on_undo(setattr, target, name, getattr(target, name))

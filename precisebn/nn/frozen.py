@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from precisebn import ops
 from precisebn._torch import is_scripting, is_tracing
 from precisebn.errors import InputError
-from precisebn.functional import frozen_batch_norm, frozen_batch_norm_unchecked, portable
+from precisebn.functional import frozen_batch_norm, portable
+from precisebn.functional._frozen_batch_norm import frozen_batch_norm_unchecked
 from precisebn.nn.norm import Norm
 
 __all__ = ["FrozenBatchNorm1d", "FrozenBatchNorm2d", "FrozenBatchNorm3d", "FrozenNorm"]

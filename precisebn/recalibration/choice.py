@@ -11,11 +11,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from precisebn.errors import InsufficientDataError
-from precisebn.models.families import populations_of
+from precisebn.models.families import is_frozen, populations_of
 from precisebn.models.selection import select
 from precisebn.models.snapshot import Snapshot
 from precisebn.models.transaction import Transaction
-from precisebn.nn.frozen import FrozenNorm
 from precisebn.recalibration.report import reason_left_alone
 from precisebn.recalibration.settings import Settings
 
@@ -81,7 +80,7 @@ def choose(settings: Settings) -> Choice:
             result.skipped[name] = EXCLUDED
         elif (
             name not in included.chosen
-            or (by_mode and isinstance(layer, FrozenNorm))
+            or (by_mode and is_frozen(layer))
             or (keyword == "training" and not layer.training)
         ):
             result.skipped[name] = reason_left_alone(layer, settings.modules)

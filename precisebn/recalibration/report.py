@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from precisebn import ops
+from precisebn.models.families import is_frozen
 from precisebn.models.selection import ModuleSelection
-from precisebn.nn.frozen import FrozenNorm
 from precisebn.statistics.estimator import is_dead
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ class UpdateReport:
 
 def reason_left_alone(layer: nn.Module, modules: ModuleSelection) -> str:
     """Why a layer is not among those that ``modules`` chose, in words that do for many layers."""
-    if isinstance(layer, FrozenNorm) and isinstance(modules, str) and modules in ("training", "all"):
+    if is_frozen(layer) and isinstance(modules, str) and modules in ("training", "all"):
         return "frozen (name them in modules= to recalibrate them all the same)"
     if modules == "training" and not layer.training:
         return "eval mode"

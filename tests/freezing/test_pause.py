@@ -1,0 +1,128 @@
+"""pause_tracking: normalization as in training, running statistics as they are."""
+
+import threading
+
+import pytest
+import torch
+from conftest import state_of
+from torch import Tensor, nn
+
+from precisebn import InputError
+from precisebn.freezing import pause_tracking
+from precisebn.nn import (
+    BatchStatBN,
+    ConcatSharedBN,
+    CycleBatchNormList,
+    DomainSpecificBN,
+    FrozenBatchNorm2d,
+    GhostBN,
+    use_domain,
+)
+
+LAYERS = {
+    "BatchNorm2d": lambda: nn.BatchNorm2d(3),
+    "momentum=None": lambda: nn.BatchNorm2d(3, momentum=None),
+    "eval": lambda: nn.BatchNorm2d(3).eval(),
+    "without statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(3).eval(),
+    "InstanceNorm2d": lambda: nn.InstanceNorm2d(3, track_running_stats=True),
+    "InstanceNorm2d, eval": lambda: nn.InstanceNorm2d(3, track_running_stats=True).eval(),
+    "BatchStatBN": lambda: BatchStatBN(3),
+    "ConcatSharedBN": lambda: ConcatSharedBN(3),
+    "CycleBatchNormList": lambda: CycleBatchNormList(1, num_features=3),
+    "DomainSpecificBN": lambda: DomainSpecificBN(3, 2),
+    "FrozenBatchNorm2d": lambda: FrozenBatchNorm2d(3),
+    "GhostBN": lambda: GhostBN(3, 2),
+}
+
+
+def images() -> Tensor:
+    return 2 + 3 * torch.randn(4, 3, 5, 5)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.filterwarnings("ignore:.*ConcatSharedBN:UserWarning")
+def test_the_output_is_the_same_and_nothing_is_written(layer):
+    """Under compilation too: the flag that is switched is one that graphs look at."""
+    model = nn.Sequential(LAYERS[layer]())
+    x = images()
+    with use_domain(1), torch.no_grad():
+        model(images())  # statistics that are not those of a new layer
+        before = state_of(model)
+        with pause_tracking(model):
+            y = model(x)
+            with pause_tracking(model):
+                model(x)
+            assert torch.equal(model(x), y)
+        assert state_of(model) == before
+        assert torch.equal(model(x), y)
+
+
+def test_only_the_layers_asked_for_are_paused():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    with pause_tracking(model, "1"):
+        model(images())
+    assert [int(bn.num_batches_tracked) for bn in model] == [1, 0]
+
+
+def test_an_exception_ends_the_pause():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with pytest.raises(ZeroDivisionError), pause_tracking(model):
+        raise ZeroDivisionError
+    model(images())
+    assert int(model[0].num_batches_tracked) == 1
+
+
+def test_blocks_of_two_threads_may_end_in_any_order():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with pause_tracking(model):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with pause_tracking(model):
+        thread.start()
+        assert entered.wait(10)
+    model(images())
+    assert int(model[0].num_batches_tracked) == 0
+    leave.set()
+    thread.join()
+    model(images())
+    assert int(model[0].num_batches_tracked) == 1
+
+
+def test_a_compiled_model_pauses_too(one_thread):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(images())
+    with pause_tracking(compiled):
+        compiled(images())
+    assert int(model[0].num_batches_tracked) == 1
+    compiled(images())
+    assert int(model[0].num_batches_tracked) == 2
+
+
+def test_sharpness_aware_minimization_tracks_the_first_of_its_two_forwards():
+    """SAM (Foret et al. 2021): the second forward is at perturbed weights, whose statistics belong to no model."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    x = images()
+    model(x).square().mean().backward()
+    first = model[1].running_mean.clone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.grad)
+    with pause_tracking(model):
+        model(x).square().mean().backward()
+    assert torch.equal(model[1].running_mean, first)
+
+
+def test_a_pattern_that_matches_no_layer_is_an_error():
+    with (
+        pytest.raises(InputError, match="modules='head' matches no BatchNorm layer"),
+        pause_tracking(nn.Sequential(nn.BatchNorm2d(3)), "head"),
+    ):
+        pass
