@@ -131,7 +131,6 @@ class _Group:
                 flat = torch.cat(self.old).div_(ranks.size)
                 ranks.all_reduce(flat)
                 self.old = tuple(flat.chunk(2))
-            self._require(torch.stack(self.old).isfinite().all(0), changed, _no_prior)
             weight = self._per_channel(self._prior_weights(samples, prior))
             mean, var = torch.lerp(mean, self.old[0], weight), torch.lerp(var, self.old[1], weight)
         self.mean, self.var = mean, var
@@ -226,9 +225,3 @@ class _Group:
 
 
 _Failure = Callable[[RecordedPopulation], NonFiniteStatisticsError]
-
-
-def _no_prior(one: RecordedPopulation) -> NonFiniteStatisticsError:
-    return NonFiniteStatisticsError(
-        f"the present statistics of layer {one.name!r} hold NaN or Inf: no prior; pass prior=0"
-    )

@@ -16,10 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from precisebn import ops
 from precisebn.errors import BatchFormatError, InputError
+from precisebn.models.families import populations_of
 from precisebn.models.transaction import Transaction
+from precisebn.nn.population import Recordable
+from precisebn.ops.chan import merge
+from precisebn.recalibration.prior import Mixture
 from precisebn.statistics.moments import Moments
 
-__all__ = ["InputForward", "Slot", "UnknownForward"]
+__all__ = ["DeclaredForward", "InputForward", "Slot", "UnknownForward"]
 
 
 class Slot:
@@ -136,19 +140,25 @@ class InputForward(_RecordedForward):
         module: the layer.
         slot: where Moments go.
         scratch: copies of its running mean and variance.
+        mixture: with what to mix the mini-batch's own statistics before the layer normalizes by them.
     """
 
-    def __init__(self, module: nn.Module, slot: Slot, scratch: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, slot: Slot, scratch: Mapping[str, Tensor], mixture: Mixture | None = None
+    ) -> None:
         super().__init__(module, scratch)
         self.slot = slot
+        self.mixture = mixture
         self.mean, self.var = scratch["running_mean"], scratch["running_var"]
         self.may_overflow = self.var.dtype == torch.float16
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
         self.slot.merge(x, self.mean, self.var)
         if self.may_overflow:  # the layer would divide by Inf and hand zeros on: as bad as Inf in its input
             self.slot.m2.masked_fill_(self.var.isinf(), float("inf"))
+        if self.mixture is not None and x.numel():
+            _mix(self.mixture, x.numel() / self.slot.num_channels, self.mean, self.var)
         attributes = vars(self.module)
         training = attributes["training"]
         try:
@@ -172,6 +182,7 @@ class UnknownForward(_RecordedForward):
         slot: where Moments go.
         scratch: copies of its running mean, variance and number of mini-batches.
         refuse: called with the reason if nothing is known of what it normalizes.
+        mixture: with what to mix the statistics that it normalizes by. It then runs a second time, in eval mode.
     """
 
     def __init__(
@@ -180,12 +191,41 @@ class UnknownForward(_RecordedForward):
         slot: Slot,
         scratch: Mapping[str, Tensor],
         refuse: Callable[[int], None],
+        mixture: Mixture | None = None,
     ) -> None:
         super().__init__(module, scratch)
         self.slot = slot
         self.refuse = refuse
+        self.mixture = mixture
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.mixture is None:
+            return self._measure(*args, **kwargs)
+        slot = (self.slot.count, self.slot.mean, self.slot.m2)
+        old_count, old_mean, old_m2 = (part.clone() for part in slot)
+        for part in slot:
+            part.zero_()
+        output = self._measure(*args, **kwargs)
+        count, mean, m2 = (part.clone() for part in slot)
+        for part, merged in zip(slot[1:], merge(old_count, old_mean, old_m2, count, mean, m2), strict=True):
+            part.copy_(merged)
+        self.slot.count.add_(old_count)
+        if not count.item():
+            return output
+        scratch = self.scratch["running_mean"], self.scratch["running_var"]
+        for buffer, own in zip(scratch, (mean, m2 / count), strict=True):
+            buffer.copy_(own)
+        _mix(self.mixture, count.item(), *scratch)
+        attributes = vars(self.module)
+        training = attributes["training"]
+        try:
+            attributes["training"] = False
+            return self.original(*args, **kwargs)
+        finally:
+            attributes["training"] = training
+
+    def _measure(self, *args: Any, **kwargs: Any) -> Any:
+        """Run in training mode, and merge what is normalized."""
         for name, buffer in self.scratch.items():
             # What it would find in training, but for NaN, of which a momentum of 1 leaves 0 * NaN.
             buffer.copy_(self.own[name])
@@ -228,6 +268,67 @@ class UnknownForward(_RecordedForward):
             self.slot.merge(candidates[-1])  # NaN has no statistics to recognize it by; to be reported as what it is
             return
         self.refuse(NOT_UNDERSTOOD)
+
+
+class DeclaredForward(_RecordedForward):
+    """Of a layer that hands its Moments over, where a prior is to be mixed in: measured first, run in eval mode then.
+
+    The first run says which Moments are of which population; its output is dropped. The second normalizes by the
+    mixtures, which lie in the layer's own running statistics: the recording puts those back.
+
+    Args:
+        module: the layer, under recording.
+        mixture: with what to mix.
+    """
+
+    def __init__(self, module: Recordable, mixture: Mixture) -> None:
+        super().__init__(module, {})
+        self.mixture = mixture
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        attributes = vars(self.module)
+        recorder, training = attributes["recorder"], attributes["training"]
+        populations = populations_of(self.module)
+        mean = torch.stack([torch.zeros_like(one.mean, dtype=torch.float64) for one in populations])
+        own = Moments(mean.new_zeros(len(populations)), mean, torch.zeros_like(mean))
+
+        def note(moments: Moments, population: int | None) -> None:
+            nonlocal own
+            recorder(moments, population)
+            own = own + _spread_out(moments, population, own)
+
+        try:
+            attributes["recorder"] = note
+            output = self.original(*args, **kwargs)
+            counts = own.count.tolist()
+            if not any(counts):
+                return output
+            mixed = self.mixture.of(counts, own.mean, own.m2 / own.count.clamp(min=1.0).unsqueeze(-1))
+            for one, one_mean, one_var in zip(populations, *mixed, strict=True):
+                one.mean.copy_(one_mean)
+                one.var.copy_(one_var)
+            del attributes["recorder"]
+            attributes["training"] = False
+            return self.original(*args, **kwargs)
+        finally:
+            attributes.update(recorder=recorder, training=training)
+
+
+def _spread_out(moments: Moments, population: int | None, like: Moments) -> Moments:
+    """Moments of one population, or of all of them, as rows of all."""
+    if population is None:
+        return Moments(moments.count.reshape(-1), moments.mean.view_as(like.mean), moments.m2.view_as(like.m2))
+    rows = Moments(torch.zeros_like(like.count), torch.zeros_like(like.mean), torch.zeros_like(like.m2))
+    for row, own in ((rows.count, moments.count), (rows.mean, moments.mean), (rows.m2, moments.m2)):
+        row[population] = own
+    return rows
+
+
+def _mix(mixture: Mixture, count: float, mean: Tensor, var: Tensor) -> None:
+    """Replace the statistics ``(C,)`` of a layer's one population by their mixture, in place."""
+    (mixed_mean,), (mixed_var,) = mixture.of([count], mean.unsqueeze(0), var.unsqueeze(0))
+    mean.copy_(mixed_mean)
+    var.copy_(mixed_var)
 
 
 WRITES_NOTHING, NOT_UNDERSTOOD = 1, 2

@@ -12,6 +12,7 @@ from precisebn.distributed import Ranks, Tally
 from precisebn.errors import InsufficientDataError
 from precisebn.models.batches import call_model, common_device, move_to, num_samples
 from precisebn.models.interrupts import HeldBack
+from precisebn.recalibration.prior import Prior
 from precisebn.recalibration.recording import Recording
 from precisebn.recalibration.report import largest
 from precisebn.recalibration.settings import Settings
@@ -42,6 +43,7 @@ class Loop:
         self._interrupts = interrupts
         self._device = settings.device if settings.device is not None else common_device(settings.model)
         self._max_error = math.nan
+        self._prior: Prior | None = None
         self.batches: Iterator[Any] = _Interruptible(settings.data_loader, interrupts)
 
     def call(self, batch: Any) -> None:
@@ -53,6 +55,27 @@ class Loop:
                 self.settings.forward(self.settings.model, batch)
             else:
                 call_model(self.settings.model, batch, is_first=self.iterations == 0)
+
+    def weigh(self, prior: Prior) -> None:
+        """Tell a prior how many samples there will be, of all ranks: it is mixed in from the first mini-batch on.
+
+        For that the loader is gone through twice; of one that can be gone through only once the mini-batches are kept.
+        With a tolerance nobody knows: then what counts is the samples so far.
+        """
+        if prior.size == 0 or not math.isfinite(prior.size):
+            return
+        self._prior = prior
+        if self.settings.tolerance is not None:
+            return
+        batches = itertools.islice(self.batches, self.settings.num_iters)
+        if isinstance(self.settings.data_loader, Iterator):
+            kept = list(batches)
+            samples, self.batches = sum(map(num_samples, kept)), iter(kept)
+        else:
+            samples = sum(map(num_samples, batches))
+            self.batches = _Interruptible(self.settings.data_loader, self._interrupts)
+        total, _ = self.ranks.tally(Tally(samples=samples))
+        prior.samples = float(total.samples)
 
     def run(self, recording: Recording) -> tuple[Tally, Tally]:
         """Record mini-batches until there are enough.
@@ -85,10 +108,13 @@ class Loop:
     def _step(self, recording: Recording, bar: "tqdm.tqdm[Any]") -> bool:
         """Run one mini-batch, if there is one."""
         for batch in self.batches:
+            samples = num_samples(batch)
+            if self._prior is not None and self.settings.tolerance is not None:
+                self._prior.samples = float(self.samples + samples) * self.ranks.size
             self.call(batch)
             recording.end_batch()
             self.iterations += 1
-            self.samples += num_samples(batch)
+            self.samples += samples
             self._show(bar)
             bar.update()
             return True

@@ -9,6 +9,7 @@ before. When it ends badly, the model is as before, bit for bit.
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ from precisebn.models.transaction import Transaction
 from precisebn.models.wrappers import run_eagerly, set_wrappers_aside
 from precisebn.nn.population import Recordable, Recorder, RunningStatistics
 from precisebn.ops.chan import merge
-from precisebn.recalibration.forwards import InputForward, Slot, UnknownForward
+from precisebn.recalibration.forwards import DeclaredForward, InputForward, Slot, UnknownForward
+from precisebn.recalibration.prior import Mixture
 from precisebn.statistics.estimator import EstimatorName, PopulationEstimator
 from precisebn.statistics.moments import Moments
 
@@ -50,14 +52,22 @@ class Recording(AbstractContextManager["Recording"]):
         model: the model; wrappers in it (DDP, DataParallel, torch.compile) stand aside for the duration.
         layers: what to record, by qualified name. Layers need running statistics and initialized parameters.
         kind: which statistics to estimate, see :class:`precisebn.statistics.estimator.PopulationEstimator`.
+        mixtures: of layers that are not to normalize by the mini-batch's own statistics, by the layers' names.
 
     Raises:
         InputError: a layer without running statistics; on entering: the model, or a part of it, is being recorded
             already, by another thread or by the very code that runs the model.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], kind: EstimatorName) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        kind: EstimatorName,
+        mixtures: Mapping[str, Mixture] | None = None,
+    ) -> None:
         self.model = model
+        self._mixtures = mixtures or {}
         self.kind = kind
         self.populations: list[RecordedPopulation] = []
         self.estimators: list[PopulationEstimator] = []
@@ -189,9 +199,11 @@ class Recording(AbstractContextManager["Recording"]):
 
     def _record(self, layer: "_Layer") -> None:
         """Put one layer under recording, and among what is temporary how it comes out again."""
-        module = layer.module
+        module, mixture = layer.module, self._mixtures.get(layer.name)
         if isinstance(module, Recordable):
             self._start(layer.name, module, self._recorder(layer))
+            if mixture is not None:
+                DeclaredForward(module, mixture).put(self._temporary)
             return
         index, one = layer.first, self.populations[layer.first]
         moments = one.estimator.slot(one.position)
@@ -199,11 +211,12 @@ class Recording(AbstractContextManager["Recording"]):
         slot = Slot(layer.name, type(module).__name__, moments, averages, lambda: order.setdefault(index))
         scratch = dict(zip(("running_mean", "running_var"), self._scratch.take(one.statistics), strict=True))
         if normalizes_its_input(module):
-            InputForward(module, slot, scratch).put(self._temporary)
+            InputForward(module, slot, scratch, mixture).put(self._temporary)
         else:
             if one.statistics.num_batches is not None:
                 scratch["num_batches_tracked"] = one.statistics.num_batches.clone()
-            UnknownForward(module, slot, scratch, lambda reason: self._refuse(index, reason)).put(self._temporary)
+            refuse = partial(self._refuse, index)
+            UnknownForward(module, slot, scratch, refuse, mixture).put(self._temporary)
 
     def _start(self, name: str, module: Recordable, recorder: Recorder) -> None:
         self._with_ends.append((name, module))

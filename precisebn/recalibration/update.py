@@ -23,6 +23,7 @@ from precisebn.models.selection import ModuleSelection
 from precisebn.recalibration.choice import choose, initialize_lazy_layers
 from precisebn.recalibration.commit import Changes, Commit
 from precisebn.recalibration.loop import Loop, all_within
+from precisebn.recalibration.prior import Prior
 from precisebn.recalibration.recording import Recording
 from precisebn.recalibration.report import UpdateReport, fallback_in_use, frozen_parameters
 from precisebn.recalibration.settings import Settings
@@ -137,7 +138,13 @@ def adapt_bn_stats(
     al. 2020 ("Improving robustness against common corruptions by covariate shift adaptation", section 3), who count
     them as N pseudo-samples against n target samples, the new statistics are ``N / (N + n) * source +
     n / (N + n) * target``, for the mean and for the variance. (Merging the Moments of both would add the distance
-    between the two means to the variance, and so widen it by the very shift that is to be removed.)
+    between the two means to the variance, and so widen it by the very shift that is to be removed.) As in their code
+    layers normalize by these very mixtures while the target is measured, so that deeper layers are measured under what
+    will be deployed; n is that of all the data, however it is cut into mini-batches. To know it, the loader is gone
+    through twice (of an iterator the mini-batches are kept); with a tolerance it is that of the samples so far.
+
+    What prior to choose: none from some hundred target samples on, and with fewer no more than there are samples
+    (``benchmarks/README.md``, "prior", has the table).
 
     Args:
         model: a trained model, its running statistics being the source's.
@@ -194,7 +201,10 @@ def _recalibrate(settings: Settings) -> UpdateReport:
             ranks.agree(_description(settings, choice.layers))
         if not choice.layers:
             return _report(settings, ranks, Changes(), choice.skipped, 0, 0)
-        with Recording(model, choice.layers, settings.estimator) as recording:
+        prior = Prior(settings.prior)
+        mixtures = prior.mixtures(choice.layers, ranks, averages=settings.estimator == "batch-mean")
+        loop.weigh(prior)
+        with Recording(model, choice.layers, settings.estimator, mixtures) as recording:
             total, most = loop.run(recording)
             recording.stop()
             commit = Commit(recording, ranks, total, most, settings.prior)
