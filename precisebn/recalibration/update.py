@@ -143,8 +143,10 @@ def adapt_bn_stats(
     will be deployed; n is that of all the data, however it is cut into mini-batches. To know it, the loader is gone
     through twice (of an iterator the mini-batches are kept); with a tolerance it is that of the samples so far.
 
-    What prior to choose: none from some hundred target samples on, and with fewer no more than there are samples
-    (``benchmarks/README.md``, "prior", has the table).
+    What prior to choose: none, where the shift is large or there are a hundred samples of the target; where there are
+    fewer and the shift may be small, as many as there are samples at most. (``python -m benchmarks --only prior``, on
+    digits: under a cut contrast 16 samples bring the error from 78% to 7% without a prior and to 15% with 16, to 55%
+    with 64; under noise, from 11.1% to 11.7% without one and to 10.7% with 16.)
 
     Args:
         model: a trained model, its running statistics being the source's.
