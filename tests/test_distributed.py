@@ -362,14 +362,17 @@ def test_standard_errors_are_those_of_one_process_with_all_mini_batches(ranks):
 
 
 def test_the_prior_is_weighed_against_the_samples_of_all_ranks(ranks):
-    model, expected = net(torch.float64), statistics(single_process(net(torch.float64), ranks.world).state_dict())
-    samples = sum(map(sum, sizes_of(ranks.world, uneven=True)))
+    """In the forward too: as one process does that has the mini-batches of all."""
+    sizes = sizes_of(ranks.world, uneven=True)
+    batches = [batch for rank in range(ranks.world) for batch in share(rank, sizes[rank], torch.float64)]
+    model = net(torch.float64).eval()
+    adapt_bn_stats(model, batches, prior=20.0)
+    expected = statistics(model.state_dict())
     for result in ranks.of(adapted):
-        assert result["report"].num_samples == samples
+        assert result["report"].num_samples == sum(map(sum, sizes))
         for key, value in statistics(result["state_dict"]).items():
             if "running" in key:
-                mixed = (20 * model.state_dict()[key] + samples * expected[key]) / (20 + samples)
-                torch.testing.assert_close(value, mixed, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=1e-12)
 
 
 def test_ranks_with_different_running_averages_end_with_the_same_statistics(ranks):
