@@ -10,10 +10,10 @@ import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from precisebn.nn.cycle import CycleBatchNormList
 from precisebn.nn.frozen import FrozenNorm
@@ -71,7 +71,7 @@ OURS = (PopulationNorm, FrozenNorm, CycleBatchNormList)
 """The modules of :mod:`precisebn.nn` that take the place of an nn.BatchNorm."""
 
 
-def is_batch_norm(module: nn.Module) -> TypeGuard[_NormBase]:
+def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is a layer that keeps population statistics: torch's classes, and what declares populations.
 
     A :class:`precisebn.nn.CycleBatchNormList` declares none: its members do. Frozen layers of other libraries do not.
