@@ -260,7 +260,7 @@ def test_eval(module):
 
 @every_module
 def test_state_dict(module):
-    """A plain BatchNorm's checkpoint fills all populations; its own comes back bit for bit; a single one has torch's keys."""
+    """A plain checkpoint fills all populations; its own comes back bit for bit; a single one has torch's keys."""
     plain = with_random_population(with_random_affine(nn.BatchNorm2d(3)))
     plain(sample((4, 3, 3, 2)))
     net, prefix = nn.ModuleDict({"bn": module.new()}), "bn."
