@@ -21,10 +21,10 @@ namespace precisebn::PRECISEBN_DEVICE {
 
 using torch::stable::Tensor;
 
-// A biased variance (C), or (R, C): as it is, or not yet divided, which saves a launch where it comes of moments.
+// A biased variance (C), or (G, C): as it is, or not yet divided, which saves a launch where it comes of moments.
 struct Variance {
   const Tensor& values;                // var, or m2 where there is a count
-  const std::optional<Tensor>& count;  // () or (R); of a group without values taken as 1
+  const std::optional<Tensor>& count;  // () or (G); of a group without values taken as 1
 };
 
 inline const std::optional<Tensor> kNone;

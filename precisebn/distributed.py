@@ -11,7 +11,6 @@ number of ranks, and all ranks end with the same bits. docs/design.md, "Ranks", 
 import json
 import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from precisebn._torch import group_store, group_timeout
 from precisebn._version import __version__
-from precisebn.errors import InputError, RankFailedError
+from precisebn._warnings import warn
+from precisebn.errors import InputError, RankFailedError, add_note
 
 __all__ = ["ProcessGroup", "Ranks", "Steps", "Tally"]
 
@@ -301,8 +301,7 @@ class Steps:
             if quiet and waited > WAIT_WARNING_S:
                 quiet = False
                 names = ", ".join(map(str, self._missing()))
-                message = f"{_ALONE} (not here after {waited:.0f} s: rank(s) {names} of {self._size})"
-                warnings.warn(message, stacklevel=2)
+                warn(f"{_ALONE} (not here after {waited:.0f} s: rank(s) {names} of {self._size})")
             with self._let_through():
                 time.sleep(pause)
             pause = min(2.0 * pause, self._longest_pause_s)
@@ -329,10 +328,12 @@ class Steps:
                 f"says why: {decision['error']}"
             )
         names = ", ".join(map(str, decision["missing"]))
-        message = (
+        error = RankFailedError(
             f"rank(s) {names} of {self._size} did not come in the {self._timeout_s:g} s that ranks wait, {outcome}"
         )
-        return _with_note(message, _ALONE) if self._step == 0 else RankFailedError(message)
+        if self._step == 0:
+            add_note(error, _ALONE)
+        return error
 
     def _store_lost(self) -> RankFailedError:
         return RankFailedError(
@@ -419,11 +420,3 @@ def _distinct(payloads: list[str]) -> list[str]:
 
 def _nothing(payloads: list[None]) -> None:
     return None
-
-
-def _with_note(message: str, note: str) -> RankFailedError:
-    error = RankFailedError(message)
-    if not hasattr(error, "add_note"):  # from Python 3.11 on
-        return RankFailedError(f"{message}\n{note}")
-    error.add_note(note)
-    return error

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> of_variance(const Tensor& mean, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> coefficients(const Tensor& mean, const Variance& var,
                                                 const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                                                 double eps, bool wide) {
-  STD_TORCH_CHECK(mean.dim() >= 1, "precisebn::coefficients: mean must have shape (C,) or (R, C)");
+  STD_TORCH_CHECK(mean.dim() >= 1, "precisebn::coefficients: mean must have shape (C,) or (G, C)");
   const int64_t channels = mean.size(mean.dim() - 1);
   const Rows means("coefficients", "mean", mean, channels), vars("coefficients", "var", var.values, channels);
   const OptionalRows weights("coefficients", "weight", weight, channels),

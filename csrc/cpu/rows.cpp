@@ -34,7 +34,7 @@ using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 Rows::Rows(const char* op, const char* name, const Tensor& t, int64_t channels) {
   const int64_t dim = t.dim();
   STD_TORCH_CHECK((dim == 1 || dim == 2) && t.size(dim - 1) == channels, "precisebn::", op, ": ", name,
-                  " must have shape (C,) or (R, C), C = ", channels);
+                  " must have shape (C,) or (G, C), C = ", channels);
   size_ = dim == 2 ? t.size(0) : 1;
   const int64_t row_stride = dim == 2 ? t.stride(0) : 0, step = t.stride(dim - 1);
   if (dtype_of(t) == kFloat64 && (step == 1 || channels <= 1)) {
@@ -70,7 +70,7 @@ int64_t common_rows(const char* op, std::initializer_list<int64_t> sizes) {
 Counts::Counts(const char* op, const Tensor& t, int64_t rows)
     : values_(t.const_data_ptr<double>()), stride_(t.dim() == 1 ? t.stride(0) : 0) {
   STD_TORCH_CHECK(t.dim() <= 1 && t.numel() == rows, "precisebn::", op,
-                  ": count must have shape () or (R,), R = ", rows);
+                  ": count must have shape () or (G,), R = ", rows);
 }
 
 void write_row(const Tensor& t, int64_t row, const double* values, int64_t channels) {

@@ -11,7 +11,7 @@
 
 namespace precisebn::cpu {
 
-// Reads (C), or (R, C). A single row serves for any row number.
+// Reads (C), or (G, C). A single row serves for any row number.
 class Rows {
  public:
   // `op` and `name` are for the error where t has another shape.
@@ -44,7 +44,7 @@ class OptionalRows {
 // How many rows operands have together, each of them one or that many.
 int64_t common_rows(const char* op, std::initializer_list<int64_t> sizes);
 
-// One number per row, float64: () or (R).
+// One number per row, float64: () or (G).
 class Counts {
  public:
   Counts(const char* op, const Tensor& t, int64_t rows);
@@ -67,7 +67,7 @@ class Divisors {
   std::optional<Counts> counts_;
 };
 
-// Rounds a row of doubles into row `row` of t: (C), or (R, C).
+// Rounds a row of doubles into row `row` of t: (C), or (G, C).
 void write_row(const Tensor& t, int64_t row, const double* values, int64_t channels);
 
 }  // namespace precisebn::cpu

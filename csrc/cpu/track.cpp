@@ -17,7 +17,7 @@ void move_row(const Tensor& running, int64_t row, const double* old, const doubl
 
 void track(const Tensor& count, const Tensor& mean, const Tensor& m2, const Tensor& running_mean,
            const Tensor& running_var, const Tensor& num_batches, std::optional<double> momentum) {
-  STD_TORCH_CHECK(mean.dim() >= 1, "precisebn::track: mean must have shape (C,) or (K, C)");
+  STD_TORCH_CHECK(mean.dim() >= 1, "precisebn::track: mean must have shape (C,) or (G, C)");
   const int64_t channels = mean.size(mean.dim() - 1);
   const Rows means("track", "mean", mean, channels), m2s("track", "m2", m2, channels),
       old_means("track", "running_mean", running_mean, channels),

@@ -33,7 +33,7 @@ __device__ inline void write_as(ScalarType type, void* to, int64_t i, double val
   }
 }
 
-// (C), or (R, C). A single row serves for any row number.
+// (C), or (G, C). A single row serves for any row number.
 struct Rows {
   void* data;  // null: there is no such tensor
   ScalarType type;
@@ -60,12 +60,12 @@ inline Rows rows_of(const char* op, const char* name, const std::optional<Tensor
                       t->get_device_index() == like.get_device_index() &&
                       (type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
                        type == ScalarType::BFloat16),
-                  "precisebn::", op, ": ", name, " must be floating point, (C,) or (R, C), on the device of mean");
+                  "precisebn::", op, ": ", name, " must be floating point, (C,) or (G, C), on the device of mean");
   const int64_t size = dim == 2 ? t->size(0) : 1;
   return {const_cast<void*>(t->const_data_ptr()), type, size, size == 1 ? 0 : t->stride(0), t->stride(dim - 1)};
 }
 
-// One number per row, float64: () or (R).
+// One number per row, float64: () or (G).
 struct Counts {
   const double* data;  // null: there are none
   int64_t stride;
@@ -79,13 +79,13 @@ inline Counts counts_of(const char* op, const std::optional<Tensor>& t, const Te
   if (!t) return {nullptr, 0};
   STD_TORCH_CHECK(t->dim() <= 1 && t->numel() == rows && t->scalar_type() == ScalarType::Double && t->is_cuda() &&
                       t->get_device_index() == like.get_device_index(),
-                  "precisebn::", op, ": count must be float64, () or (R,), on the device of mean");
+                  "precisebn::", op, ": count must be float64, () or (G,), on the device of mean");
   return {data<double>(*t), t->dim() == 1 && rows > 1 ? t->stride(0) : 0};
 }
 
 inline int64_t channels_of(const char* op, const Tensor& mean) {
   STD_TORCH_CHECK((mean.dim() == 1 || mean.dim() == 2) && mean.is_cuda(), "precisebn::", op,
-                  ": mean must have shape (C,) or (R, C)");
+                  ": mean must have shape (C,) or (G, C)");
   return mean.size(mean.dim() - 1);
 }
 

@@ -46,7 +46,7 @@ void track(const Tensor& count, const Tensor& mean, const Tensor& m2, const Tens
   STD_TORCH_CHECK(num_batches.dim() <= 1 && num_batches.numel() == rows &&
                       num_batches.scalar_type() == ScalarType::Long && num_batches.is_cuda() &&
                       num_batches.get_device_index() == mean.get_device_index(),
-                  "precisebn::track: num_batches must be int64, () or (R,), on the device of mean");
+                  "precisebn::track: num_batches must be int64, () or (G,), on the device of mean");
   of.num_batches = mutable_data<int64_t>(num_batches);
   of.num_batches_stride = num_batches.dim() == 1 ? num_batches.stride(0) : 0;
   of.cumulative = !momentum;

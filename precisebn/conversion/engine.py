@@ -10,7 +10,6 @@ All that is done to existing modules is done through a :class:`precisebn.models.
 fails, the model is then as it was. Ctrl-C is held back meanwhile, but for what runs in the factory of a user.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from precisebn._warnings import warn
 from precisebn.conversion import layers
 from precisebn.conversion.handover import Source, carry_over, hand_over, move_hooks, names_of, put_in_place, restore
 from precisebn.conversion.layers import ORIGIN, Origin, describe, origin_of
@@ -110,7 +110,7 @@ class Conversion(NamedTuple):
 def replace_layers(
     model: nn.Module, conversion: Conversion, include: ModuleSelection | None, exclude: ModuleSelection | None
 ) -> nn.Module:
-    """Convert the layers of a model; see :func:`replace_batchnorm`. Called by public functions only, for warnings."""
+    """Convert the layers of a model; see :func:`replace_batchnorm`."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a module, not {type(model).__name__}")
     layers.check_wrappers(model)
@@ -121,7 +121,7 @@ def replace_layers(
         if layer in selection.named or _is_taken(layer, conversion)
     }
     if not sources:
-        warnings.warn(_nothing_to_do(model, selection.found), UserWarning, stacklevel=3)
+        warn(_nothing_to_do(model, selection.found))
     chosen = {name: layer for name, layer in sources.items() if not conversion.is_done(layer)}
     layers.check_layers(chosen, model)
     if sources and conversion.domain is not None:
@@ -161,11 +161,9 @@ def _nothing_to_do(model: nn.Module, found: Mapping[str, nn.Module]) -> str:
 
 def _warn_without_domains(model: nn.Module, chosen: Mapping[str, nn.Module], domain: int) -> None:
     if not any(Source(name, layer).has_domains for name, layer in chosen.items()):
-        warnings.warn(
+        warn(
             f"domain={domain} chooses nothing: no layer of {type(model).__name__} that is converted has several "
-            "domains; check that it is the model you mean, and that it has not been converted back already",
-            UserWarning,
-            stacklevel=4,
+            "domains; check that it is the model you mean, and that it has not been converted back already"
         )
 
 
@@ -201,7 +199,9 @@ class _Factory:
 def _replacement(name: str, layer: nn.Module, factory: _Factory, changes: Transaction) -> nn.Module:
     """What takes the place of a layer: by way of the nn.BatchNorm that it is, was, or now becomes."""
     conversion, origin = factory.conversion, origin_of(layer)
-    if not conversion.any_forward and (origin is None or isinstance(layer, OURS)):
+    # What a conversion has made, also of a user's class, is known by its origin; unless it was patched since.
+    patched = isinstance(layer, OURS) and "forward" in vars(layer)
+    if not conversion.any_forward and (origin is None or patched):
         layers.check_forward(name, layer)
     if origin is not None:
         base = origin.layer

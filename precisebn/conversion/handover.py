@@ -16,6 +16,7 @@ from torch.nn.modules.module import _WrappedHook
 from precisebn.conversion.layers import ORIGIN, Origin, describe, settings_of
 from precisebn.errors import InputError
 from precisebn.models.families import OURS
+from precisebn.models.snapshot import same_bits
 from precisebn.models.transaction import Transaction
 from precisebn.nn import CycleBatchNormList, DomainSpecificBN
 
@@ -129,7 +130,7 @@ class Source(NamedTuple):
                     f"domain={self.domain}: {describe(self.name, self.layer)} has domains 0 to {len(values) - 1}"
                 )
             return values[self.domain]
-        if not all(_same_bits(values[0], value) for value in values[1:]):
+        if not all(same_bits(values[0], value) for value in values[1:]):
             raise InputError(
                 f"{describe(self.name, self.layer)} has {len(values)} domains, whose {key} differ, where nn.BatchNorm "
                 "has one; say which to keep, convert_to_batchnorm(model, domain=k), or leave the layer out, exclude="
@@ -186,18 +187,13 @@ def _same(donors: Sequence[nn.Module], own: Tensor, key: str) -> Tensor | None:
     return None
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype are equal, NaN being equal to NaN, and 0 not to -0."""
-    return a.is_meta or torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b)))
-
-
 def _write(tensor: Tensor, value: Tensor, changes: Transaction) -> None:
     """Give a tensor a value, in every row if it has one dimension more, and its dtype and device; it stays itself."""
     if tensor.shape not in (value.shape, tensor.shape[:1] + value.shape):
         return  # of the user's, and something else than in nn.BatchNorm
     value = value.detach().expand(tensor.shape)
     if tensor.dtype == value.dtype and tensor.device == value.device:
-        if not _same_bits(tensor, value):  # or a graph that awaits its backward would be out of date for nothing
+        if not same_bits(tensor, value):  # or a graph that awaits its backward would be out of date for nothing
             changes.write(tensor, value)
         return
     grad = tensor.grad

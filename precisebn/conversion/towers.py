@@ -21,18 +21,18 @@ from precisebn._torch import in_backward
 from precisebn.conversion.handover import carry_over, move_hooks, names_of, put_in_place
 from precisebn.errors import InputError
 from precisebn.models.transaction import Transaction
-from precisebn.nn import ConcatSharedBN, DomainSpecificBN, MultiInputSequential
+from precisebn.nn import MultiInputSequential
+from precisebn.nn.multi_input import TakesLists
 
 __all__ = ["LevelTower", "make_towers", "put_towers_back"]
 
-_TAKE_LISTS = (ConcatSharedBN, DomainSpecificBN)
 _ORIGINAL = "_precisebn_container"  # of a container: the one in whose place it is, in a tuple, which is no submodule
 
 
 class LevelTower(MultiInputSequential):
     """A MultiInputSequential that a loop over levels may call on one after the other; see this file.
 
-    Where no layer in it asks for the other levels (:class:`ConcatSharedBN` in evaluation) it is :class:`nn.Sequential`.
+    Where no layer in it needs the other levels (ConcatSharedBN in evaluation) it is :class:`nn.Sequential`.
     """
 
     def __init__(self, *layers: Any) -> None:
@@ -41,15 +41,12 @@ class LevelTower(MultiInputSequential):
 
     def forward(self, xs: Any) -> Any:
         """The tower's output for a level, or for a list of them."""
-        if isinstance(xs, Sequence | Mapping) or not self._asks_for_all():
+        if isinstance(xs, Sequence | Mapping) or not self._needs_all():
             return super().forward(xs)
         return self._levels.result(self, xs)  # also for a Proxy of torch.fx, which is never one of the levels
 
-    def _asks_for_all(self) -> bool:
-        return any(
-            isinstance(part, DomainSpecificBN) or (isinstance(part, ConcatSharedBN) and part.uses_batch_statistics)
-            for part in self.modules()
-        )
+    def _needs_all(self) -> bool:
+        return any(isinstance(part, TakesLists) and part.needs_all for part in self.modules())
 
 
 @dataclass
@@ -276,7 +273,7 @@ def _towers(head: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[str
         path = f"{name}.{key}".lstrip(".")
         if child is None or not _holds(child):
             continue
-        if isinstance(child, _TAKE_LISTS):
+        if isinstance(child, TakesLists):
             raise InputError(
                 f"layer {path!r} is in no nn.Sequential that the head calls on a level, so that the levels cannot be "
                 "brought together before it; put it and what comes before it into one, or use how='cycle'"
@@ -293,7 +290,7 @@ _WHAT_TO_PASS = "pass the module whose forward takes the list of levels and loop
 
 def _check_inside(tower: nn.Module, name: str) -> None:
     for key, child in tower._modules.items():
-        if child is None or isinstance(child, _TAKE_LISTS) or not _holds(child):
+        if child is None or isinstance(child, TakesLists) or not _holds(child):
             continue
         if not _is_sequential(child):
             raise InputError(
@@ -310,7 +307,7 @@ def _is_sequential(module: nn.Module) -> bool:
 
 
 def _holds(module: nn.Module) -> bool:
-    return any(isinstance(part, _TAKE_LISTS) for part in module.modules())
+    return any(isinstance(part, TakesLists) for part in module.modules())
 
 
 def _tensors_of(value: Any) -> list[Tensor]:

@@ -8,9 +8,9 @@ The mean is subtracted before anything is scaled, forward and backward, so that 
 mean is large against the standard deviation.
 
 The same function takes six ways, of which :func:`batch_norm` chooses: in a graph that is to run elsewhere, torch's own
-operators alone; in another graph, one operator; under torch.func and
-in forward mode, plain arithmetic; of a single tensor, whose groups each have their own statistics, one operator forward
-and one backward; of anything else the operators one by one, with autograd or without.
+operators alone; in another graph, one operator; under torch.func and in forward mode, plain arithmetic; of a single
+tensor, whose groups each have their own statistics, one operator forward and one backward; of anything else the
+operators one by one, with autograd or without.
 """
 
 from collections.abc import Sequence

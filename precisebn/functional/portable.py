@@ -15,6 +15,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from precisebn._torch import is_exporting, is_tracing
+from precisebn.functional.parameters import cast
 from precisebn.ops.checks import compute_dtype
 
 __all__ = ["batch_norm", "frozen_batch_norm", "is_portable", "row"]
@@ -34,14 +35,9 @@ def frozen_batch_norm(
         if any(value is not None and value.dtype != x.dtype for value in values):
             # The one mixture that torch's operator takes: all of them in the dtype of the computation.
             dtype = compute_dtype(x)
-            mean, var = _cast(mean, dtype), _cast(var, dtype)
-            weight, bias = (None if value is None else _cast(value, dtype) for value in (weight, bias))
+            mean, var = cast(mean, dtype), cast(var, dtype)
+            weight, bias = (None if value is None else cast(value, dtype) for value in (weight, bias))
     return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which a graph keeps even where it does nothing."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def row(x: Tensor, values: Tensor, index: int) -> Tensor:
@@ -73,13 +69,13 @@ def batch_norm(
         count, center, rest, m2 = (t.expand(num_groups, -1) for t in _statistics(together))
     scale = (m2 / count.clamp(min=1.0) + eps).rsqrt()
     if weight is not None:
-        scale = scale * _cast(weight, scale.dtype)
+        scale = scale * cast(weight, scale.dtype)
     ys = []
     for piece in pieces:
         y = (piece.values - piece.per_sample(center) - piece.per_sample(rest)) * piece.per_sample(scale)
         if bias is not None:
-            y = y + piece.per_sample(torch.atleast_2d(_cast(bias, scale.dtype)).expand_as(scale))
-        ys.append(_cast(y, piece.dtype))
+            y = y + piece.per_sample(torch.atleast_2d(cast(bias, scale.dtype)).expand_as(scale))
+        ys.append(cast(y, piece.dtype))
     return ys, *moments
 
 
@@ -91,7 +87,7 @@ class _Piece:
 
     def __init__(self, x: Tensor, group: Tensor | None, num_groups: int) -> None:
         self.dtype, self.group = x.dtype, group
-        self.values = _cast(x, compute_dtype(x))
+        self.values = cast(x, compute_dtype(x))
         self.spatial = list(range(2, x.dim()))
         self.members: Tensor | None = None
         if group is not None:
@@ -112,8 +108,9 @@ class _Piece:
 def _statistics(pieces: list[_Piece]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Count ``(G, 1)``, mean in two parts and m2 ``(G, C)``.
 
-    The sum of float32 values that lie far from 0 is off by more than their spread may be; what is left about
-    that first mean is small, and its own mean puts right what was lost (corrected two-pass: Chan et al. 1983).
+    The sum of float32 values that lie far from 0 is off by more than their standard deviation may be;
+    what is left about that first mean is small, and its own mean puts right what was lost (corrected two-pass: Chan et
+    al. 1983).
     """
 
     def total(values: list[Tensor]) -> Tensor:

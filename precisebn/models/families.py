@@ -74,7 +74,7 @@ OURS = (PopulationNorm, FrozenNorm, CycleBatchNormList)
 """The modules of :mod:`precisebn.nn` that take the place of an nn.BatchNorm."""
 
 
-def is_batch_norm(module: nn.Module) -> TypeGuard[_NormBase]:
+def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is a layer that keeps population statistics: torch's classes, and what declares populations.
 
     A :class:`precisebn.nn.CycleBatchNormList` declares none: its members do. Frozen layers of other libraries do not.

@@ -1,4 +1,4 @@
-"""Which layers: find BatchNorm layers in a model, and choose among them by mode, name, pattern or instance."""
+"""Which layers of a model: chosen by mode, name, pattern or instance."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -16,12 +15,11 @@ from precisebn.models.families import is_batch_norm, is_frozen
 __all__ = [
     "ModuleSelection",
     "Selection",
-    "find_bn",
     "get_bn_modules",
     "listed",
     "named_modules",
     "select",
-    "select_bn",
+    "select_modules",
 ]
 
 ModuleSelection = str | nn.Module | Iterable[str | nn.Module]
@@ -43,18 +41,27 @@ def get_bn_modules(model: nn.Module) -> list[nn.Module]:
         >>> get_bn_modules(model) == [model[1]]
         True
     """
-    return list(select_bn(model, "training").values())
+    return list(select_modules(model, "training").chosen.values())
 
 
-def find_bn(model: nn.Module) -> dict[str, _NormBase]:
-    """All BatchNorm layers by qualified name, in the order of ``named_modules``, without the names of wrappers."""
-    return {name: module for name, module in named_modules(model) if is_batch_norm(module)}
+class Selection(NamedTuple):
+    """What has been found in a model, and what has been chosen of it.
+
+    Attributes:
+        found: all layers of the model by qualified name, in its order.
+        chosen: those of them that are included and not excluded.
+        named: layers that the selection names one by one, by a name of theirs or as modules.
+        excluded: layers that ``exclude`` stands for, whether they were included or not.
+    """
+
+    found: dict[str, nn.Module]
+    chosen: dict[str, nn.Module]
+    named: frozenset[nn.Module]
+    excluded: frozenset[nn.Module]
 
 
-def select_bn(
-    model: nn.Module, modules: ModuleSelection, exclude: ModuleSelection | None = None
-) -> dict[str, _NormBase]:
-    """The BatchNorm layers that ``modules`` asks for, by qualified name and in the model's order.
+def select_modules(model: nn.Module, modules: ModuleSelection, exclude: ModuleSelection | None = None) -> Selection:
+    """Choose among the BatchNorm layers of a model as ``modules=`` asks for it.
 
     Args:
         model: where to look.
@@ -67,27 +74,14 @@ def select_bn(
         InputError: something that matches no BatchNorm layer of this model; the message lists what there is.
     """
     if not isinstance(modules, str) or modules not in ("training", "all"):
-        chosen = select(model, _items("modules", modules), exclude, argument="modules").chosen
-        return {name: layer for name, layer in chosen.items() if is_batch_norm(layer)}
-    return {
+        return select(model, modules, exclude, argument="modules")
+    selection = select(model, None, exclude)
+    chosen = {
         name: layer
-        for name, layer in select(model, None, exclude).chosen.items()
-        if is_batch_norm(layer) and (modules == "all" or layer.training) and not is_frozen(layer)
+        for name, layer in selection.chosen.items()
+        if (modules == "all" or layer.training) and not is_frozen(layer)
     }
-
-
-class Selection(NamedTuple):
-    """What :func:`select` has found.
-
-    Attributes:
-        found: all layers of the model by qualified name, in its order.
-        chosen: those of them that are included and not excluded.
-        named: layers that the selection names one by one, by a name of theirs or as modules.
-    """
-
-    found: dict[str, nn.Module]
-    chosen: dict[str, nn.Module]
-    named: frozenset[nn.Module]
+    return selection._replace(chosen=chosen)
 
 
 def select(
@@ -126,14 +120,14 @@ def select(
     places = list(named_modules(model, remove_duplicate=not by_name))
     found = dict(_layers(places, is_layer, outermost))
     chosen = set(found.values()) if included is None else _matched(argument, what, included, model, found, places)
-    if excluded is not None:
-        chosen -= _matched("exclude", what, excluded, model, found, places)
+    left_out = set[nn.Module]() if excluded is None else _matched("exclude", what, excluded, model, found, places)
     asked_for = set(included or ())
     named = {module for name, module in places if name in asked_for or module in asked_for}
     return Selection(
         found,
-        {name: layer for name, layer in found.items() if layer in chosen},
+        {name: layer for name, layer in found.items() if layer in chosen and layer not in left_out},
         frozenset(named.intersection(found.values())),
+        frozenset(left_out),
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from precisebn.models.transaction import Transaction, refill
 from precisebn.nn.population import STATISTICS
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "same_bits"]
 
 
 class Snapshot:
@@ -256,9 +256,9 @@ class _TensorPicture:
             return
         if isinstance(self.value, torch.UntypedStorage):
             memory = self.tensor.untyped_storage()
-            if not _same_bits(memory, self.value):
+            if not same_bits(memory, self.value):
                 memory.copy_(self.value)
-        elif self.version_has_moved() or not _same_bits(self.tensor, self.value):
+        elif self.version_has_moved() or not same_bits(self.tensor, self.value):
             with torch.no_grad():
                 self.tensor.copy_(self.value)
 
@@ -270,7 +270,7 @@ class _TensorPicture:
             return "another place in memory, or shape"
         if self.requires_grad != later.requires_grad:
             return "requires_grad"
-        return "" if _same_bits(self.value, later.value) else "values"
+        return "" if same_bits(self.value, later.value) else "values"
 
 
 _USUAL = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64})
@@ -389,7 +389,7 @@ def _same_place(a: Tensor | None, b: Tensor | None) -> bool:
     return _geometry(a) == _geometry(b)
 
 
-def _same_bits(a: Any, b: Any) -> bool:
+def same_bits(a: Any, b: Any) -> bool:
     """Whether two tensors, or pieces of memory, are equal bit by bit: NaN equals NaN, 0 differs from -0."""
     if a is None or b is None:
         return a is b

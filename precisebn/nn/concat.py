@@ -1,6 +1,5 @@
 """ConcatSharedBN: several tensors normalized together, as if concatenated, without the concatenation."""
 
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import overload
@@ -10,14 +9,16 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from precisebn._torch import in_backward
+from precisebn._warnings import warn
 from precisebn.errors import InputError
 from precisebn.functional import batch_norm
+from precisebn.nn.multi_input import TakesLists
 from precisebn.nn.population import PopulationNorm
 
 __all__ = ["ConcatSharedBN"]
 
 
-class ConcatSharedBN(PopulationNorm):
+class ConcatSharedBN(TakesLists, PopulationNorm):
     r"""Batch normalization of several tensors by the statistics of all of them: list in, list out.
 
     For tensors :math:`x_1, \dots, x_L` that share a layer, such as the levels of a feature pyramid that go through the
@@ -82,6 +83,11 @@ class ConcatSharedBN(PopulationNorm):
             ys = [self.frozen(x, self.weight, self.bias) for x in tensors]
         return ys[0] if single else ys
 
+    @property
+    def needs_all(self) -> bool:
+        """Only where batch statistics are those of all."""
+        return self.uses_batch_statistics
+
     def _watch(self, y: Tensor | None) -> None:
         """Warn of single tensors, one after the other, that belong to one step: one backward is still to come for all.
 
@@ -95,13 +101,11 @@ class ConcatSharedBN(PopulationNorm):
             return
         if before is not None and not before.has_run:
             _warned.add(self)
-            warnings.warn(
+            warn(
                 f"{self._shown()} is called on one tensor after the other before a backward: in training it then "
                 "normalizes each by its own statistics, as nn.BatchNorm does. To normalize them together, call it on "
                 "a list of all: MultiInputSequential runs a head over a list, and precisebn.convert_shared_head(head, "
-                "how='concat') lets a head do so whose loop over feature levels stays as it is",
-                UserWarning,
-                stacklevel=5,  # whoever calls the layer
+                "how='concat') lets a head do so whose loop over feature levels stays as it is"
             )
             return
         backward = _Backward()

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from precisebn._torch import is_tracing
+from precisebn._torch import in_backward, is_tracing
 from precisebn.errors import CycleError, InputError
 from precisebn.functional import batch_norm, frozen_batch_norm, portable
 from precisebn.nn.norm import TO_PLAIN
-from precisebn.nn.population import Recordable, Recorder, in_backward, update_running_statistics
+from precisebn.nn.population import STATISTICS, Recordable, Recorder, update_running_statistics
 
 __all__ = ["CycleBatchNormList", "one_cycle"]
 
@@ -214,7 +214,7 @@ class CycleBatchNormList(Recordable):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Let a plain BatchNorm's checkpoint fill every member."""
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
+        for name in STATISTICS:
             if prefix + name in state_dict:
                 value = state_dict.pop(prefix + name)
                 state_dict.update({f"{prefix}{k}.{name}": value.clone() for k in range(self.length)})

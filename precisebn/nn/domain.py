@@ -9,6 +9,7 @@ from torch import Tensor
 from precisebn._torch import is_tracing
 from precisebn.errors import InputError
 from precisebn.functional import batch_norm, portable
+from precisebn.nn.multi_input import TakesLists
 from precisebn.nn.population import PopulationNorm
 from precisebn.nn.use_domain import Domain, checked_domain, current_domain
 from precisebn.statistics.moments import Moments
@@ -18,7 +19,7 @@ __all__ = ["DomainSpecificBN"]
 Sharing = Literal["domain", "shared"]
 
 
-class DomainSpecificBN(PopulationNorm):
+class DomainSpecificBN(TakesLists, PopulationNorm):
     r"""Batch normalization of inputs from K domains, each normalized by the statistics of its own, or of all.
 
     A sample i of domain :math:`d_i` becomes
@@ -77,8 +78,8 @@ class DomainSpecificBN(PopulationNorm):
 
     Raises:
         InputError: wrong input, no domain or one out of range, or a single value per channel (in a vector, a domain
-            with one value is normalized to its bias instead). (For a tensor of domains
-            on a GPU the range is checked there, by a device-side assertion.)
+            with one value is normalized to its bias instead). Of a tensor of domains on a GPU the range is checked
+            there, by a device-side assertion.
 
     Example:
         >>> bn = DomainSpecificBN(1, num_domains=2, eps=0.0)
@@ -145,7 +146,7 @@ class DomainSpecificBN(PopulationNorm):
     def _one(self, x: Tensor, domain: int) -> Tensor:
         y, moments = self._normalize_one(x, domain)
         if moments is not None:
-            self.track(moments, self._slot(domain))
+            self.track(moments, self._population_of(domain))
         return y
 
     def _mixed(self, x: Tensor, domain: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class DomainSpecificBN(PopulationNorm):
         if self._own_affine:
             weight, bias = (None if own is None else portable.row(x, own, domain) for own in (weight, bias))
         if not self.uses_batch_statistics:
-            return self.frozen(x, weight, bias, slot=self._slot(domain)), None
+            return self.frozen(x, weight, bias, population=self._population_of(domain)), None
         return batch_norm(x, weight, bias, eps=self.eps)
 
     @overload
@@ -208,7 +209,8 @@ class DomainSpecificBN(PopulationNorm):
         )
         return y, moments if self.population == "domain" else moments.sum()
 
-    def _slot(self, domain: int) -> int | None:
+    def _population_of(self, domain: int) -> int | None:
+        """Its index; None where there is one for all."""
         return domain if self.population == "domain" else None
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
-"""What modules share that take the Moments of their input: parameters, slots of population statistics, their update.
+"""What modules share that take the Moments of their input: parameters, populations, and their update.
 
-A slot is one set of running statistics. Most modules have one, in buffers of nn.BatchNorm's shape; a module with a
-population for each of K domains has K, in buffers with one dimension more. A module works out the Moments of what it
+A population is one set of running statistics. Most modules keep one, in buffers of nn.BatchNorm's shape; a module with
+one for each of K domains has buffers with one dimension more. A module works out the Moments of what it
 normalizes and hands them to :meth:`PopulationNorm.track`, the one place where running statistics are updated; a
 recalibration (:mod:`precisebn.recalibration.recording`) takes them there, exactly as they are, instead.
 
@@ -30,7 +30,6 @@ __all__ = [
     "Recorder",
     "RunningStatistics",
     "STATISTICS",
-    "in_backward",
     "update_running_statistics",
 ]
 
@@ -144,17 +143,12 @@ class PopulationNorm(Recordable, Norm):
                 setattr(self, name, torch.nn.Parameter(repeated) if owned is self._parameters else repeated)
 
     @property
-    def num_slots(self) -> int | None:
-        """K, or None for a single slot whose buffers have no dimension for it."""
-        return None if self.running_mean is None or self.running_mean.dim() == 1 else len(self.running_mean)
-
-    @property
     def uses_batch_statistics(self) -> bool:
         """Whether a forward normalizes with the statistics of its input, rather than with those of the population."""
         return self.training or self.running_mean is None or self.recorder is not None
 
     def populations(self) -> Sequence[RunningStatistics]:
-        """One for each slot."""
+        """One for each row of the buffers, or the only one."""
         mean, var, batches = map(self._buffers.get, STATISTICS)
         if mean is None or var is None:
             return ()
@@ -172,14 +166,14 @@ class PopulationNorm(Recordable, Norm):
         weight: Tensor | None,
         bias: Tensor | None,
         group: Tensor | None = None,
-        slot: int | None = None,
+        population: int | None = None,
     ) -> Tensor:
-        """Normalize by the running statistics, of one slot or of each sample's group."""
+        """Normalize by the running statistics, of one population or of that of each sample's group."""
         mean, var = self.running_mean, self.running_var
         assert mean is not None
         assert var is not None  # the caller has asked uses_batch_statistics
-        if slot is not None:
-            mean, var = portable.row(x, mean, slot), portable.row(x, var, slot)
+        if population is not None:
+            mean, var = portable.row(x, mean, population), portable.row(x, var, population)
         if isinstance(x, Proxy):
             if group is not None:
                 raise InputError(
@@ -210,26 +204,26 @@ class PopulationNorm(Recordable, Norm):
             )
         return x
 
-    def track(self, moments: Moments, slot: int | None = None) -> None:
+    def track(self, moments: Moments, population: int | None = None) -> None:
         """Update the running statistics from the Moments of a mini-batch; in training only.
 
         Not while a backward runs: a forward in there is a repetition by activation checkpointing, and its mini-batch
         has been counted.
 
         Args:
-            moments: of one slot ``(C,)``, or of all ``(K, C)``.
-            slot: which one, where there are several and the Moments are of one.
+            moments: of one population ``(C,)``, or of all ``(K, C)``.
+            population: its index, where there are several and the Moments are of one.
         """
         if self.recorder is not None:
-            self.recorder(moments, slot)
+            self.recorder(moments, population)
             return
         # Not as attributes, which nn.Module looks for in vain at first, and slowly.
         mean, var, batches = map(self._buffers.get, STATISTICS)
         updates = self.training and self.track_running_stats and not in_backward()
         if not updates or mean is None or var is None or batches is None:
             return
-        if slot is not None:
-            mean, var, batches = mean[slot], var[slot], batches[slot]
+        if population is not None:
+            mean, var, batches = mean[population], var[population], batches[population]
         update_running_statistics(self._shown(), moments, mean, var, batches, self.momentum)
 
     def _shown(self) -> str:
@@ -238,7 +232,7 @@ class PopulationNorm(Recordable, Norm):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Let a checkpoint with one set of statistics, or of weights, fill every slot."""
+        """Let a checkpoint with one set of statistics, or of weights, fill all populations, and all affines."""
         for name, own in (*self._parameters.items(), *self._buffers.items()):
             value = state_dict.get(prefix + name)
             single = () if name == "num_batches_tracked" else (self.num_features,)

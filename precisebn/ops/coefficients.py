@@ -19,7 +19,7 @@ def coefficients(
     ``scale * x + (bias - mean * scale)`` rounds at the size of x. Computed in float64. Not differentiable.
 
     Args:
-        mean: ``(C,)`` or ``(R, C)``, floating point, as are the next three.
+        mean: ``(C,)`` or ``(G, C)``, floating point, as are the next three.
         var: the biased variance, in the shape of ``mean``.
         weight: None is 1.
         bias: None is 0.
@@ -27,7 +27,7 @@ def coefficients(
         double: whether the result is float64, for float64 ``x``; else it is float32.
 
     Returns:
-        Three tensors ``(R, C)``; operands of one row apply to all rows.
+        Three tensors ``(G, C)``; operands of one group apply to all groups.
 
     >>> coefficients(torch.tensor([3.0]), torch.tensor([4.0]), None, torch.tensor([1.0]), 0.0, False)
     (tensor([[3.]]), tensor([[0.5000]]), tensor([[1.]]))

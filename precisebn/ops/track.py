@@ -20,17 +20,17 @@ def track(
 ) -> None:
     """Update running statistics as torch does: ``running = (1 - momentum) * running + momentum * batch``, in place.
 
-    Computed in float64; the mini-batch's variance is unbiased, ``m2 / (count - 1)``. A row whose count is below two has
-    no variance, and is left alone. Checks next to nothing. Not differentiable. In a graph it is plain arithmetic, which
-    compilers fuse.
+    Computed in float64; the mini-batch's variance is unbiased, ``m2 / (count - 1)``. A group whose count is below two
+    has no variance, and is left alone. Checks next to nothing. Not differentiable. In a graph it is plain arithmetic,
+    which compilers fuse.
 
     Args:
-        count: float64 ``()`` or ``(R,)``, of the mini-batch, as are the next two.
-        mean: float64 ``(C,)`` or ``(R, C)``.
+        count: float64 ``()`` or ``(G,)``, of the mini-batch, as are the next two.
+        mean: float64 ``(C,)`` or ``(G, C)``.
         m2: likewise.
         running_mean: of the shape of ``mean``, floating point, any strides.
         running_var: likewise.
-        num_batches: int64 ``()`` or ``(R,)``: grows by one.
+        num_batches: int64 ``()`` or ``(G,)``: grows by one.
         momentum: None is the average over all mini-batches.
 
     >>> from precisebn.ops import moments

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from precisebn.errors import InsufficientDataError
-from precisebn.models.families import is_frozen, populations_of
-from precisebn.models.selection import select
+from precisebn.models.families import populations_of
+from precisebn.models.selection import select_modules
 from precisebn.models.snapshot import Snapshot
 from precisebn.models.transaction import Transaction
 from precisebn.recalibration.report import reason_left_alone
@@ -70,19 +70,12 @@ def choose(settings: Settings) -> Choice:
     Raises:
         InputError: something that selects no BatchNorm layer of the model.
     """
-    keyword = settings.modules if isinstance(settings.modules, str) else None
-    by_mode = keyword in ("training", "all")
-    included = select(settings.model, None if by_mode else settings.modules, argument="modules")
-    excluded = {} if settings.exclude is None else select(settings.model, settings.exclude, argument="exclude").chosen
-    result = Choice(some_are_lazy=any(map(_is_lazy, included.found.values())))
-    for name, layer in included.found.items():
-        if name in excluded:
+    selection = select_modules(settings.model, settings.modules, settings.exclude)
+    result = Choice(some_are_lazy=any(map(_is_lazy, selection.found.values())))
+    for name, layer in selection.found.items():
+        if layer in selection.excluded:
             result.skipped[name] = EXCLUDED
-        elif (
-            name not in included.chosen
-            or (by_mode and is_frozen(layer))
-            or (keyword == "training" and not layer.training)
-        ):
+        elif name not in selection.chosen:
             result.skipped[name] = reason_left_alone(layer, settings.modules)
         else:
             result.chosen += 1

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from precisebn.errors import InputError, NonFiniteStatisticsError, add_note
+from precisebn.errors import InputError, NonFiniteStatisticsError
 from precisebn.models.families import is_batch_norm, normalizes_its_input, populations_of
 from precisebn.models.selection import named_modules
 from precisebn.models.snapshot import Snapshot
@@ -112,12 +112,10 @@ class Recording(AbstractContextManager["Recording"]):
             elif not self._stopped:
                 steps.on_undo(self._before.put_back_statistics)
         steps.on_undo(self._temporary.undo)
-        try:
+        if error is None:
             steps.undo()
-        except Exception as failure:
-            if error is None:
-                raise
-            add_note(error, f"precisebn: putting the model back raised, too: {failure!r}")
+        else:
+            steps.__exit__(kind, error, traceback)
 
     def stop(self) -> None:
         """No more mini-batches: the model runs as before, and running statistics are what they were, to be written now.

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from precisebn import ops
 from precisebn.models.families import is_frozen
 from precisebn.models.selection import ModuleSelection
-from precisebn.statistics.estimator import is_dead
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,34 +57,6 @@ class LayerReport:
     max_var_drift: float
     mean_error: float
     var_error: float
-
-    @classmethod
-    def comparing(
-        cls, name: str, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float, **measured: Any
-    ) -> "LayerReport":
-        """What lies between old and new (mean, variance), each ``(C,)`` and float64.
-
-        Args:
-            name: of the layer.
-            old: the statistics that it had.
-            new: the statistics that it gets.
-            eps: what the layer adds to its variance.
-            measured: the fields that no comparison gives: num_batches, count, mean_error and var_error.
-        """
-        dead = is_dead(new[1], eps)
-        unit = new[1][~dead] + eps
-        mean_drift = (old[0] - new[0])[~dead].abs() / unit.sqrt()
-        var_drift = ((old[1][~dead].clamp(min=0.0) + eps) / unit).log().abs()
-        return cls(
-            name=name,
-            num_channels=dead.numel(),
-            dead_channels=int(dead.sum()),
-            mean_drift=_root_mean_square(mean_drift),
-            max_mean_drift=_maximum(mean_drift),
-            var_drift=_root_mean_square(var_drift),
-            max_var_drift=_maximum(var_drift),
-            **measured,
-        )
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -346,14 +317,6 @@ def fallback_in_use(devices: Iterable[str]) -> str:
 def largest(errors: Iterable[float]) -> float:
     """The largest of some standard errors, leaving out those not known yet; NaN if none is known."""
     return max((error for error in errors if not math.isnan(error)), default=math.nan)
-
-
-def _root_mean_square(drift: Tensor) -> float:
-    return float(drift.square().mean().sqrt()) if drift.numel() else 0.0
-
-
-def _maximum(drift: Tensor) -> float:
-    return float(drift.max()) if drift.numel() else 0.0
 
 
 def _nan_is_infinite(drift: float) -> float:

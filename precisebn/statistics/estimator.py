@@ -13,12 +13,13 @@ correlated data", 1989). So the assumption left is that correlation dies out wit
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from precisebn.ops.chan import merge, merge_rows
+from precisebn.statistics.block_moments import BlockDeviations, BlockMoments, Level
+from precisebn.statistics.flat_moments import FlatMoments, per_channel
 from precisebn.statistics.moments import Moments
 
 __all__ = ["ESTIMATORS", "MIN_BLOCKS", "EstimatorName", "Population", "PopulationEstimator", "is_dead"]
@@ -111,14 +112,14 @@ class PopulationEstimator:
         self._current = torch.zeros(size, dtype=torch.float64, device=device)
         self._waiting = self._current.new_zeros(_MAX_WAITING, size)
         self._num_waiting = 0
-        self._slots = self._slots_of(_FlatMoments(self._current, self.layer_of_channel))
+        self._slots = self._slots_of(FlatMoments(self._current, self.layer_of_channel))
 
-        self._population = _FlatMoments(torch.zeros_like(self._current), self.layer_of_channel)
+        self._population = FlatMoments(torch.zeros_like(self._current), self.layer_of_channel)
         self.num_batches = torch.zeros_like(self._population.count)
         self._average_mean = torch.zeros_like(self._population.mean)
         self._average_var = torch.zeros_like(self._population.mean)
         self._first_nonfinite = torch.full_like(self.layer_of_channel, -1)
-        self._levels: list[_Level] = []
+        self._levels: list[Level] = []
         self._num_taken_in = 0
 
     def slot(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,8 +130,8 @@ class PopulationEstimator:
         return self._slots[layer]
 
     def slots(self, first: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for consecutive layers of C channels each: count ``(K,)``, mean and m2 ``(K, C)``."""
-        flat = _FlatMoments(self._current, self.layer_of_channel)
+        """The same for M consecutive layers, ``number``, of C channels each: count ``(M,)``, mean and m2 ``(M, C)``."""
+        flat = FlatMoments(self._current, self.layer_of_channel)
         offset, channels = sum(self.num_channels[:first]), self.num_channels[first]
         mean, m2 = (part.narrow(0, offset, number * channels).view(number, channels) for part in (flat.mean, flat.m2))
         return flat.count.narrow(0, first, number), mean, m2
@@ -158,7 +159,7 @@ class PopulationEstimator:
         return self._current.device
 
     @property
-    def population(self) -> "_FlatMoments":
+    def population(self) -> FlatMoments:
         """Moments of all values of all mini-batches that have ended."""
         self._take_in()
         return self._population
@@ -191,18 +192,18 @@ class PopulationEstimator:
         """
         num_levels = self.num_levels if num_levels is None else num_levels
         count, mean, within, num_batches, average = self._merge_counts_and_means(all_reduce)
-        channel_count = _per_channel(count, self.layer_of_channel).clamp(min=1.0)
+        channel_count = per_channel(count, self.layer_of_channel).clamp(min=1.0)
 
-        # Second sum over ranks: now that all know the mean, deviations from it, and the spread of the blocks. The
-        # spread is taken about the mean variance within ranks, which all know by now as well, rather than about the
-        # variance, which this very sum brings.
+        # Second sum over ranks: now that all know the mean, deviations from it, of values and of blocks. The blocks'
+        # variances deviate from the mean variance within ranks, which all know by now as well: the variance itself is
+        # what this very sum brings.
         reference = within / channel_count
         own_m2 = self.population.m2 + self.population.channel_count() * (self.population.mean - mean).square()
-        spreads = [
-            self._levels[i].spread.about(mean, reference) if i < self.num_levels else self._no_spread()
+        of_blocks = [
+            self._levels[i].moments.about(mean, reference) if i < self.num_levels else self._no_deviations()
             for i in range(num_levels)
         ]
-        flat = torch.cat([own_m2, *(part for spread in spreads for part in spread)])
+        flat = torch.cat([own_m2, *(part for sums in of_blocks for part in sums)])
         if all_reduce is not None:
             all_reduce(flat)
         num_layers, num_flat = count.numel(), mean.numel()
@@ -212,9 +213,9 @@ class PopulationEstimator:
         for i in range(num_levels):
             if all_reduce is None and self._num_taken_in >> i < MIN_BLOCKS:
                 break  # no layer has enough blocks of this size, nor of larger ones
-            spread = SpreadSums(*parts[6 * i : 6 * i + 6])
-            enough = spread.num_blocks >= MIN_BLOCKS
-            errors = self._layer_errors(spread, channel_count, var, var - reference, eps)
+            deviations = BlockDeviations(*parts[6 * i : 6 * i + 6])
+            enough = deviations.num_blocks >= MIN_BLOCKS
+            errors = self._layer_errors(deviations, channel_count, var, var - reference, eps)
             for worst, error in zip((mean_error, var_error), errors, strict=True):
                 worst.copy_(torch.where(enough, torch.fmax(worst, error), worst))
         if average is not None:
@@ -230,33 +231,33 @@ class PopulationEstimator:
         if all_reduce is None:
             average = (self._average_mean.clone(), self._average_var.clone()) if averaging else None
             return own.count.clone(), own.mean.clone(), own.m2, self.num_batches.clone(), average
-        num_batches = _per_channel(self.num_batches, self.layer_of_channel)
+        num_batches = per_channel(self.num_batches, self.layer_of_channel)
         averages = (num_batches * self._average_mean, num_batches * self._average_var) if averaging else ()
         flat = torch.cat([own.count, self.num_batches, own.channel_count() * own.mean, own.m2, *averages])
         all_reduce(flat)
         num_layers, num_flat = own.count.numel(), own.mean.numel()
         count, batches, total, m2, *sums = flat.split([num_layers] * 2 + [num_flat] * (2 + len(averages)))
-        per_channel = _per_channel(batches, self.layer_of_channel).clamp(min=1.0)
-        average = (sums[0] / per_channel, sums[1] / per_channel) if averaging else None
-        return count, total / _per_channel(count, self.layer_of_channel).clamp(min=1.0), m2, batches, average
+        num_batches = per_channel(batches, self.layer_of_channel).clamp(min=1.0)
+        average = (sums[0] / num_batches, sums[1] / num_batches) if averaging else None
+        return count, total / per_channel(count, self.layer_of_channel).clamp(min=1.0), m2, batches, average
 
     def _layer_errors(
-        self, spread: "SpreadSums", channel_count: Tensor, var: Tensor, var_offset: Tensor, eps: Tensor
+        self, blocks: BlockDeviations, channel_count: Tensor, var: Tensor, var_offset: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Standard errors from the spread of one size of block, per layer, in the layer's own units."""
-        weight = _per_channel(spread.weight, self.layer_of_channel)
-        about_var = spread.u_square - 2.0 * var_offset * spread.u + weight * var_offset.square()
-        blocks = _per_channel(spread.num_blocks, self.layer_of_channel)
-        covered = _per_channel(spread.covered, self.layer_of_channel).clamp(min=1.0)
-        factor = blocks / (blocks - 1.0).clamp(min=1.0) / (covered * channel_count)
-        eps = _per_channel(eps, self.layer_of_channel)
+        """Standard errors from the blocks of one size, per layer, in the layer's own units."""
+        weight = per_channel(blocks.weight, self.layer_of_channel)
+        about_var = blocks.u_square - 2.0 * var_offset * blocks.u + weight * var_offset.square()
+        number = per_channel(blocks.num_blocks, self.layer_of_channel)
+        covered = per_channel(blocks.covered, self.layer_of_channel).clamp(min=1.0)
+        factor = number / (number - 1.0).clamp(min=1.0) / (covered * channel_count)
+        eps = per_channel(eps, self.layer_of_channel)
         scale, alive = var + eps, ~is_dead(var, eps)
         num_alive = self._layer_sums(alive).clamp(min=1.0)
 
         def layer_rms(squared: Tensor) -> Tensor:
             return (self._layer_sums(squared.where(alive, squared.new_zeros(()))) / num_alive).sqrt()
 
-        return layer_rms(spread.m_square * factor / scale), layer_rms(
+        return layer_rms(blocks.m_square * factor / scale), layer_rms(
             about_var.clamp(min=0.0) * factor / scale.square()
         )
 
@@ -265,16 +266,16 @@ class PopulationEstimator:
         of_layers: tuple[Tensor, ...] = values.split(self.num_channels)
         return torch.stack([layer.sum(dtype=torch.float64) for layer in of_layers])
 
-    def _no_spread(self) -> "SpreadSums":
+    def _no_deviations(self) -> BlockDeviations:
         zeros = torch.zeros_like(self.population.mean)
         none = torch.zeros_like(self.num_batches)
-        return SpreadSums(none, none, none, zeros, zeros, zeros)
+        return BlockDeviations(none, none, none, zeros, zeros, zeros)
 
     def _take_in(self) -> None:
-        """Merge the mini-batches that wait into the population, the averages and the spreads of blocks."""
+        """Merge the mini-batches that wait into the population, the averages and the blocks."""
         if self._num_waiting == 0:
             return
-        batches = _FlatMoments(self._waiting[: self._num_waiting], self.layer_of_channel)
+        batches = FlatMoments(self._waiting[: self._num_waiting], self.layer_of_channel)
         self._note_nonfinite(batches)
         if self.kind == "batch-mean":
             self._average(batches)
@@ -284,28 +285,28 @@ class PopulationEstimator:
         self._num_taken_in += self._num_waiting
         self._num_waiting = 0
 
-    def _note_nonfinite(self, batches: "_FlatMoments") -> None:
+    def _note_nonfinite(self, batches: FlatMoments) -> None:
         """Remember the mini-batch in which a channel first met NaN or Inf, without asking the device for it."""
         bad = batches.m2 - batches.m2 != 0  # 0 but for NaN and Inf; in half the time of isfinite
         first = self._num_taken_in + bad.byte().argmax(0)
         self._first_nonfinite = first.where(bad.any(0).logical_and_(self._first_nonfinite < 0), self._first_nonfinite)
 
-    def _average(self, batches: "_FlatMoments") -> None:
+    def _average(self, batches: FlatMoments) -> None:
         """Add mini-batches to the plain averages, all that reached a layer weighing the same."""
         channel_count = batches.channel_count()
         reached = channel_count > 0
         unbiased = batches.m2 / (channel_count - 1.0).clamp(min=1.0)
-        seen = _per_channel(self.num_batches, self.layer_of_channel) + reached.sum(0)
+        seen = per_channel(self.num_batches, self.layer_of_channel) + reached.sum(0)
         for average, values in ((self._average_mean, batches.mean), (self._average_var, unbiased)):
             average.add_(((values - average) * reached).sum(0).div_(seen.clamp(min=1.0)))
 
-    def _push(self, blocks: "_FlatMoments") -> None:
-        """Record blocks of mini-batches in the spread of their level; pairs of neighbours go, merged, a level up."""
+    def _push(self, blocks: FlatMoments) -> None:
+        """Record blocks of mini-batches at their level; pairs of neighbours go, merged, a level up."""
         for i in range(64):
             if i == len(self._levels):
-                self._levels.append(_Level(BatchSpread(self.layer_of_channel, len(self.num_channels))))
+                self._levels.append(Level(BlockMoments(self.layer_of_channel, len(self.num_channels))))
             level = self._levels[i]
-            level.spread.add(blocks, self._population.mean)
+            level.moments.add(blocks, self._population.mean)
             if level.pending is not None:
                 blocks = level.pending.followed_by(blocks)
             level.pending = blocks.last() if len(blocks) % 2 else None
@@ -313,167 +314,7 @@ class PopulationEstimator:
                 return
             blocks = blocks.merged_pairs()
 
-    def _slots_of(self, moments: "_FlatMoments") -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _slots_of(self, moments: FlatMoments) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Views of each layer's part."""
         mean, m2 = moments.mean.split(self.num_channels), moments.m2.split(self.num_channels)
         return list(zip(moments.count.split(1), mean, m2, strict=True))
-
-
-class _FlatMoments:
-    """Moments of all layers, of one or several mini-batches: counts, then all means, then all m2, in one tensor.
-
-    Args:
-        buffer: float64, ``(L + 2 S,)``, or ``(K, L + 2 S)`` for K mini-batches.
-        layer_of_channel: ``(S,)``.
-    """
-
-    def __init__(self, buffer: Tensor, layer_of_channel: Tensor) -> None:
-        self.buffer = buffer
-        self.layer_of_channel = layer_of_channel
-        channels = layer_of_channel.numel()
-        self.count = buffer.narrow(-1, 0, buffer.shape[-1] - 2 * channels)
-        self.mean = buffer.narrow(-1, buffer.shape[-1] - 2 * channels, channels)
-        self.m2 = buffer.narrow(-1, buffer.shape[-1] - channels, channels)
-
-    def __len__(self) -> int:
-        return self.buffer.shape[0]
-
-    def channel_count(self) -> Tensor:
-        """The count of each channel's layer."""
-        return _per_channel(self.count, self.layer_of_channel)
-
-    def merge_(self, other: "_FlatMoments") -> None:
-        """Merge the other's moments into these, layer by layer."""
-        mean, m2 = merge(self.channel_count(), self.mean, self.m2, other.channel_count(), other.mean, other.m2)
-        torch.cat([self.count + other.count, mean, m2], dim=-1, out=self.buffer)
-
-    def merged(self) -> "_FlatMoments":
-        """The mini-batches as one."""
-        return self._of(self.count.sum(0), *merge_rows(self.channel_count(), self.mean, self.m2))
-
-    def merged_pairs(self) -> "_FlatMoments":
-        """Mini-batches 0 and 1 as one, 2 and 3 as one, ...; an odd last one is left out."""
-        even, odd = (
-            _FlatMoments(self.buffer[first : len(self) - len(self) % 2 : 2], self.layer_of_channel) for first in (0, 1)
-        )
-        merged = merge(even.channel_count(), even.mean, even.m2, odd.channel_count(), odd.mean, odd.m2)
-        return self._of(even.count + odd.count, *merged)
-
-    def followed_by(self, others: "_FlatMoments") -> "_FlatMoments":
-        """These mini-batches and then others."""
-        return _FlatMoments(torch.cat([self.buffer, others.buffer]), self.layer_of_channel)
-
-    def last(self) -> "_FlatMoments":
-        """A copy of the last mini-batch, still in a row of its own."""
-        return _FlatMoments(self.buffer[-1:].clone(), self.layer_of_channel)
-
-    def _of(self, count: Tensor, mean: Tensor, m2: Tensor) -> "_FlatMoments":
-        return _FlatMoments(torch.cat([count, mean, m2], dim=-1), self.layer_of_channel)
-
-
-class SpreadSums(NamedTuple):
-    """Sums over the blocks of one size, which add up over ranks: see :class:`BatchSpread` for n, m and u.
-
-    Attributes:
-        num_blocks: per layer.
-        covered: sum of n, per layer.
-        weight: sum of n^2, per layer.
-        m_square: sum of n^2 (m - mean)^2, per channel.
-        u: sum of n^2 (u - reference_var), per channel.
-        u_square: sum of n^2 (u - reference_var)^2, per channel.
-    """
-
-    num_blocks: Tensor
-    covered: Tensor
-    weight: Tensor
-    m_square: Tensor
-    u: Tensor
-    u_square: Tensor
-
-
-class BatchSpread:
-    """How far the means and variances of blocks of values lie apart: what standard errors are made of.
-
-    For block i with n_i values, mean m_i and variance v_i, the population mean and variance are averages weighted by
-    n_i: of m_i, and of u_i = v_i + (m_i - mean)^2. Their squared standard errors, for K blocks, are those of a ratio
-    of sums (Cochran, Sampling Techniques, 1977, sec. 2.11):
-
-        K / (K - 1) * sum n_i^2 (m_i - mean)^2 / (sum n_i)^2,    and the same with u_i and the variance.
-
-    A block that still waits for its second half is not among the K; the error of the whole is then smaller by
-    sum n_i over the count of all values.
-
-    The final mean is not known while blocks arrive, so u_i cannot be summed directly. With a fixed ``center`` c per
-    channel, a_i = m_i - c and q_i = v_i + a_i^2, and d = mean - c, it is u_i = q_i - 2 d a_i + d^2 exactly: the
-    means and co-moments of (a, q), weighted by n_i^2, are enough, and they merge like any Moments. The center is the
-    mean of what was known at the first block, so that no digits are lost to a large common mean.
-    """
-
-    def __init__(self, layer_of_channel: Tensor, num_layers: int) -> None:
-        flat = torch.zeros(layer_of_channel.numel(), dtype=torch.float64, device=layer_of_channel.device)
-        self.layer_of_channel = layer_of_channel
-        self.num_blocks = flat.new_zeros(num_layers)
-        self.count = flat.new_zeros(num_layers)
-        self.weight = flat.new_zeros(num_layers)
-        self.center, self.mean_a, self.mean_q = flat.clone(), flat.clone(), flat.clone()
-        self.aa, self.aq, self.qq = flat.clone(), flat.clone(), flat.clone()
-
-    def add(self, blocks: _FlatMoments, known_mean: Tensor) -> None:
-        """Add blocks; layers that a block did not reach stay as they are.
-
-        Args:
-            blocks: one or several.
-            known_mean: ``(S,)``, the mean of all values so far, these included.
-        """
-        unseen = self.weight == 0
-        self.center.addcmul_(known_mean, _per_channel(unseen.double(), self.layer_of_channel))  # 0 so far
-
-        weights = blocks.count.square()
-        added = weights.sum(0)
-        shares = _per_channel(weights / added.clamp(min=1.0), self.layer_of_channel)
-        a = blocks.mean - self.center
-        q = a.square().addcdiv_(blocks.m2, blocks.channel_count().clamp(min=1.0))
-        mean_a, mean_q = (a * shares).sum(0), (q * shares).sum(0)
-        a.sub_(mean_a)
-        q.sub_(mean_q)
-        weighted_a, weighted_q = a * shares, q.mul(shares)
-
-        total = self.weight + added
-        added_channel = _per_channel(added, self.layer_of_channel)
-        step = _per_channel(added / total.clamp(min=1.0), self.layer_of_channel)
-        gain = step * _per_channel(self.weight, self.layer_of_channel)
-        delta_a, delta_q = mean_a.sub_(self.mean_a), mean_q.sub_(self.mean_q)
-        self.mean_a.addcmul_(delta_a, step)
-        self.mean_q.addcmul_(delta_q, step)
-        for co_moment, within, between in (
-            (self.aa, (a * weighted_a).sum(0), delta_a * delta_a),
-            (self.aq, (a * weighted_q).sum(0), delta_a * delta_q),
-            (self.qq, (q * weighted_q).sum(0), delta_q * delta_q),
-        ):
-            co_moment.addcmul_(within, added_channel).addcmul_(between, gain)
-        self.weight = total
-        self.count.add_(blocks.count.sum(0))
-        self.num_blocks.add_((blocks.count > 0).sum(0))
-
-    def about(self, mean: Tensor, reference_var: Tensor) -> "SpreadSums":
-        """The sums over blocks that standard errors need, about a given mean and variance."""
-        weight = _per_channel(self.weight, self.layer_of_channel)
-        d = mean - self.center
-        m_square = self.aa + weight * (self.mean_a - d).square()
-        offset = self.mean_q - 2.0 * d * self.mean_a + d.square() - reference_var
-        u_square = (self.qq - 4.0 * d * self.aq + 4.0 * d.square() * self.aa).clamp(min=0.0)
-        u_square = u_square + weight * offset.square()
-        return SpreadSums(self.num_blocks, self.count, self.weight, m_square, weight * offset, u_square)
-
-
-class _Level:
-    """Blocks of one size: their spread, and the block that waits for its neighbour."""
-
-    def __init__(self, spread: BatchSpread) -> None:
-        self.spread = spread
-        self.pending: _FlatMoments | None = None
-
-
-def _per_channel(per_layer: Tensor, layer_of_channel: Tensor) -> Tensor:
-    """Each channel's entry of ``(..., L)``, as ``(..., S)``; ``index_select`` takes a third of the time of indexing."""
-    return per_layer.index_select(-1, layer_of_channel)

@@ -1,19 +1,21 @@
 """replace_batchnorm with factories of one's own."""
 
+import copy
+
 import pytest
+import torch
 from model_zoo import CONVERSIONS, Picture, X, convnet
 from torch import Tensor, nn
 
-from precisebn import InputError
+from precisebn import InputError, batch_norm, update_bn_stats
 from precisebn.conversion.converters import (
     convert_frozen_batchnorm,
     convert_ghost,
     convert_to_batchnorm,
     replace_batchnorm,
 )
-from precisebn.nn import (
-    GhostBN,
-)
+from precisebn.nn import GhostBN
+from precisebn.nn.population import PopulationNorm
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -40,6 +42,39 @@ def test_a_factory_of_ones_own_and_the_way_back():
     convert_to_batchnorm(model)
     assert Picture(model).modules == with_hook.modules == before.modules
     assert model[1].eps == 1e-5
+
+
+class Own(PopulationNorm):
+    """A module of one's own, over the protocol of population statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.uses_batch_statistics:
+            return self.frozen(self.check(x), self.weight, self.bias)
+        y, moments = batch_norm(self.check(x), self.weight, self.bias, eps=self.eps)
+        self.track(moments)
+        return y
+
+
+def test_a_module_of_ones_own_comes_is_recalibrated_and_goes_back_with_what_it_has_learned():
+    model, batches = convnet(), [X, 2 * X]
+    plain = copy.deepcopy(model)
+    before = Picture(model)
+    replace_batchnorm(model, lambda bn: Own(bn.num_features, eps=bn.eps, momentum=bn.momentum))
+    assert type(model[1]) is type(model[7]) is Own
+    convert_to_batchnorm(model)
+    assert Picture(model) == before
+    replace_batchnorm(model, lambda bn: Own(bn.num_features, eps=bn.eps, momentum=bn.momentum))
+    for net in (model, plain):
+        report = update_bn_stats(net, batches, None)
+        assert [layer.name for layer in report.layers] == ["1", "7"]
+    convert_to_batchnorm(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value)
+    layer = replace_batchnorm(nn.BatchNorm2d(4), lambda bn: Own(bn.num_features))
+    layer.forward = layer.forward
+    with pytest.raises(InputError, match="forward of its own, put on the instance"):
+        convert_to_batchnorm(layer)
 
 
 def test_a_factory_gets_what_the_layer_was_and_may_let_it_be():

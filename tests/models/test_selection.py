@@ -6,7 +6,7 @@ from conftest import state_of
 from torch import nn
 
 from precisebn import InputError, get_bn_modules, update_bn_stats
-from precisebn.models.selection import find_bn, named_modules, select, select_bn
+from precisebn.models.selection import named_modules, select, select_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,7 +150,8 @@ EXCLUSIONS = {
 def test_exclude(model, name):
     modules, exclude, expected = EXCLUSIONS[name]
     model.head.eval()
-    assert list(select_bn(model, modules, exclude(model) if callable(exclude) else exclude)) == expected
+    selection = select_modules(model, modules, exclude(model) if callable(exclude) else exclude)
+    assert list(selection.chosen) == expected
 
 
 def test_a_selection_says_what_was_named_one_by_one(model):
@@ -201,9 +202,9 @@ def test_get_bn_modules_finds_subclasses_and_lazy_layers():
 
 def test_a_pattern_selects_the_layers_inside_what_it_matches():
     model = nn.ModuleDict({name: nn.Sequential(nn.BatchNorm1d(2)) for name in ("layer1", "layer2", "head")})
-    assert list(select_bn(model, "layer[12]")) == ["layer1.0", "layer2.0"]
+    assert list(select_modules(model, "layer[12]").chosen) == ["layer1.0", "layer2.0"]
 
 
 def test_names_are_those_without_wrappers():
     model = nn.Sequential(nn.BatchNorm1d(2), torch.optim.swa_utils.AveragedModel(nn.Sequential(nn.BatchNorm1d(2))))
-    assert list(find_bn(nn.DataParallel(model))) == ["0", "1.0"]
+    assert list(select(nn.DataParallel(model), None).found) == ["0", "1.0"]

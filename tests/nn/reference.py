@@ -68,10 +68,10 @@ class Running:
         self.var = (1 - share) * self.var + share * v.var(0, correction=1)
         return self
 
-    def assert_in(self, bn: nn.Module, slot: int | None = None) -> None:
+    def assert_in(self, bn: nn.Module, population: int | None = None) -> None:
         mean, var, batches = bn.running_mean, bn.running_var, bn.num_batches_tracked
-        if slot is not None:
-            mean, var, batches = mean[slot], var[slot], batches[slot]
+        if population is not None:
+            mean, var, batches = mean[population], var[population], batches[population]
         assert int(batches) == self.batches
         assert_rounded(mean, self.mean)
         assert_rounded(var, self.var)

@@ -246,6 +246,13 @@ def test_a_loop_over_levels_is_told_of_once_that_it_normalizes_each_alone():
         level_by_level(copy.deepcopy(bn)).backward()
 
 
+def test_the_line_that_is_named_is_the_users_also_where_the_layer_lies_in_containers():
+    head = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), ConcatSharedBN(3)))
+    with pytest.warns(UserWarning, match="one tensor after the other") as caught:
+        level_by_level(head).backward()
+    assert caught[0].filename == __file__
+
+
 def test_one_tensor_a_step_is_no_loop():
     """Layers of a model with one input, after convert_concat_shared: nothing is wrong with them."""
     bn = ConcatSharedBN(3)

@@ -74,8 +74,8 @@ class Module:
         build: the module.
         call: it on a list of two tensors, giving two.
         trained: what it gives in training, by definition.
-        slots: for each population, its name in a report, as it follows the module's name; and which of the two tensors
-            its values are from. Frozen ones have one too, which training does not move.
+        populations: of each, its name in a report, as it follows the module's name; and which of the two tensors its
+            values are from. Frozen ones have one too, which training does not move.
         frozen: whether training does not move it, and normalizes by it.
         batch_statistics_in_eval: whether evaluation normalizes by the mini-batch.
     """
@@ -83,7 +83,7 @@ class Module:
     build: Callable[[], nn.Module]
     call: Callable[[nn.Module, list[Tensor]], list[Tensor]]
     trained: Reference
-    slots: dict[str, tuple[int, ...]]
+    populations: dict[str, tuple[int, ...]]
     frozen: bool = False
     batch_statistics_in_eval: bool = False
 
@@ -102,21 +102,21 @@ class Module:
         """What it gives in evaluation, by definition."""
         if self.batch_statistics_in_eval:
             return self.trained
-        populations = [self.population(module, slot) for slot in self.slots]
-        by_tensor = {i: populations[s] for s, tensors in enumerate(self.slots.values()) for i in tensors}
+        populations = [self.population(module, which) for which in self.populations]
+        by_tensor = {i: populations[s] for s, tensors in enumerate(self.populations.values()) for i in tensors}
 
         def reference(xs: list[Tensor], w: Tensor | None, b: Tensor | None) -> list[Tensor]:
             return [normalized(x, by_tensor[i][0], by_tensor[i][1], row(w, i), row(b, i)) for i, x in enumerate(xs)]
 
         return reference
 
-    def population(self, module: nn.Module, slot: str) -> tuple[Tensor, Tensor, Tensor]:
+    def population(self, module: nn.Module, which: str) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of running mean and variance, float64, and number of mini-batches."""
         inner = affine_of(module)
-        if slot.startswith("."):
-            inner, slot = module.get_submodule(slot[1:]), ""
+        if which.startswith("."):
+            inner, which = module.get_submodule(which[1:]), ""
         buffers = [inner.running_mean, inner.running_var, inner.num_batches_tracked]
-        mean, var, batches = (b[int(slot[1:-1])] if slot else b for b in buffers)
+        mean, var, batches = (b[int(which[1:-1])] if which else b for b in buffers)
         return mean.double(), var.double(), batches.clone()
 
 
@@ -227,9 +227,9 @@ def test_train(module):
     before = values_of(layer)
     reference = module.evaluated(layer) if module.frozen else module.trained
     expected = []
-    for slot, tensors in module.slots.items():
+    for which, tensors in module.populations.items():
         running = Running(3)
-        running.mean, running.var, batches = module.population(layer, slot)
+        running.mean, running.var, batches = module.population(layer, which)
         running.batches = int(batches)
         for xs in [[inputs[i] for i in tensors]] if module.call is as_a_list else [[inputs[i]] for i in tensors]:
             running.see(*xs)
@@ -244,8 +244,8 @@ def test_train(module):
     if module.frozen:
         assert values_of(layer) == before
         return
-    for slot, running in zip(module.slots, expected, strict=True):
-        mean, var, batches = module.population(layer, slot)
+    for which, running in zip(module.populations, expected, strict=True):
+        mean, var, batches = module.population(layer, which)
         torch.testing.assert_close((mean, var), (running.mean, running.var), rtol=1e-13, atol=1e-13)
         assert int(batches) == running.batches
 
@@ -260,15 +260,15 @@ def test_eval(module):
 
 @every_module
 def test_state_dict(module):
-    """A plain BatchNorm's checkpoint fills every slot; its own comes back bit for bit; one slot has torch's keys."""
+    """A plain checkpoint fills all populations; its own comes back bit for bit; a single one has torch's keys."""
     plain = with_random_population(with_random_affine(nn.BatchNorm2d(3)))
     plain(sample((4, 3, 3, 2)))
     net, prefix = nn.ModuleDict({"bn": module.new()}), "bn."
     if isinstance(net["bn"], MultiInputSequential):
         prefix = "bn.0."
     net.load_state_dict({prefix + key: value for key, value in plain.state_dict().items()})
-    for slot in module.slots:
-        mean, var, batches = module.population(net["bn"], slot)
+    for which in module.populations:
+        mean, var, batches = module.population(net["bn"], which)
         assert torch.equal(mean, plain.running_mean.double())
         assert torch.equal(var, plain.running_var.double())
         assert int(batches) == 1
@@ -284,7 +284,7 @@ def test_state_dict(module):
     other.load_state_dict(own.state_dict())
     assert values_of(own) == values_of(other)
 
-    if len(module.slots) == 1:
+    if len(module.populations) == 1:
         assert layer.state_dict().keys() == plain.state_dict().keys()
         plain.load_state_dict(affine_of(own).state_dict())
         assert torch.equal(plain.running_mean, affine_of(own).running_mean)
@@ -642,13 +642,13 @@ def loader(dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
 
 
 def assert_has_the_population_of(module: Module, net: Net, report: precisebn.UpdateReport) -> None:
-    """Every slot has mean and biased variance, by NumPy, of all values that reached it."""
-    assert [layer.name for layer in report.layers] == [f"layer{slot}" for slot in module.slots]
-    for (slot, tensors), layer in zip(module.slots.items(), report.layers, strict=True):
+    """Every population has mean and biased variance, by NumPy, of all values that reached it."""
+    assert [layer.name for layer in report.layers] == [f"layer{which}" for which in module.populations]
+    for (which, tensors), layer in zip(module.populations.items(), report.layers, strict=True):
         with torch.no_grad():
             seen = [net.conv(batch[i]).numpy() for batch in loader() for i in tensors]
         values = np.concatenate([np.moveaxis(x, 1, -1).reshape(-1, 3) for x in seen])
-        mean, var, _ = module.population(net.layer, slot)
+        mean, var, _ = module.population(net.layer, which)
         np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
         np.testing.assert_allclose(var, values.var(0), rtol=1e-12)
         assert (layer.count, layer.num_batches) == (len(values), len(SIZES))
@@ -657,9 +657,9 @@ def assert_has_the_population_of(module: Module, net: Net, report: precisebn.Upd
 @every_module
 @pytest.mark.parametrize("how", ["training", "all", "layer"])
 def test_update_bn_stats(module, how):
-    """Each slot gets the exact population of its own domain; frozen ones stay, unless they are named."""
+    """Each population is exactly that of its own domain; frozen ones stay, unless they are named."""
     net = Net(module, torch.float64).train(how != "all")
-    batches = [int(module.population(net.layer, slot)[2]) for slot in module.slots]
+    batches = [int(module.population(net.layer, which)[2]) for which in module.populations]
     before, attributes = state_of(net), attributes_of(net)
     if module.frozen and how != "layer":
         with pytest.warns(UserWarning, match="all 1 BatchNorm layers of Net are frozen"):
@@ -672,8 +672,8 @@ def test_update_bn_stats(module, how):
     report = update_bn_stats(net, loader(), num_iters=None, modules=how)
     assert report.skipped == {}
     assert_has_the_population_of(module, net, report)
-    for slot, seen in zip(module.slots, batches, strict=True):
-        assert int(module.population(net.layer, slot)[2]) == seen + len(SIZES)
+    for which, seen in zip(module.populations, batches, strict=True):
+        assert int(module.population(net.layer, which)[2]) == seen + len(SIZES)
     changed = {key.rsplit(".", 1)[-1] for key in before.differences(state_of(net))}
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
     assert attributes_of(net) == attributes
@@ -796,10 +796,10 @@ def test_frozen_layers_beside_others_are_listed_and_stay():
 @every_module
 def test_adapt_bn_stats_with_an_infinite_prior_changes_nothing_and_without_one_everything(module):
     net = Net(module, torch.float64).eval()
-    before = {slot: module.population(net.layer, slot)[:2] for slot in module.slots}
+    before = {which: module.population(net.layer, which)[:2] for which in module.populations}
     adapt_bn_stats(net, loader(), prior=float("inf"), modules="layer")
-    for slot, old in before.items():
-        torch.testing.assert_close(module.population(net.layer, slot)[:2], old)
+    for which, old in before.items():
+        torch.testing.assert_close(module.population(net.layer, which)[:2], old)
     report = adapt_bn_stats(net, loader(), modules="layer")
     assert_has_the_population_of(module, net, report)
 

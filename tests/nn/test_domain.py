@@ -79,16 +79,16 @@ class Definition:
 
     def __call__(self, samples: list[Tensor], domains: list[int]) -> list[Tensor]:
         """Samples ``(C, L)``, each with its domain, of one call."""
-        slots = domains if self.population == "domain" else [0] * len(domains)
+        places = domains if self.population == "domain" else [0] * len(domains)
         if self.training or not self.tracked:
             together = domains if self.normalize == "domain" else [0] * len(domains)
             statistics = {key: self._statistics(samples, together, key) for key in together}
             of_samples = [statistics[key] for key in together]
         else:
-            of_samples = [(self.mean[slot], self.var[slot]) for slot in slots]
+            of_samples = [(self.mean[place], self.var[place]) for place in places]
         if self.training and self.tracked:
-            for slot in set(slots):
-                self._update(samples, slots, slot)
+            for place in set(places):
+                self._update(samples, places, place)
         return [
             self._affine((x - mean[:, None]) / (var + self.eps).sqrt()[:, None], domain)
             for x, domain, (mean, var) in zip(samples, domains, of_samples, strict=True)
@@ -105,14 +105,14 @@ class Definition:
         weight, bias = (p[domain if len(p) > 1 else 0][:, None] for p in self.affine)
         return x * weight + bias
 
-    def _update(self, samples: list[Tensor], slots: list[int], slot: int) -> None:
-        values = torch.cat([x.detach() for x, of in zip(samples, slots, strict=True) if of == slot], 1)
+    def _update(self, samples: list[Tensor], places: list[int], place: int) -> None:
+        values = torch.cat([x.detach() for x, of in zip(samples, places, strict=True) if of == place], 1)
         if values.shape[1] < 2:
             return
-        self.batches[slot] += 1
-        share = 1 / float(self.batches[slot]) if self.momentum is None else self.momentum
-        self.mean[slot] = (1 - share) * self.mean[slot] + share * values.mean(1)
-        self.var[slot] = (1 - share) * self.var[slot] + share * values.var(1)  # unbiased
+        self.batches[place] += 1
+        share = 1 / float(self.batches[place]) if self.momentum is None else self.momentum
+        self.mean[place] = (1 - share) * self.mean[place] + share * values.mean(1)
+        self.var[place] = (1 - share) * self.var[place] + share * values.var(1)  # unbiased
 
     def assert_same_statistics(self, layer: DomainSpecificBN, tolerance: float) -> None:
         if not self.tracked:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from precisebn.errors import InputError
 from precisebn.nn import ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, MultiInputSequential, use_domain
+from precisebn.nn.multi_input import TakesLists
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +81,19 @@ def test_domain_specific_bn_gets_the_list_and_takes_positions_for_domains(traini
     for k, (x, y) in enumerate(zip(xs, ys, strict=True)):
         assert torch.equal(y, alone[1](alone[0](x), domain=k).relu())
     assert values_of(head) == values_of(alone)
+
+
+def test_a_module_of_ones_own_that_says_so_gets_the_list():
+    class Centered(TakesLists, nn.Module):
+        def forward(self, xs: list[Tensor]) -> list[Tensor]:
+            mean = torch.cat([x.flatten() for x in xs]).mean()
+            return [x - mean for x in xs]
+
+    ys = MultiInputSequential(nn.Identity(), Centered())(levels())
+    torch.testing.assert_close(torch.cat([y.flatten() for y in ys]).mean(), torch.tensor(0.0), rtol=0, atol=1e-6)
+    assert abs(ys[0].mean()) > 1e-3
+    with pytest.raises(InputError, match="takes all tensors at once"):
+        MultiInputSequential(nn.Sequential(Centered()))(levels())
 
 
 def test_cycle_batch_norm_list_makes_one_cycle():

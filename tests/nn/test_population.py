@@ -1,4 +1,4 @@
-"""PopulationNorm: slots, checkpoints, and the one place where running statistics are updated."""
+"""PopulationNorm: populations, checkpoints, and the one place where running statistics are updated."""
 
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from precisebn import Moments
+from precisebn._torch import in_backward
 from precisebn.errors import InputError
 from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN
-from precisebn.nn.population import PopulationNorm, in_backward, update_running_statistics
+from precisebn.nn.population import PopulationNorm, update_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,13 +28,13 @@ class Tracking(PopulationNorm):
     """The smallest module: hands its input on, and tracks its Moments."""
 
     def __init__(
-        self, num_features: int, *, num_slots: int | None = None, num_affine: int | None = None, **kwargs: Any
+        self, num_features: int, *, num_populations: int | None = None, num_affines: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(num_features, **kwargs)
-        self._repeat(populations=num_slots, affines=num_affine)
+        self._repeat(populations=num_populations, affines=num_affines)
 
-    def forward(self, x: Tensor, slot: int | None = None) -> Tensor:
-        self.track(Moments.of(self.check(x)), slot)
+    def forward(self, x: Tensor, population: int | None = None) -> Tensor:
+        self.track(Moments.of(self.check(x)), population)
         return x.clone()
 
 
@@ -55,9 +56,9 @@ def test_running_statistics_are_those_of_the_definition_and_of_torch(sizes, mome
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4), MOMENTA)
-def test_groups_update_as_slots_one_by_one(counts, momentum):
-    """A group of fewer than two values has no variance: its slot, and its number of mini-batches, stay."""
-    together = Tracking(CHANNELS, momentum=momentum, dtype=torch.float64, num_slots=2)
+def test_groups_update_as_populations_one_by_one(counts, momentum):
+    """A group of fewer than two values has no variance: its population, and its number of mini-batches, stay."""
+    together = Tracking(CHANNELS, momentum=momentum, dtype=torch.float64, num_populations=2)
     apart = [Running(CHANNELS, momentum) for _ in range(2)]
     for of_each in counts:
         group = torch.tensor([k for k, n in enumerate(of_each) for _ in range(n)], dtype=torch.int64)
@@ -66,13 +67,13 @@ def test_groups_update_as_slots_one_by_one(counts, momentum):
         for k, n in enumerate(of_each):
             if n > 1:
                 apart[k].see(x[group == k])
-            apart[k].assert_in(together, slot=k)
+            apart[k].assert_in(together, population=k)
 
 
-def test_one_slot_of_several_leaves_the_others_alone():
-    bn = with_random_population(Tracking(CHANNELS, num_slots=3))
+def test_one_population_of_several_leaves_the_others_alone():
+    bn = with_random_population(Tracking(CHANNELS, num_populations=3))
     before = {name: buffer.clone() for name, buffer in bn.named_buffers()}
-    bn(sample((4, CHANNELS)), slot=1)
+    bn(sample((4, CHANNELS)), population=1)
     for name, buffer in bn.named_buffers():
         assert [torch.equal(buffer[k], before[name][k]) for k in range(3)] == [True, False, True]
 
@@ -114,10 +115,9 @@ def test_only_training_updates():
 
 
 def test_without_running_statistics_there_is_nothing_to_update():
-    bn = Tracking(CHANNELS, track_running_stats=False, num_slots=2)
+    bn = Tracking(CHANNELS, track_running_stats=False, num_populations=2)
     bn(sample((4, CHANNELS)))
     assert list(bn.buffers()) == []
-    assert bn.num_slots is None
     assert bn.eval().uses_batch_statistics
 
 
@@ -153,11 +153,11 @@ def test_a_mini_batch_is_not_counted_again_inside_a_backward():
 
 
 def test_a_recorder_gets_the_moments_instead_in_any_mode():
-    bn, got = Tracking(CHANNELS, num_slots=2), []
+    bn, got = Tracking(CHANNELS, num_populations=2), []
     before = state_of(bn)
-    bn.start_recording(lambda moments, slot: got.append((moments, slot)))
+    bn.start_recording(lambda moments, population: got.append((moments, population)))
     x = sample((4, CHANNELS))
-    bn(x, slot=1)
+    bn(x, population=1)
     bn.eval()(x)
     bn.stop_recording()
     bn.train()
@@ -187,17 +187,17 @@ def test_state_dict_is_that_of_torch_and_loads_both_ways():
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_plain_checkpoint_fills_every_slot_and_is_left_as_it_was(assign):
+def test_a_plain_checkpoint_fills_every_population_and_is_left_as_it_was(assign):
     plain = with_random_population(nn.BatchNorm1d(CHANNELS))
     plain(sample((4, CHANNELS)))
     checkpoint = plain.state_dict()
     copy = {key: value.clone() for key, value in checkpoint.items()}
-    bn = Tracking(CHANNELS, num_slots=2, num_affine=4)
+    bn = Tracking(CHANNELS, num_populations=2, num_affines=4)
     bn.load_state_dict(checkpoint, assign=assign)
     for name, times in (("weight", 4), ("bias", 4), ("running_mean", 2), ("running_var", 2)):
         assert torch.equal(getattr(bn, name), copy[name].expand(times, CHANNELS))
     assert bn.num_batches_tracked.tolist() == [1, 1]
-    bn(sample((4, CHANNELS)), slot=0)  # slots do not share memory with each other, nor with the checkpoint
+    bn(sample((4, CHANNELS)), population=0)  # populations do not share memory with each other, nor with the checkpoint
     assert not torch.equal(bn.running_mean[0], bn.running_mean[1])
     assert bn.num_batches_tracked.tolist() == [2, 1]
     assert all(torch.equal(checkpoint[key], value) for key, value in copy.items())
@@ -205,33 +205,32 @@ def test_a_plain_checkpoint_fills_every_slot_and_is_left_as_it_was(assign):
 
 def test_an_old_checkpoint_without_num_batches_tracked_loads():
     old = {key: value for key, value in nn.BatchNorm1d(CHANNELS).state_dict().items() if "tracked" not in key}
-    for slots in (None, 2):
-        Tracking(CHANNELS, num_slots=slots).load_state_dict(dict(old))
+    for populations in (None, 2):
+        Tracking(CHANNELS, num_populations=populations).load_state_dict(dict(old))
 
 
-@pytest.mark.parametrize("slots", [None, 2])
+@pytest.mark.parametrize("populations", [None, 2])
 @pytest.mark.parametrize("name", ["running_mean", "weight"])
 @pytest.mark.parametrize("shape", [(), (1,), (CHANNELS + 1,), (3, CHANNELS)])
-def test_a_checkpoint_of_another_size_is_refused(slots, name, shape):
+def test_a_checkpoint_of_another_size_is_refused(populations, name, shape):
     """A single number, too: torch's BatchNorm does not take it for all channels either."""
     checkpoint = nn.BatchNorm1d(CHANNELS).state_dict() | {name: torch.ones(shape)}
     with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
-        Tracking(CHANNELS, num_slots=slots, num_affine=slots).load_state_dict(checkpoint)
+        Tracking(CHANNELS, num_populations=populations, num_affines=populations).load_state_dict(checkpoint)
 
 
-def test_several_slots_do_not_load_into_a_single_one():
+def test_several_populations_do_not_load_into_a_single_one():
     with pytest.raises(RuntimeError, match="size mismatch for running_mean"):
-        nn.BatchNorm1d(CHANNELS).load_state_dict(Tracking(CHANNELS, num_slots=2).state_dict())
+        nn.BatchNorm1d(CHANNELS).load_state_dict(Tracking(CHANNELS, num_populations=2).state_dict())
 
 
 # ---- What it is ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slots", [None, 1, 3])
-def test_shapes_of_slots(slots):
-    bn = Tracking(CHANNELS, num_slots=slots, num_affine=slots)
-    leading = () if slots is None else (slots,)
-    assert bn.num_slots == slots
+@pytest.mark.parametrize("populations", [None, 1, 3])
+def test_shapes_of_populations(populations):
+    bn = Tracking(CHANNELS, num_populations=populations, num_affines=populations)
+    leading = () if populations is None else (populations,)
     assert bn.running_mean.shape == bn.running_var.shape == bn.weight.shape == bn.bias.shape == (*leading, CHANNELS)
     assert bn.num_batches_tracked.shape == leading
     assert all(parameter.is_leaf and parameter.requires_grad for parameter in bn.parameters())

@@ -218,11 +218,11 @@ def test_moments_of_one_value_and_then_another(shape, rounds):
 
 # ---- Tensors (G, C) alone --------------------------------------------------------------------------------------------
 
-ROWS = [None, 1, 3]  # of a tensor (R, C); None: (C,)
+ROWS = [None, 1, 3]  # of a tensor (G, C); None: (C,)
 
 
 def rows(rows: int | None, dtype: torch.dtype, seed: int, positive: bool = False) -> Tensor:
-    """(C,) or (R, C) on the CPU, C = 300: more than a block of threads."""
+    """(C,) or (G, C) on the CPU, C = 300: more than a block of threads."""
     shape = (300,) if rows is None else (rows, 300)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return (values.abs() + 0.1 if positive else values).to(dtype)

@@ -345,11 +345,11 @@ def test_channels_last_and_contiguous_agree_in_values_and_keep_their_format():
 
 # ---- coefficients, track, backward_coefficients: what is done with tensors (G, C) -----------------------------------
 
-ROWS = [None, 1, 3]  # of a tensor (R, C); None: (C,)
+ROWS = [None, 1, 3]  # of a tensor (G, C); None: (C,)
 
 
 def rows(rows: int | None, dtype: torch.dtype, seed: int, positive: bool = False) -> Tensor:
-    """(C,) or (R, C), C = 5, not contiguous."""
+    """(C,) or (G, C), C = 5, not contiguous."""
     values = torch.randn((*(() if rows is None else (rows,)), 10), generator=torch.Generator().manual_seed(seed))
     return (values.abs() + 0.1 if positive else values).to(dtype)[..., ::2]
 

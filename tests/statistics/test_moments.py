@@ -29,8 +29,8 @@ def assert_close(a: Moments, b: Moments) -> None:
     size = 1.0 + max(a.mean.abs().max().item(), b.mean.abs().max().item())
     assert_allclose(a.mean, b.mean, rtol=0, atol=FLOAT64 * size)
     # A mean that is off by eps * size moves m2 by n * eps * size * (distance between the means merged) at most.
-    spread = (a.m2.max() / a.count.clamp(min=1)).sqrt().item() + 1.0
-    assert_allclose(a.m2, b.m2, rtol=1e-9, atol=FLOAT64 * a.count.item() * size * spread)
+    std = (a.m2.max() / a.count.clamp(min=1)).sqrt().item() + 1.0
+    assert_allclose(a.m2, b.m2, rtol=1e-9, atol=FLOAT64 * a.count.item() * size * std)
 
 
 @given(samples(), samples(), samples())
