@@ -4,7 +4,7 @@ import pytest
 from model_zoo import CONVERSIONS, Picture, X, convnet
 from torch import Tensor, nn
 
-from precisebn import InputError
+from precisebn import InputError, functional
 from precisebn.conversion.converters import (
     convert_frozen_batchnorm,
     convert_ghost,
@@ -14,6 +14,7 @@ from precisebn.conversion.converters import (
 from precisebn.nn import (
     GhostBN,
 )
+from precisebn.nn.population import PopulationNorm
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -40,6 +41,47 @@ def test_a_factory_of_ones_own_and_the_way_back():
     convert_to_batchnorm(model)
     assert Picture(model).modules == with_hook.modules == before.modules
     assert model[1].eps == 1e-5
+
+
+class OwnNorm(PopulationNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.uses_batch_statistics:
+            return self.frozen(x, self.weight, self.bias)
+        y, moments = functional.batch_norm(x, self.weight, self.bias, eps=self.eps)
+        self.track(moments)
+        return y
+
+
+class OwnGhost(GhostBN):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [lambda bn: OwnNorm(bn.num_features), lambda bn: OwnGhost(bn.num_features, 3)],
+    ids=["PopulationNorm", "GhostBN"],
+)
+@pytest.mark.parametrize("on", CONVERSIONS)
+def test_a_subclass_of_a_module_of_precisebn_leads_on_and_back_like_any_other(factory, on):
+    model = convnet()
+    before, layer = Picture(model), model[1]
+    replace_batchnorm(model, factory)
+    assert isinstance(model[1], OwnNorm | OwnGhost)
+    assert model[1].running_mean is layer.running_mean
+    CONVERSIONS[on](model)
+    assert not isinstance(model[1], OwnNorm | OwnGhost)
+    convert_to_batchnorm(replace_batchnorm(model, factory, include=["1", "7"]))
+    assert Picture(model) == before
+
+
+def test_a_forward_put_on_what_a_factory_has_made_is_not_dropped():
+    model = replace_batchnorm(convnet(), lambda bn: nn.GroupNorm(2, bn.num_features))
+    model[1].forward = lambda x: x
+    before = Picture(model)
+    with pytest.raises(InputError, match=r"layer '1' \(GroupNorm\) has a forward of its own, put on the instance"):
+        convert_to_batchnorm(model)
+    assert Picture(model) == before
 
 
 def test_a_factory_gets_what_the_layer_was_and_may_let_it_be():
