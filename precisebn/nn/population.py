@@ -144,11 +144,6 @@ class PopulationNorm(Recordable, Norm):
                 setattr(self, name, torch.nn.Parameter(repeated) if owned is self._parameters else repeated)
 
     @property
-    def num_slots(self) -> int | None:
-        """K, or None for a single slot whose buffers have no dimension for it."""
-        return None if self.running_mean is None or self.running_mean.dim() == 1 else len(self.running_mean)
-
-    @property
     def uses_batch_statistics(self) -> bool:
         """Whether a forward normalizes with the statistics of its input, rather than with those of the population."""
         return self.training or self.running_mean is None or self.recorder is not None
