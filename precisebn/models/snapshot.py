@@ -5,6 +5,7 @@ dictionaries, and every tensor that is reached from there (parameters, buffers, 
 its memory, its shape and its bits. What lies inside other objects (a NumPy array, a random generator) does not.
 """
 
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -186,6 +187,8 @@ class _ModulePicture:
         containers += [value for value in self.attributes.values() if isinstance(value, _CONTAINERS)]
         for container in containers:
             if not _alike(container, content := self._content(container)):
+                if container is self.places[0] and _placed_by_fsdp(container, content):
+                    continue
                 steps.on_undo(_fill, container, content)
         if not _alike(vars(self.module), self.attributes):
             steps.on_undo(refill, vars(self.module), self.attributes)
@@ -220,6 +223,18 @@ def _alike(now: Any, then: Any) -> bool:
         return False
     items, others = (c.items() if hasattr(c, "items") else ((None, item) for item in c) for c in (now, then))
     return all(key == name and a is b for (key, a), (name, b) in zip(items, others, strict=True))
+
+
+def _placed_by_fsdp(now: Any, then: Any) -> bool:
+    """Whether FSDP has put whole parameters in the places of sharded ones: it knows which are there, and when to free.
+
+    Put back behind its back, they would stay what they are while it takes them for the others.
+    """
+    if "torch.distributed.tensor" not in sys.modules or list(now.keys()) != list(then):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(now[key], DTensor) != isinstance(then[key], DTensor) for key in then)
 
 
 def _fill(container: Any, content: Any) -> None:

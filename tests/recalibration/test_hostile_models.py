@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import state_of, values_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from precisebn import (
@@ -455,7 +456,7 @@ def test_a_model_under_recalibration_is_refused_to_a_second_thread_and_the_first
     update_bn_stats(model, BATCHES, None)  # and it is free again
 
 
-# ---- DDP ------------------------------------------------------------------------------------------------------------
+# ---- DDP and FSDP ---------------------------------------------------------------------------------------------------
 
 
 def test_what_join_leaves_behind_in_ddp_is_set_aside(tmp_path):
@@ -469,6 +470,50 @@ def test_what_join_leaves_behind_in_ddp_is_set_aside(tmp_path):
         update_bn_stats(ddp, BATCHES, None, forward=lambda m, x: (inside.append(m._join_config.enable), m(x)))
         assert inside == [False] * len(BATCHES)
         assert ddp._join_config is config
+    finally:
+        dist.destroy_process_group()
+
+
+class Fails(nn.Module):
+    """Fails in the middle of a forward, where it is to."""
+
+    fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails:
+            raise ValueError
+        return x
+
+
+@pytest.mark.parametrize("where", ["forward", "between forwards"])
+def test_a_sharded_model_goes_on_after_a_failure(where, tmp_path):
+    """FSDP puts whole parameters in the places of sharded ones, and knows which are there."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Fails(), nn.Conv2d(4, 3, 1))
+        twin = copy.deepcopy(model)
+        fsdp.fully_shard(model[0], mesh=mesh)
+        fsdp.fully_shard(model, mesh=mesh)
+
+        def fails(m: nn.Module, x: Tensor) -> None:
+            model[2].fails = where == "forward"
+            m(x)
+            raise ValueError
+
+        for _ in range(2):
+            before = model[1].running_mean.clone()
+            with pytest.raises(ValueError):  # noqa: PT011  (its own)
+                update_bn_stats(model, BATCHES, None, forward=fails)
+            assert torch.equal(model[1].running_mean, before)
+            model[2].fails = False
+            with torch.no_grad():
+                model(BATCHES[0])  # which leaves whole parameters in place
+        update_bn_stats(model, BATCHES, None)
+        update_bn_stats(twin, BATCHES, None)
+        torch.testing.assert_close(model[1].running_var, twin[1].running_var)
+        model(BATCHES[0]).sum().backward()
     finally:
         dist.destroy_process_group()
 
