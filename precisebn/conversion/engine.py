@@ -199,9 +199,8 @@ class _Factory:
 def _replacement(name: str, layer: nn.Module, factory: _Factory, changes: Transaction) -> nn.Module:
     """What takes the place of a layer: by way of the nn.BatchNorm that it is, was, or now becomes."""
     conversion, origin = factory.conversion, origin_of(layer)
-    # What a conversion has made, also of a user's class, is known by its origin; unless it was patched since.
-    patched = isinstance(layer, OURS) and "forward" in vars(layer)
-    if not conversion.any_forward and (origin is None or patched):
+    # What a conversion has made may have any forward, but none that was put on it later.
+    if not conversion.any_forward and (origin is None or "forward" in vars(layer).keys() - origin.own):
         layers.check_forward(name, layer)
     if origin is not None:
         base = origin.layer

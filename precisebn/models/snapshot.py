@@ -5,6 +5,7 @@ dictionaries, and every tensor that is reached from there (parameters, buffers, 
 its memory, its shape and its bits. What lies inside other objects (a NumPy array, a random generator) does not.
 """
 
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precisebn.models.transaction import Transaction, refill
-from precisebn.nn.population import STATISTICS
+from precisebn.nn.population import STATISTICS, Recordable
 
 __all__ = ["Snapshot", "same_bits"]
 
@@ -136,19 +137,35 @@ class _ModulePicture:
     def _look_into(self, value: object) -> None:
         """Note a tensor, the content of a container, and what is in that."""
         if isinstance(value, _CONTAINERS):
-            if value and id(value) not in self.contents:
+            if id(value) not in self.contents:
                 self.contents[id(value)] = value, value.copy()
-                for item in value.values() if isinstance(value, dict) else value:
-                    if type(item) not in _VALUES:
-                        self._look_into(item)
+                self._look_into_each(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, tuple):  # it cannot change, but what is in it can
+            self._look_into_each(value)
         elif isinstance(value, Tensor):
             self.others.append(value)
+
+    def _look_into_each(self, items: Iterable[object]) -> None:
+        for item in items:
+            if type(item) not in _VALUES:
+                self._look_into(item)
 
     def statistics(self) -> list[tuple[Any, str, Tensor]]:
         """The running statistics that it had: where, under which name, and the buffer."""
         place = self.places[1]
-        found = [(name, self._content(place).get(name)) for name in STATISTICS] if place else []
+        if not place:
+            return []
+        found = [(name, self._content(place).get(name)) for name in (*STATISTICS, *self._declared())]
         return [(place, name, t) for name, t in found if t is not None and not (self.was_lazy and is_lazy(t))]
+
+    def _declared(self) -> list[str]:
+        """Names of other buffers that hold populations, wholly or in part, of a module that declares such."""
+        others = [(name, t) for name, t in self.places[1].items() if t is not None and name not in STATISTICS]
+        if not others or not isinstance(self.module, Recordable):
+            return []
+        populations = [(one.mean, one.var, one.num_batches) for one in self.module.populations()]
+        memory = {_memory(t) for tensors in populations for t in tensors if t is not None}
+        return [name for name, t in others if (address := _memory(t)) and address in memory]
 
     def entries(self, named: set[int]) -> Iterator[tuple[str, object]]:
         """Everything that may differ, by name; but for tensors of containers that have a name elsewhere."""
@@ -170,6 +187,8 @@ class _ModulePicture:
         containers += [value for value in self.attributes.values() if isinstance(value, _CONTAINERS)]
         for container in containers:
             if not _alike(container, content := self._content(container)):
+                if container is self.places[0] and _placed_by_fsdp(container, content):
+                    continue
                 steps.on_undo(_fill, container, content)
         if not _alike(vars(self.module), self.attributes):
             steps.on_undo(refill, vars(self.module), self.attributes)
@@ -177,9 +196,10 @@ class _ModulePicture:
 
     def _deep_content(self, value: Any, inside: frozenset[int] = frozenset()) -> Any:
         """What was in a container, and in the containers in it."""
-        if not isinstance(value, _CONTAINERS) or id(value) in inside:
+        if not isinstance(value, (*_CONTAINERS, tuple)) or id(value) in inside:
             return value
-        content, inside = self._content(value), inside | {id(value)}
+        content = value if isinstance(value, tuple) else self._content(value)
+        inside |= {id(value)}
         if isinstance(content, dict):
             return {key: self._deep_content(item, inside) for key, item in content.items()}
         return content if isinstance(content, set) else [self._deep_content(item, inside) for item in content]
@@ -203,6 +223,18 @@ def _alike(now: Any, then: Any) -> bool:
         return False
     items, others = (c.items() if hasattr(c, "items") else ((None, item) for item in c) for c in (now, then))
     return all(key == name and a is b for (key, a), (name, b) in zip(items, others, strict=True))
+
+
+def _placed_by_fsdp(now: Any, then: Any) -> bool:
+    """Whether FSDP has put whole parameters in the places of sharded ones: it knows which are there, and when to free.
+
+    Put back behind its back, they would stay what they are while it takes them for the others.
+    """
+    if "torch.distributed.tensor" not in sys.modules or list(now.keys()) != list(then):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(now[key], DTensor) != isinstance(then[key], DTensor) for key in then)
 
 
 def _fill(container: Any, content: Any) -> None:
@@ -366,6 +398,12 @@ def _first_that_works(*attempts: Callable[[], Any]) -> Any:
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where the memory begins that a tensor lies in, or is a view of."""
+    address: int | None = _first_that_works(lambda: tensor.untyped_storage().data_ptr())
+    return address
 
 
 class _Geometry(NamedTuple):

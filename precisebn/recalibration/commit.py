@@ -91,7 +91,8 @@ def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float]
     Both are the largest of any rank. Ranks that trained together have counted the same mini-batches, so that a sum
     would count them several times; and a layer with a forward of its own may have been reached on one rank only.
     """
-    facts = torch.zeros(2, len(recording.populations), dtype=torch.float64)  # exact for counts, and averages of counts
+    # Exact for counts, and for averages of counts.
+    facts = torch.zeros(2, len(recording.populations), dtype=torch.float64, device="cpu")
     for estimator in recording.estimators:
         of_device = [(i, one.statistics.num_batches) for i, one in enumerate(recording.populations)
                      if one.estimator is estimator and one.statistics.num_batches is not None]  # fmt: skip
@@ -174,7 +175,7 @@ class _Group:
             name: getattr(self.population, name).tolist()
             for name in ("count", "num_batches", "mean_error", "var_error")
         }
-        eps = self._per_channel(torch.tensor([one.statistics.eps for one in self.members], dtype=torch.float64))
+        eps = self._per_channel(self.population.mean.new_tensor([one.statistics.eps for one in self.members]))
         # Of dead channels they would say how far the old mean is in units of eps, which is nothing of the data's.
         alive = ~is_dead(self.var, eps)
         var = self.var + eps
@@ -182,9 +183,9 @@ class _Group:
             "mean": (self.old[0] - self.mean).abs() / var.sqrt(),
             "var": ((self.old[1].clamp(min=0.0) + eps) / var).log().abs(),
         }
-        zeros = torch.zeros(len(self.members), dtype=torch.float64)
+        zeros = self.population.mean.new_zeros(len(self.members))
         num_alive = zeros.index_add(0, self.layer_of_channel, alive.double())
-        result = {"dead_channels": (torch.tensor(self.sizes) - num_alive).tolist()}
+        result = {"dead_channels": (zeros.new_tensor(self.sizes) - num_alive).tolist()}
         for what, drift in drifts.items():
             drift = drift.where(alive, 0.0)
             sums = zeros.index_add(0, self.layer_of_channel, drift.square())
@@ -199,8 +200,8 @@ class _Group:
         """
         count = self.population.count
         layers: dict[object, int] = {}
-        layer = torch.tensor([layers.setdefault(one.layer, len(layers)) for one in self.members])
-        of_layer = torch.zeros(len(layers), dtype=torch.float64).index_add(0, layer, count)
+        layer = self.layer_of_channel.new_tensor([layers.setdefault(one.layer, len(layers)) for one in self.members])
+        of_layer = count.new_zeros(len(layers)).index_add(0, layer, count)
         own = samples * count / of_layer[layer].clamp(min=1.0)
         return prior / (prior + own) if math.isfinite(prior) else torch.ones_like(own)
 

@@ -111,8 +111,13 @@ class _RecordedForward:
         """For pickle, torch.save and multiprocessing."""
         with self._taken_out():
             reduced = self.module.__reduce_ex__(protocol)
-            # The state may be the very dictionary into which the entries are about to be put again.
-            return tuple(dict(part) if part is vars(self.module) else part for part in reduced)
+            return tuple(self._kept(part) for part in reduced)
+
+    def _kept(self, part: Any) -> Any:
+        """A part of what is pickled, with what is taken out now and will have been put in again by then."""
+        if not isinstance(part, dict) or part.get("_buffers") is not self.module._buffers:
+            return part
+        return {**part, "_buffers": self.module._buffers.copy()}
 
     @contextmanager
     def _taken_out(self) -> Iterator[None]:
@@ -159,13 +164,16 @@ class InputForward(_RecordedForward):
             self.slot.m2.masked_fill_(self.var.isinf(), float("inf"))
         if self.mixture is not None and x.numel():
             _mix(self.mixture, x.numel() / self.slot.num_channels, self.mean, self.var)
-        attributes = vars(self.module)
-        training = attributes["training"]
+        attributes, buffers = vars(self.module), self.module._buffers
+        training, mean, var = attributes["training"], buffers.get("running_mean"), buffers.get("running_var")
         try:
             attributes["training"] = False
+            # Where they are already, as a rule; torch.func.functional_call has put others in their place.
+            buffers["running_mean"], buffers["running_var"] = self.mean, self.var
             return self.original(*args, **kwargs)
         finally:
             attributes["training"] = training
+            buffers["running_mean"], buffers["running_var"] = mean, var
 
 
 class UnknownForward(_RecordedForward):

@@ -106,8 +106,9 @@ class PopulationEstimator:
         self.num_channels = tuple(num_channels)
         self.kind = kind
         self.layer_of_channel = torch.repeat_interleave(
-            torch.arange(len(self.num_channels)), torch.tensor(self.num_channels, dtype=torch.int64)
-        ).to(device)
+            torch.arange(len(self.num_channels), device="cpu"),
+            torch.tensor(self.num_channels, dtype=torch.int64, device="cpu"),
+        ).to(device if device is not None else torch.get_default_device())
         size = len(self.num_channels) + 2 * self.layer_of_channel.numel()
         self._current = torch.zeros(size, dtype=torch.float64, device=device)
         self._waiting = self._current.new_zeros(_MAX_WAITING, size)

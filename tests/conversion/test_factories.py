@@ -77,6 +77,38 @@ def test_a_module_of_ones_own_comes_is_recalibrated_and_goes_back_with_what_it_h
         convert_to_batchnorm(layer)
 
 
+class OwnGhost(GhostBN):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [lambda bn: Own(bn.num_features), lambda bn: OwnGhost(bn.num_features, 3)],
+    ids=["PopulationNorm", "GhostBN"],
+)
+@pytest.mark.parametrize("on", CONVERSIONS)
+def test_a_subclass_of_a_module_of_precisebn_leads_on_and_back_like_any_other(factory, on):
+    model = convnet()
+    before, layer = Picture(model), model[1]
+    replace_batchnorm(model, factory)
+    assert isinstance(model[1], Own | OwnGhost)
+    assert model[1].running_mean is layer.running_mean
+    CONVERSIONS[on](model)
+    assert not isinstance(model[1], Own | OwnGhost)
+    convert_to_batchnorm(replace_batchnorm(model, factory, include=["1", "7"]))
+    assert Picture(model) == before
+
+
+def test_a_forward_put_on_what_a_factory_has_made_is_not_dropped():
+    model = replace_batchnorm(convnet(), lambda bn: nn.GroupNorm(2, bn.num_features))
+    model[1].forward = lambda x: x
+    before = Picture(model)
+    with pytest.raises(InputError, match=r"layer '1' \(GroupNorm\) has a forward of its own, put on the instance"):
+        convert_to_batchnorm(model)
+    assert Picture(model) == before
+
+
 def test_a_factory_gets_what_the_layer_was_and_may_let_it_be():
     model = convnet()
     layers = [model[1], model[7]]

@@ -18,6 +18,8 @@ class Attributes(nn.Module):
         self.table: dict[str, Any] = {"a": 1, "b": 2, "c": 3}
         self.recent = deque([1, 2], maxlen=2)
         self.object = object()
+        self.pair = ([1], {"a": torch.zeros(2)})
+        self.nested: dict[str, list[int]] = {"queue": []}
 
 
 CHANGES = {
@@ -32,6 +34,9 @@ CHANGES = {
     "dictionary": (lambda m: m.table.pop("b"), ":table"),
     "order of a dictionary": (lambda m: m.table.update(a=m.table.pop("a")), ":table"),
     "deque": (lambda m: m.recent.append(3), ":recent"),
+    "list in a tuple": (lambda m: m.pair[0].append(3), ":pair"),
+    "tensor in a tuple": (lambda m: m.pair[1]["a"].add_(1), ":tensor 0"),
+    "empty list in a dictionary": (lambda m: m.nested["queue"].append(3), ":nested"),
 }
 
 

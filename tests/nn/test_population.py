@@ -118,6 +118,7 @@ def test_without_running_statistics_there_is_nothing_to_update():
     bn = Tracking(CHANNELS, track_running_stats=False, num_populations=2)
     bn(sample((4, CHANNELS)))
     assert list(bn.buffers()) == []
+    assert bn.populations() == ()
     assert bn.eval().uses_batch_statistics
 
 

@@ -12,13 +12,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import state_of
+from conftest import state_of, values_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from precisebn import InputError, NonFiniteStatisticsError, adapt_bn_stats, update_bn_stats
+from precisebn import (
+    InputError,
+    NonFiniteStatisticsError,
+    adapt_bn_stats,
+    convert_domain_specific,
+    update_bn_stats,
+)
 from precisebn.models.snapshot import Snapshot
-from precisebn.nn import DomainSpecificBN, GhostBN
+from precisebn.nn import DomainSpecificBN, GhostBN, use_domain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -212,9 +219,42 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class OwnState(nn.BatchNorm2d):
+    """Makes a state of its own, as classes do that leave something out of it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
 class Doubling(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(2.0 * input)
+
+
+class Saved(nn.Module):
+    """Pickles its layer when that has just been called, as code does that saves a checkpoint on the way."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.saved: list[bytes] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        self.saved.append(pickle.dumps(self.layer))
+        return y
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), OwnState(3)], ids=["BatchNorm2d", "own __getstate__"])
+def test_what_is_pickled_after_a_layer_has_run_has_its_own_statistics(layer):
+    model = Saved(layer)
+    layer.running_mean.fill_(0.5)
+    update_bn_stats(model, BATCHES, None)
+    for saved in model.saved:
+        copied = pickle.loads(saved)
+        assert copied.running_mean.tolist() == [0.5] * 3
+        assert copied.running_var.tolist() == [1.0] * 3
+        assert "forward" not in vars(copied)
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -241,6 +281,45 @@ def test_a_copy_made_in_a_forward_has_nothing_of_the_recording_and_is_not_counte
     torch.testing.assert_close(teacher.running_mean, twin.teachers[0][1].running_mean)
     torch.testing.assert_close(teacher.running_var, twin.teachers[0][1].running_var)
     update_bn_stats(model.teachers[0], BATCHES, None, modules="all")
+
+
+# ---- Buffers of others --------------------------------------------------------------------------------------------
+
+
+def test_a_forward_by_functional_call_with_other_buffers_normalizes_by_the_mini_batch_all_the_same():
+    """Averaged weights kept as a dictionary: the statistics in it are not those of the mini-batch."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))
+    averaged = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in averaged.state_dict().values():
+            value.add_(1)
+    state = {key: value.clone() for key, value in averaged.state_dict().items()}
+    update_bn_stats(averaged, BATCHES, None)
+    update_bn_stats(model, BATCHES, None, forward=lambda m, x: torch.func.functional_call(m, state, (x,)))
+    for index in (1, 4):
+        torch.testing.assert_close(model[index].running_mean, averaged[index].running_mean)
+        torch.testing.assert_close(model[index].running_var, averaged[index].running_var)
+
+
+# ---- Surroundings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", [0.0, 3.0])
+def test_another_default_device_makes_no_difference(prior):
+    """Such as torch.set_default_device("cuda") is one for a model on the CPU."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), convert_domain_specific(nn.BatchNorm2d(4), 2))
+    twin = copy.deepcopy(model)
+
+    def forward(m: nn.Module, x: Tensor) -> None:
+        with use_domain(1):
+            m(x)
+
+    batches = [*BATCHES, *BATCHES, *BATCHES]
+    expected = adapt_bn_stats(twin, batches, prior, forward=forward, tolerance=100.0)
+    with torch.device("meta"):
+        report = adapt_bn_stats(model, batches, prior, forward=forward, tolerance=100.0)
+    assert report.to_dict() == expected.to_dict()
+    assert values_of(model) == values_of(twin)
 
 
 # ---- Forwards of their own ------------------------------------------------------------------------------------------
@@ -377,7 +456,7 @@ def test_a_model_under_recalibration_is_refused_to_a_second_thread_and_the_first
     update_bn_stats(model, BATCHES, None)  # and it is free again
 
 
-# ---- DDP ------------------------------------------------------------------------------------------------------------
+# ---- DDP and FSDP ---------------------------------------------------------------------------------------------------
 
 
 def test_what_join_leaves_behind_in_ddp_is_set_aside(tmp_path):
@@ -391,6 +470,50 @@ def test_what_join_leaves_behind_in_ddp_is_set_aside(tmp_path):
         update_bn_stats(ddp, BATCHES, None, forward=lambda m, x: (inside.append(m._join_config.enable), m(x)))
         assert inside == [False] * len(BATCHES)
         assert ddp._join_config is config
+    finally:
+        dist.destroy_process_group()
+
+
+class Fails(nn.Module):
+    """Fails in the middle of a forward, where it is to."""
+
+    fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails:
+            raise ValueError
+        return x
+
+
+@pytest.mark.parametrize("where", ["forward", "between forwards"])
+def test_a_sharded_model_goes_on_after_a_failure(where, tmp_path):
+    """FSDP puts whole parameters in the places of sharded ones, and knows which are there."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Fails(), nn.Conv2d(4, 3, 1))
+        twin = copy.deepcopy(model)
+        fsdp.fully_shard(model[0], mesh=mesh)
+        fsdp.fully_shard(model, mesh=mesh)
+
+        def fails(m: nn.Module, x: Tensor) -> None:
+            model[2].fails = where == "forward"
+            m(x)
+            raise ValueError
+
+        for _ in range(2):
+            before = model[1].running_mean.clone()
+            with pytest.raises(ValueError):  # noqa: PT011  (its own)
+                update_bn_stats(model, BATCHES, None, forward=fails)
+            assert torch.equal(model[1].running_mean, before)
+            model[2].fails = False
+            with torch.no_grad():
+                model(BATCHES[0])  # which leaves whole parameters in place
+        update_bn_stats(model, BATCHES, None)
+        update_bn_stats(twin, BATCHES, None)
+        torch.testing.assert_close(model[1].running_var, twin[1].running_var)
+        model(BATCHES[0]).sum().backward()
     finally:
         dist.destroy_process_group()
 

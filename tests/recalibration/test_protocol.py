@@ -97,6 +97,25 @@ def test_what_it_left_half_done_is_an_error_and_nothing_is_changed():
     assert state_of(net) == before
 
 
+class Follows(TwoHalves):
+    """Its statistics follow those of mini-batches in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.recorder is None:
+            self.mean0.add_(1.0)
+            self.var1.mul_(2.0)
+        return super().forward(x)
+
+
+def test_its_statistics_are_as_before_where_it_is_not_chosen():
+    net = Net()
+    net.norm = Follows(4)
+    before = state_of(net.norm)
+    report = update_bn_stats(net, batches(), None, exclude="norm")
+    assert [layer.name for layer in report.layers] == ["bn"]
+    assert set(before.differences(state_of(net.norm))) == {":calls"}  # which a forward has done, as any does
+
+
 def test_nan_is_laid_to_it():
     net = Net()
     before = state_of(net)
