@@ -86,9 +86,9 @@ struct BackwardOp {
     const double center = mean_of(group, channel);
     double2 sum{0, 0};
     column.visit(first, last, [&](int64_t i) {
-      const double gradient = widen(dy[i]);
+      const double gradient = widen(__ldg(dy + i));
       sum.x += gradient;
-      sum.y += gradient * (widen(x[i]) - center);
+      sum.y += gradient * (widen(__ldg(x + i)) - center);
     });
     return sum;
   }

@@ -144,11 +144,11 @@ struct MomentsOp {
     const T* x = column.inputs[0];
     const double n = static_cast<double>(column.rows) * (last - first);
     if (n == 0) return {0, 0};
-    const double shift = widen(x[column.offset(column.walk()) + first]);
+    const double shift = widen(__ldg(x + column.offset(column.walk()) + first));
     double sum = 0, m2 = 0;
-    column.visit(first, last, [&](int64_t i) { sum += widen(x[i]) - shift; });
+    column.visit(first, last, [&](int64_t i) { sum += widen(__ldg(x + i)) - shift; });
     const double mean = shift + sum / n;
-    column.visit(first, last, [&](int64_t i) { m2 += (widen(x[i]) - mean) * (widen(x[i]) - mean); });
+    column.visit(first, last, [&](int64_t i) { m2 += (widen(__ldg(x + i)) - mean) * (widen(__ldg(x + i)) - mean); });
     return {mean, m2};
   }
 

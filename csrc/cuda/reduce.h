@@ -50,7 +50,9 @@ struct Column {
     for (int i = 0; i < Op::kInputs; ++i) {
       inputs[i] = op.inputs[i] + origin;
 #ifdef __CUDA_ARCH__
-      asm("" : "+l"(inputs[i]));  // else the compiler computes it anew, in twenty instructions, for each row
+      // Else the compiler computes it anew, in twenty instructions, for each row. It hides what memory this points to;
+      // all loads are by __ldg, which says so.
+      asm("" : "+l"(inputs[i]));
 #endif
     }
   }
@@ -159,8 +161,8 @@ struct GroupOrder {
   }
 };
 
-// Does values [first, last) of each of the thread's rows again, with the Op's careful way. Rare, so it is kept out of
-// the loop's registers.
+// Does values [first, last) of each of the thread's rows again, with the Op's careful way. Rare, so it finds out anew
+// where they are: the loop over the rows keeps no register for it.
 template <class Op>
 __device__ inline double2 reduce_again(const Op& op, const Geometry& at, const Slabs& slabs, int64_t slab,
                                        int64_t column_block, int group, const int* order, int samples, int first,
@@ -265,7 +267,6 @@ __device__ void merge_partials(int channels, int lanes, const double2* from, int
 }
 
 // What a block does when its slab is reduced: nothing, unless it is the last of its cluster, of its channels, of all.
-// Not inlined, to keep its registers out of the way of the loop over the rows.
 template <class Op>
 __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int64_t slab_index, int64_t column_block,
                                    double2* partials, unsigned* tickets) {

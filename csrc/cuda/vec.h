@@ -77,7 +77,7 @@ template <class T>
 struct Vec<T, 1> {
   T value;
 
-  __device__ static Vec load(const T* p) { return {*p}; }
+  __device__ static Vec load(const T* p) { return {__ldg(p)}; }
   __device__ void store(T* p) const { *p = value; }
   __device__ Compute<T> operator[](int) const { return widen(value); }
 

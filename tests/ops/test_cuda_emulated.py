@@ -1,0 +1,308 @@
+"""What the emulation of a GPU shows beyond the cases of test_cuda.py: orders of blocks, streams, capture, failures.
+
+And that it shows it: every defect in a list, put into a copy of the kernels, is found, as are the classes of defects
+that no kernel has. See tests/cuda_emulation/README.md.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import emulated_library
+import pytest
+import torch
+from cuda_machine import ONLY_FLOAT32, ONLY_FLOAT32_AND_BFLOAT16
+from emulated_library import Emulated, Mutation
+from torch import Tensor
+
+from precisebn.ops.grouping import per_sample
+from precisebn.ops.registry import OPERATORS
+
+if emulated_library.why_not():
+    pytest.skip(emulated_library.why_not(), allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+moments_of = OPERATORS["moments"].fallback
+
+# Slabs of one cluster and of several, one block of columns and several, planes, rows and columns.
+SHAPES = [(64, 40, 7, 7), (5, 7, 3), (1, 1, 400, 400), (2, 3, 60, 60), (33, 300), (9000, 30)]
+
+
+def assert_moments(actual: tuple[Tensor, ...], x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> None:
+    count, mean, m2 = moments_of(x, group, num_groups)
+    torch.testing.assert_close(actual[0].reshape(count.shape), count, rtol=0, atol=0)
+    torch.testing.assert_close(actual[1].reshape(mean.shape), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual[2].reshape(m2.shape), m2, rtol=1e-5, atol=1e-30)
+
+
+def misaligned(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def accumulators(channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(1).double(), torch.zeros(channels).double(), torch.zeros(channels).double()
+
+
+# ---- What the kernels must do, one function for each part of it -----------------------------------------------------
+
+
+def reduce(device: Emulated) -> None:
+    for shape in SHAPES:
+        x = torch.randn(shape) + 3
+        for _ in range(2):  # the second finds the tickets as the first has left them
+            assert_moments(device.kernels.moments(x), x)
+
+
+def reduce_groups(device: Emulated) -> None:
+    for shape in [(64, 40, 7, 7), (129, 6), (20, 3, 60, 60)]:
+        x = torch.randn(shape) + 3
+        group = torch.randint(3, shape[:1])
+        assert_moments(device.kernels.moments(x, group, 3), x, group, 3)
+
+
+def accumulate(device: Emulated) -> None:
+    for shape in [(64, 40, 7, 7), (33, 300), (2, 3, 200, 300)]:
+        batches = [torch.randn(shape) + 3 for _ in range(2)]
+        total = accumulators(shape[1])
+        for x in batches:
+            device.kernels.accumulate(x, *total)
+        assert_moments(total, torch.cat(batches))
+
+
+def track(device: Emulated) -> None:
+    mean, m2 = torch.randn(2, 700).double(), torch.rand(2, 700).double()
+    count, batches = torch.tensor([9.0, 4.0]).double(), torch.tensor([1, 3])
+    running = torch.zeros(2, 700), torch.ones(2, 700)
+    device.kernels.track(count, mean, m2, *running, batches, None)
+    torch.testing.assert_close(running[0], (mean / torch.tensor([[2.0], [4.0]])).float())
+    assert batches.tolist() == [2, 4]
+
+
+def normalize(device: Emulated) -> None:
+    for x in (torch.randn(9, 16, 7, 7), torch.randn(5, 33), misaligned(torch.randn(6, 8, 4, 4))):
+        scale, group = torch.rand(2, x.shape[1]), torch.arange(len(x)) % 2
+        y = device.kernels.normalize(x, None, scale, None, group)
+        torch.testing.assert_close(y, x * per_sample(scale, x, group))
+
+
+def reduce_misaligned(device: Emulated) -> None:
+    x = misaligned(torch.randn(8, 16, 8, 8))
+    assert_moments(device.kernels.moments(x), x)
+
+
+def reduce_on_two_streams(device: Emulated) -> None:
+    """Into memory that is there before: what an allocator hands out is ordered by the allocator."""
+    x, totals = torch.randn(64, 40, 7, 7), [accumulators(40) for _ in range(2)]
+    seed = int(torch.randint(1000, ()))
+    for stream, total in enumerate(totals):
+        device.set(seed=seed, stream=stream)
+        device.kernels.accumulate(x, *total)
+    device.set(seed=seed)
+    device.synchronize()
+    for total in totals:
+        assert_moments(total, x)
+
+
+def reduce_while_capturing(device: Emulated) -> None:
+    with torch_fills_memory():
+        device.set(seed=int(torch.randint(1000, ())), capturing=True)
+        reduce(device)
+
+
+class torch_fills_memory:
+    """torch's fresh memory is NaN, or -1."""
+
+    def __enter__(self) -> None:
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(False)
+
+
+EXERCISES = {
+    f.__name__: f
+    for f in (
+        reduce,
+        reduce_groups,
+        accumulate,
+        track,
+        normalize,
+        reduce_misaligned,
+        reduce_on_two_streams,
+        reduce_while_capturing,
+    )
+}
+
+# ---- Defects --------------------------------------------------------------------------------------------------------
+
+BARRIER = "__syncthreads();"
+REDUCE = "cuda/reduce.h"
+ENTRIES = "entries, partials + to * at.channels + first_channel);\n    "
+CAPTURE = ") STD_CUDA_CHECK(cudaMemsetAsync"
+WORKSPACE = "cuda/workspace.cu"
+
+# By the exercise that finds them.
+DEFECTS = [
+    ("reduce", Mutation("no barrier before the ticket", REDUCE, "  __shared__ bool last;\n  ", BARRIER, ";")),
+    ("reduce", Mutation("no barrier behind the ticket", REDUCE, "  ", BARRIER, ";", "\n  return last;")),
+    ("reduce", Mutation("no fence before the ticket", REDUCE, "", "__threadfence();", ";", "\n      last = atomicInc")),
+    ("reduce", Mutation("no fence behind the ticket", REDUCE, "blocks - 1;\n      ", "__threadfence();", ";")),
+    ("reduce", Mutation("the ticket is not reset", REDUCE, "unsigned>(", "blocks - 1", "0xffffffff", ")) == ")),
+    ("reduce", Mutation("one block too few is waited for", REDUCE, ") == ", "blocks - 1", "blocks - 2", ";\n")),
+    (
+        "accumulate",
+        Mutation("the count comes too early", REDUCE, "now = ", "op.count_comes_last()", "false", " ? is_"),
+    ),
+    ("reduce", Mutation("entries are merged too early", REDUCE, "    }\n  }\n  ", BARRIER, ";", "\n\n  const int w")),
+    ("reduce_groups", Mutation("entries are overwritten too early", REDUCE, ENTRIES, BARRIER, ";")),
+    ("reduce_groups", Mutation("groups are ranked too early", REDUCE, "groups[first_sample + i];\n    ", BARRIER, ";")),
+    ("reduce_groups", Mutation("the order is read too early", REDUCE, "group_of[i];\n    }\n    ", BARRIER, ";")),
+    ("reduce_groups", Mutation("pieces are merged too early", REDUCE, "parts[part][lane] = merged;\n  ", BARRIER, ";")),
+    (
+        "reduce_while_capturing",
+        Mutation("tickets are left", WORKSPACE, "if (", "num_tickets > 0", "false", CAPTURE),
+    ),
+    ("reduce_on_two_streams", Mutation("streams share tickets", WORKSPACE, "pair key(device, ", "id", "0ull", ");")),
+    ("track", Mutation("the number of batches is written too early", "cuda/track.cu", "", BARRIER, ";")),
+    ("reduce_misaligned", Mutation("alignment is not looked at", "cuda/tensors.h", "(p) % ", "16", "1", " == 0")),
+]
+
+
+@pytest.fixture(scope="module")
+def mutants() -> Emulated:
+    """All defects in one library, of which one at a time is active."""
+    patches = tuple(mutation.patch(number) for number, (_, mutation) in enumerate(DEFECTS))
+    sources = ("moments", "accumulate", "track", "normalize", "workspace", "defects")
+    return emulated_library.load(patches=(*ONLY_FLOAT32, *patches), sources=sources)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_without_a_defect_every_exercise_succeeds(exercise, mutants):
+    for seed in range(3):
+        with mutants.during(seed=seed, multiprocessors=(1, 16, 132)[seed]):
+            EXERCISES[exercise](mutants)
+
+
+@pytest.mark.parametrize("number", range(len(DEFECTS)), ids=[mutation.name for _, mutation in DEFECTS])
+def test_every_defect_is_found(number, mutants):
+    exercise, _ = DEFECTS[number]
+    mutants.mutate(number)
+    try:
+        with pytest.raises((RuntimeError, AssertionError)) as found:
+            run_many_times(EXERCISES[exercise], mutants)
+    finally:
+        mutants.mutate(-1)
+        mutants.reset()
+    print(str(found.value).strip().splitlines()[0])
+
+
+def run_many_times(exercise: Callable[[Emulated], None], device: Emulated) -> None:
+    for seed in range(20):
+        device.set(seed=seed)
+        exercise(device)
+
+
+# ---- The emulation itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("missing_barrier", "race: thread .* of block 0 has"),
+        ("no_value", "NaN"),
+        ("missing_fence", "race: thread .* of block . has"),
+        ("written_constant", "__ldg"),
+        ("left_before_a_barrier", "threads have left before a barrier"),
+        ("shuffle_and_barrier", "deadlock"),
+        ("misaligned_load", "misaligned: __ldg"),
+        ("misaligned_store", "misaligned: a store of a uint4"),
+    ],
+)
+def test_classes_of_defects_are_told_apart(kernel, message, mutants):
+    for seed in range(5):
+        with mutants.during(seed=seed):
+            assert re.search(message, mutants.defect(f"defect_{kernel}"))
+
+
+def test_every_access_is_seen_and_blocks_take_turns(mutants):
+    before = mutants.statistics()
+    reduce(mutants)
+    after = mutants.statistics()
+    done = emulated_library.Statistics(*(b - a for a, b in zip(before, after, strict=True)))
+    assert done.accesses > sum(torch.Size(shape).numel() for shape in SHAPES)
+    assert min(done.blocks, done.barriers, done.shuffles) > 2 * done.launches
+    assert min(done.fences, done.atomics) > done.launches
+    assert done.switches > 100 * done.blocks
+
+
+# ---- The kernels, as a host sees them -------------------------------------------------------------------------------
+
+
+def test_the_same_bits_in_every_order_of_threads(mutants):
+    kernels = mutants.kernels
+    for multiprocessors in (1, 16, 132):
+        torch.manual_seed(0)
+        inputs = [torch.randn(shape) + 3 for shape in [(64, 40, 7, 7), (1, 1, 400, 400), (70, 300)]]
+        groups = [torch.randint(3, (len(x),)) for x in inputs]
+        results = []
+        for seed in range(6):
+            with mutants.during(seed=seed, multiprocessors=multiprocessors, capturing=seed == 3):
+                results.append([t for x, g in zip(inputs, groups, strict=True) for t in kernels.moments(x, g, 3)])
+                results[-1] += [t for x in inputs for t in kernels.moments(x)]
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_failed_allocation_is_done_without_and_tried_again(mutants):
+    x = torch.randn(64, 40, 7, 7)
+    for stream, failing in enumerate(({"allocations": 1}, {"memsets": 1}), start=100):  # that have no memory yet
+        mutants.synchronize()
+        with mutants.during(stream=stream):
+            before = mutants.statistics()
+            mutants.fail(**failing)
+            assert_moments(mutants.kernels.moments(x), x)
+            failed = mutants.statistics()
+            assert failed.allocated - before.allocated == failed.freed - before.freed
+            for _ in range(2):
+                assert_moments(mutants.kernels.moments(x), x)
+        after = mutants.statistics()
+        assert after.allocated - failed.allocated == 1
+        assert after.freed == failed.freed
+    mutants.synchronize()
+
+
+# ---- Under AddressSanitizer and UndefinedBehaviorSanitizer ----------------------------------------------------------
+
+
+def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python, in a process of its own: the sanitizers must be loaded first, and end it where they find something."""
+    environment = {**emulated_library.sanitized_environment(), "PRECISEBN_EMULATE": "sanitizers"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+
+
+@pytest.fixture(scope="module")
+def sanitized_library() -> Path:
+    return emulated_library.build(emulated_library.SANITIZERS, ONLY_FLOAT32_AND_BFLOAT16)
+
+
+def test_kernels_under_sanitizers(sanitized_library):
+    done = sanitized("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_cuda.py", "-k", "sanitizer")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "30 passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("outside", "heap-buffer-overflow|use-after-poison"),
+        ("outside_of_shared_memory", "heap-buffer-overflow|use-after-poison"),
+        ("shift_by_too_much", "shift exponent 32 is too large"),
+    ],
+)
+def test_sanitizers_find_what_kernels_must_not_do(kernel, message, sanitized_library):
+    done = sanitized("-c", f"import ctypes, torch; ctypes.CDLL({str(sanitized_library)!r}).defect_{kernel}()")
+    assert done.returncode != 0
+    assert re.search(message, done.stderr), done.stderr
