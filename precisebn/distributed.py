@@ -1,4 +1,4 @@
-"""Ranks: the only file that calls torch.distributed.
+"""Ranks: the only file that knows torch.distributed.
 
 A run over several ranks is a row of steps, the same on every rank. All ranks take a step, or none does: that is decided
 in the key-value store that every process group has, outside its collectives (:class:`Steps`). A rank that fails says so
@@ -10,6 +10,7 @@ number of ranks, and all ranks end with the same bits. docs/design.md, "Ranks", 
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -25,7 +26,7 @@ from precisebn._version import __version__
 from precisebn._warnings import warn
 from precisebn.errors import InputError, RankFailedError, add_note
 
-__all__ = ["ProcessGroup", "Ranks", "Steps", "Tally"]
+__all__ = ["ProcessGroup", "Ranks", "Steps", "Tally", "is_sharded", "reshard"]
 
 _logger = logging.getLogger(__name__)
 
@@ -353,6 +354,28 @@ class Steps:
 
     def _key(self, name: str | int) -> str:
         return f"{self._run}/{self._step}/{name}"
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is this rank's part of one that ranks share; none is before torch's module for it is there."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def reshard(modules: list[torch.nn.Module]) -> None:
+    """Let FSDP (``fully_shard``) free the whole parameters that a forward without a backward has left in place.
+
+    They come and go as it needs them; the sharded ones are what a model has, and what a picture of it shows.
+    """
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _group_of(process_group: ProcessGroup | Literal[False] | None) -> ProcessGroup:

@@ -1,5 +1,6 @@
 """What all tests share: a fixed seed, the peers where they are installed, and a picture of a model to compare."""
 
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pythons_own_handler() -> Iterator[None]:
+    """Of SIGINT, which raises KeyboardInterrupt, whatever pytest's runner has put in its place."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _WrappedHook
 from precisebn.conversion.layers import ORIGIN, Origin, describe, settings_of
 from precisebn.errors import InputError
 from precisebn.models.families import OURS
-from precisebn.models.snapshot import same_bits
+from precisebn.models.tensor_pictures import same_bits
 from precisebn.models.transaction import Transaction
 from precisebn.nn import CycleBatchNormList, DomainSpecificBN
 

@@ -6,7 +6,6 @@ stays in eval mode whoever calls ``train()``: an attribute of the instance stand
 so that ``isinstance``, state dicts, compilation and export see the layer that they know.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from precisebn._warnings import warn
 from precisebn.errors import InputError
 from precisebn.models.families import FROZEN, is_norm_with_statistics
 from precisebn.models.interrupts import HeldBack
@@ -91,7 +91,7 @@ def unfreeze(model: nn.Module, *modules: str | nn.Module) -> nn.Module:
     if not marked:
         others = [name for name, module in chosen.items() if is_norm_with_statistics(module) and not module.training]
         also = "; FrozenBatchNorm layers become BatchNorm by convert_to_batchnorm(model)" if others else ""
-        warnings.warn(f"nothing was frozen by freeze(), so nothing is unfrozen{also}", stacklevel=2)
+        warn(f"nothing was frozen by freeze(), so nothing is unfrozen{also}")
     with HeldBack(), Transaction() as changes:
         for module in marked:
             record: _Frozen = vars(module)[FROZEN]
@@ -233,4 +233,4 @@ def _warn_of_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         if module not in inside and any(id(p) in frozen_ones for p in module._parameters.values()):
             shared[name] = module
     if shared:
-        warnings.warn(f"parameters of other modules are shared, and frozen there too: {listed(shared)}", stacklevel=4)
+        warn(f"parameters of other modules are shared, and frozen there too: {listed(shared)}")

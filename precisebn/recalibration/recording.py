@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from precisebn.distributed import reshard
 from precisebn.errors import InputError, NonFiniteStatisticsError
 from precisebn.models.families import is_batch_norm, normalizes_its_input, populations_of
 from precisebn.models.selection import named_modules
 from precisebn.models.snapshot import Snapshot
 from precisebn.models.transaction import Transaction
-from precisebn.models.wrappers import reshard, run_eagerly, set_wrappers_aside
+from precisebn.models.wrappers import run_eagerly, set_wrappers_aside
 from precisebn.nn.population import Recordable, Recorder, RunningStatistics
 from precisebn.ops.chan import merge
 from precisebn.recalibration.forwards import DeclaredForward, InputForward, Slot, UnknownForward

@@ -4,30 +4,27 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from conftest import state_of
+from interrupting import Lines
 from torch import Tensor, nn
 
-import precisebn
 from precisebn import InsufficientDataError, adapt_bn_stats, update_bn_stats
-from precisebn.models.interrupts import HeldBack
 from precisebn.models.snapshot import Snapshot
 from precisebn.nn import CycleBatchNormList, DomainSpecificBN
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "pythons_own_handler"),
     pytest.mark.skipif(
         threading.current_thread() is not threading.main_thread(), reason="signals are the main thread's"
     ),
 ]
 
-PACKAGE = str(Path(precisebn.__file__).parent)
 BATCHES = [torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
 
 
@@ -75,47 +72,9 @@ def is_done(model: nn.Module, values: dict[str, Any]) -> bool:
     return all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
 
 
-def lines_of(call: Callable[[], None]) -> list[tuple[str, int]]:
-    """Every line of the package that a call runs, as often as it runs."""
-    lines: list[tuple[str, int]] = []
-
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            lines.append((frame.f_code.co_filename, frame.f_lineno))
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-    return lines
-
-
 def interrupted(call: Callable[[], None], at: set[int]) -> bool:
-    """Send real signals before the n-th lines that a call runs in the package; whether KeyboardInterrupt comes out."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            count += 1
-            if count in at:
-                signal.raise_signal(signal.SIGINT)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
+    """Send real signals at the n-th lines that a call runs in the package; whether KeyboardInterrupt comes out."""
+    return Lines(lambda number, _: number in at).run(call).interrupted
 
 
 @pytest.fixture(scope="module", params=[run, run_that_fails], ids=["good run", "failing run"])
@@ -124,7 +83,7 @@ def lines(request: pytest.FixtureRequest) -> tuple[Callable[[nn.Module], None], 
     torch.manual_seed(0)
     request.param(Small())  # what is imported or cached once is so
     visits: dict[tuple[str, int], list[int]] = {}
-    for number, line in enumerate(lines_of(lambda: request.param(Small())), 1):
+    for number, line in enumerate(Lines().run(lambda: request.param(Small())).ran):
         visits.setdefault(line, []).append(number)
     return request.param, sorted({n for at in visits.values() for n in (at[0], at[-1])})
 
@@ -155,7 +114,7 @@ def test_a_second_ctrl_c_during_the_clean_up(lines):
 
 def test_an_interrupt_before_the_last_step_is_not_lost():
     model, before, _ = outcomes(run)
-    assert interrupted(lambda: run(model), {1})
+    assert interrupted(lambda: run(model), {0})
     assert state_of(model) == before
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -168,75 +127,3 @@ def test_real_signals_at_random_instants():
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 changed" in result.stdout
-
-
-# ---- HeldBack -------------------------------------------------------------------------------------------------------
-
-
-def test_a_held_back_interrupt_comes_at_the_end_or_where_it_is_let_through():
-    seen = []
-
-    def work(lets_through: bool) -> None:
-        with HeldBack() as held:
-            signal.raise_signal(signal.SIGINT)
-            seen.append("held")
-            if lets_through:
-                with held.let_through():
-                    seen.append("never")
-                seen.append("never")
-
-    for lets_through in (False, True):
-        with pytest.raises(KeyboardInterrupt):
-            work(lets_through)
-    assert seen == ["held", "held"]
-
-
-def test_an_interrupt_that_waits_is_not_lost_behind_another_exception():
-    def work() -> None:
-        with HeldBack():
-            signal.raise_signal(signal.SIGINT)
-            raise ValueError
-
-    with pytest.raises(KeyboardInterrupt) as caught:
-        work()
-    assert isinstance(caught.value.__context__, ValueError)
-
-
-@pytest.mark.parametrize("waits", [False, True])
-def test_the_first_interrupt_that_is_let_through_closes_the_gate_behind_it(waits):
-    cleaned = []
-
-    def work() -> None:
-        with HeldBack() as held:
-            if waits:
-                signal.raise_signal(signal.SIGINT)
-            try:
-                with held.let_through():
-                    signal.raise_signal(signal.SIGINT)
-            finally:
-                signal.raise_signal(signal.SIGINT)
-                cleaned.append(True)
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert cleaned == [True]
-
-
-def test_in_other_threads_nothing_is_held_back():
-    before, inside = signal.getsignal(signal.SIGINT), []
-
-    def work() -> None:
-        with HeldBack() as held, held.let_through():
-            inside.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert inside == [before]
-
-
-@pytest.fixture(autouse=True)
-def pythons_own_handler() -> Iterator[None]:
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""Ctrl-C at lines of one's choice: real signals."""
+"""Ctrl-C at lines of one's choice: real signals, raised before the line runs."""
 
 import signal
 import sys
@@ -16,10 +16,14 @@ class Lines:
     """Runs an action with SIGINT, really raised, at some of the lines of precisebn that it runs.
 
     Args:
-        wanted: tells of a line, by its number as lines run and by where it stands, whether to raise the signal there.
+        wanted: tells of a line, by its number as lines run (from 0) and by where it stands, whether to raise it there.
+
+    Attributes:
+        ran: the lines, as often as they ran.
+        interrupted: whether KeyboardInterrupt came out.
     """
 
-    def __init__(self, wanted: Callable[[int, tuple[str, int]], bool]) -> None:
+    def __init__(self, wanted: Callable[[int, tuple[str, int]], bool] = lambda number, where: False) -> None:
         self.wanted = wanted
         self.ran: list[tuple[str, int]] = []
         self.interrupted = False
