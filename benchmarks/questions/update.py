@@ -2,9 +2,11 @@
 
 Everyone runs the same model, with the same weights, on the same mini-batch; set-up and finishing are not counted: an
 iteration lasts from one request for a mini-batch to the next. "bfloat16" is autocast with float32 weights; "bfloat16
-weights" is a model converted to it. On CUDA two columns say where time beyond the plain forward goes: how many more
-kernels, copies and fills are launched for each layer, and how much longer the host takes for it (the GPU not waited
-for).
+weights" is a model converted to it. "NCHW to NHWC" is a contiguous model on contiguous mini-batches, which precisebn
+alone lays out anew, by ``memory_format=torch.channels_last``; without that it is one of its own peers, "NCHW".
+
+On CUDA two columns say where time beyond the plain forward goes: how many more kernels, copies and fills are launched
+for each layer, and how much longer the host takes for it (the GPU not waited for).
 """
 
 import copy
@@ -33,7 +35,8 @@ QUESTION = Question(
     share=4,
 )
 
-PEERS = ("fvcore", "swa_utils", "forward")
+PEERS = ("fvcore", "swa_utils", "forward", "NCHW")
+CONVERTED = "NCHW to NHWC"
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 MAX_ERROR = 1e-6  # of each layer's statistics: two roundings of float32 buffers, 6e-8 each, and room for the kernel
 MAX_ERROR_BFLOAT16 = 1e-2  # of buffers that are bfloat16 themselves: two roundings of 2e-3 each
@@ -54,6 +57,14 @@ class Setting:
     budget: float
     iterations: int = 1
     device: str = "cpu"
+
+    def memory_format(self) -> torch.memory_format:
+        """Of the model and the mini-batches, as they come."""
+        return LAYOUTS["NCHW"] if self.layout == CONVERTED else LAYOUTS[self.layout]
+
+    def converted(self) -> torch.memory_format | None:
+        """What precisebn lays mini-batches out in."""
+        return LAYOUTS["NHWC"] if self.layout == CONVERTED else None
 
     def autocast(self) -> torch.autocast:
         """The context that everything of this setting runs in."""
@@ -81,6 +92,9 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
 def _cpu_settings(quick: bool) -> Iterator[Setting]:
     """float32 at 224 x 224 as in practice, bfloat16 smaller, since few CPUs have instructions for it."""
     models = ("resnet18", "mobilenet_v2") if quick else ("resnet50", "resnet18", "mobilenet_v2")
+    for model in ("mobilenet_v2",) if quick else ("resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121"):
+        size, rounds = (64, 3) if quick else (128, 9)
+        yield Setting(model, CONVERTED, "float32", batch=8, size=size, rounds=rounds, budget=10.0)
     for dtype, model, layout in itertools.product(("float32", "bfloat16"), models, LAYOUTS):
         if quick:
             yield Setting(model, layout, dtype, batch=4, size=64, rounds=3, budget=5.0)
@@ -135,13 +149,14 @@ def plot(result: Result, path: Path) -> None:
 
     rows = result["rows"]
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
-    for i, peer in enumerate(peer for peer in PEERS if peer in rows[0]["_quartiles"]):
-        position = [j + (i - 1) * 0.25 for j in range(len(rows))]
-        middle = [row[f"x {peer}"] for row in rows]
-        quarter = [row["_quartiles"][peer] for row in rows]
+    for i, peer in enumerate(PEERS):
+        places = [j for j, row in enumerate(rows) if peer in row["_quartiles"]]
+        position = [j + (i - 1.5) * 0.2 for j in places]
+        middle = [rows[j][f"x {peer}"] for j in places]
+        quarter = [rows[j]["_quartiles"][peer] for j in places]
         spread = [[m - q[0] for m, q in zip(middle, quarter, strict=True)]]
         spread += [[q[2] - m for m, q in zip(middle, quarter, strict=True)]]
-        axes.barh(position, middle, height=0.23, xerr=spread, label=f"against {peer}", error_kw={"linewidth": 0.8})
+        axes.barh(position, middle, height=0.19, xerr=spread, label=f"against {peer}", error_kw={"linewidth": 0.8})
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row['model']} {row['layout']} {row['dtype']}" for row in rows])
     axes.invert_yaxis()
@@ -185,7 +200,7 @@ def _row(setting: Setting) -> dict[str, Any]:
     torch.manual_seed(0)
     models = installed("torchvision.models")
     assert models is not None
-    layout = LAYOUTS[setting.layout]
+    layout = setting.memory_format()
     model = getattr(models, setting.model)().train().to(setting.device, setting.weights(), memory_format=layout)
     batch = torch.randn(setting.batch, 3, setting.size, setting.size)
     batch = batch.to(setting.device, setting.weights(), memory_format=layout)
@@ -198,9 +213,9 @@ def _row(setting: Setting) -> dict[str, Any]:
 
         return measure
 
-    updates = _updates()
+    updates = _updates(setting.converted())
     with setting.autocast():
-        error = _largest_error(model, batch)
+        error = _largest_error(model, batch, setting.converted())
         times = interleave({name: contestant(u) for name, u in updates.items()}, setting.rounds, setting.budget)
         details = _beyond_forward(updates, model, batch) if setting.device == "cuda" else {}
     own = times["precisebn"]
@@ -221,16 +236,22 @@ def _row(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _updates() -> dict[str, Update]:
+def _updates(converted: torch.memory_format | None) -> dict[str, Update]:
     """Everyone who takes part, under autocast or not."""
+
+    def ours(memory_format: torch.memory_format | None) -> Update:
+        return lambda model, loader: precisebn.update_bn_stats(model, loader, len(loader), memory_format=memory_format)
+
     found: dict[str, Update] = {
-        "precisebn": lambda model, loader: precisebn.update_bn_stats(model, loader, len(loader)),
+        "precisebn": ours(converted),
         "swa_utils": lambda model, loader: update_bn(loader, model),
         "forward": _forward,
     }
     fvcore = installed("fvcore.nn")
     if fvcore is not None:
         found["fvcore"] = lambda model, loader: fvcore.update_bn_stats(model, loader, len(loader))
+    if converted is not None:
+        found["NCHW"] = ours(None)
     return found
 
 
@@ -284,7 +305,7 @@ def _launches(update: Update, model: nn.Module, batch: Tensor) -> float:
 # ---- Correct before fast --------------------------------------------------------------------------------------------
 
 
-def _largest_error(model: nn.Module, batch: Tensor) -> float:
+def _largest_error(model: nn.Module, batch: Tensor, converted: torch.memory_format | None) -> float:
     """Check the statistics of every layer against float64 on the very tensors that the layer was given.
 
     Returns:
@@ -298,7 +319,7 @@ def _largest_error(model: nn.Module, batch: Tensor) -> float:
         seen[layer].append(args[0].double().transpose(0, 1).flatten(1))
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in seen]
-    precisebn.update_bn_stats(model, pieces, len(pieces))
+    precisebn.update_bn_stats(model, pieces, len(pieces), memory_format=converted)
     for hook in hooks:
         hook.remove()
 

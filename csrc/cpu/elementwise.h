@@ -87,13 +87,15 @@ void for_each_piece(const View& view, int64_t element_size, const Groups& groups
                     const Rows& rows) {
   constexpr int64_t kGrainBytes = 32 << 10, kLongPlane = 16 << 10;
   if (view.empty()) return;
+  const int64_t bytes = 2 * view.bytes(element_size);  // read and written
   if (view.by_rows) {
     const int64_t joined = rows_joined(view), per_sample = view.sample_rows;
     const bool seamless =
         groups.all_equal() && (per_sample == 1 ? view.row_stride == view.sample_stride || view.batch == 1
                                                : view.sample_stride == per_sample * view.row_stride);
-    const int64_t grain = kGrainBytes / (view.width * element_size) + joined;
-    torch::stable::parallel_for(0, view.batch * per_sample, grain, [&](int64_t row, int64_t end) {
+    const int64_t total = view.batch * per_sample;
+    const int64_t grain = grain_for(total, bytes, kGrainBytes / (view.width * element_size) + joined);
+    torch::stable::parallel_for(0, total, grain, [&](int64_t row, int64_t end) {
       while (row < end) {
         const int64_t sample = row / per_sample, stop = seamless ? end : std::min(end, (sample + 1) * per_sample);
         const int64_t offset = sample * view.sample_stride + row % per_sample * view.row_stride;
@@ -106,8 +108,9 @@ void for_each_piece(const View& view, int64_t element_size, const Groups& groups
     return;
   }
   const int64_t parts = std::max<int64_t>(1, view.length / kLongPlane);
-  const int64_t grain = kGrainBytes * parts / (view.length * element_size) + 1;
-  torch::stable::parallel_for(0, view.batch * view.channels * parts, grain, [&](int64_t unit, int64_t end) {
+  const int64_t total = view.batch * view.channels * parts;
+  const int64_t grain = grain_for(total, bytes, kGrainBytes * parts / (view.length * element_size) + 1);
+  torch::stable::parallel_for(0, total, grain, [&](int64_t unit, int64_t end) {
     while (unit < end) {
       const int64_t plane = unit / parts, part = unit % parts, sample = plane / view.channels,
                     channel = plane % view.channels;

@@ -3,6 +3,7 @@
 // bits on any number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -33,6 +34,14 @@ struct Partition {
 };
 
 Partition partition(const View& view, int64_t element_size, const std::optional<Tensor>& group, int64_t num_groups);
+
+// The grain for parallel_for over `units` that move `bytes` in all: one thread does all of a small layer. Waking others
+// takes some microseconds where they wait for work, and a time slice of the system, milliseconds, where another process
+// has their core; so few bytes take some tens of microseconds. A network of small layers would pay at each of them.
+inline int64_t grain_for(int64_t units, int64_t bytes, int64_t grain) {
+  constexpr int64_t kOneThreadBytes = 512 << 10;
+  return bytes <= kOneThreadBytes ? std::max<int64_t>(units, 1) : grain;
+}
 
 // For rows so narrow that a vector holds several: how many adjacent rows are joined into one.
 int64_t rows_joined(const View& view);

@@ -28,6 +28,7 @@ class Reduction {
             const Kernel& kernel)
       : view_(view),
         kernel_(kernel),
+        bytes_(view.bytes(element_size)),
         partition_(partition(view, element_size, group, num_groups)),
         slab_a_(new double[partition_.slabs.size() * view.channels]),
         slab_b_(new double[partition_.slabs.size() * view.channels]) {}
@@ -38,7 +39,8 @@ class Reduction {
   // Writes a and b [G, C].
   void run(double* a, double* b) const {
     const int64_t blocks = partition_.channel_blocks(view_), slabs = static_cast<int64_t>(partition_.slabs.size());
-    torch::stable::parallel_for(0, slabs * blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t tasks = slabs * blocks;
+    torch::stable::parallel_for(0, tasks, grain_for(tasks, bytes_, 1), [&](int64_t begin, int64_t end) {
       // A thread's tasks that are blocks of the same slab are done as one: it then reads longer runs of memory.
       while (begin < end) {
         const int64_t slab = begin / blocks, stop = std::min(end, (slab + 1) * blocks);
@@ -133,6 +135,7 @@ class Reduction {
 
   const View view_;
   const Kernel& kernel_;
+  const int64_t bytes_;
   const Partition partition_;
   const std::unique_ptr<double[]> slab_a_, slab_b_;
 };

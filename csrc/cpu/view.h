@@ -25,6 +25,7 @@ struct View {
   int64_t plane_stride;
   int64_t sample_rows, width, row_stride, inner;
 
+  int64_t bytes(int64_t element_size) const { return batch * channels * length * element_size; }
   bool empty() const { return batch == 0 || channels == 0 || length == 0; }
 };
 

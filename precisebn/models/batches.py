@@ -1,7 +1,9 @@
-"""What a data loader yields: how to call a model on it, move it to a device, and count its samples."""
+"""What a data loader yields: how to call a model on it, move it to a device, lay it out, and count its samples."""
 
 import copy
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +11,24 @@ from torch import Tensor, nn
 
 from precisebn.errors import BatchFormatError, InputError, add_note
 
-__all__ = ["ForwardFn", "call_model", "common_device", "move_to", "num_samples"]
+__all__ = [
+    "CHANNELS_LAST",
+    "ForwardFn",
+    "call_model",
+    "common_device",
+    "explain_refused_view",
+    "move_to",
+    "num_samples",
+    "with_memory_format",
+]
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 """How to call a model on a batch: ``forward(model, batch)``; what it returns is dropped."""
+
+CHANNELS_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
+"""The memory formats that a batch can be laid out in, and how many dimensions tensors of each have."""
+
+REFUSED_VIEW = "view size is not compatible with input tensor's size and stride"  # what torch says
 
 
 def call_model(model: nn.Module, batch: Any, *, is_first: bool = False) -> None:
@@ -105,11 +121,59 @@ def move_to(batch: Any, device: torch.device | str) -> Any:
         return batch.to(device, non_blocking=torch.device(device).type != "cpu")
     if not isinstance(batch, Mapping | list) and callable(getattr(batch, "to", None)):
         return batch.to(device)
+    return _with_items(batch, lambda item: move_to(item, device))
+
+
+def with_memory_format(batch: Any, memory_format: torch.memory_format) -> Any:
+    """The batch with the tensors in it that have the dimensions of ``memory_format`` laid out so.
+
+    As for ``nn.Module.to(memory_format=)``: ``torch.channels_last`` is for tensors of 4 dimensions,
+    ``torch.channels_last_3d`` for those of 5; all others pass through, and so does what is inside of objects that are
+    neither mapping nor list nor tuple.
+    """
+    if isinstance(batch, Tensor):
+        fits = batch.dim() == CHANNELS_LAST[memory_format] and batch.layout == torch.strided and not batch.is_nested
+        # Not contiguous(memory_format=): it leaves the strides of images of one channel, which convolutions then take
+        # for those of a contiguous tensor.
+        return batch.to(memory_format=memory_format) if fits else batch
+    return _with_items(batch, lambda item: with_memory_format(item, memory_format))
+
+
+@contextmanager
+def explain_refused_view(model: nn.Module, memory_format: torch.memory_format | None) -> Iterator[None]:
+    """Say what to do where a model's ``view`` does not exist in the memory format that its input was laid out in.
+
+    Raises:
+        InputError: that; names the layer and the line of its code.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if memory_format is None or REFUSED_VIEW not in str(error):
+            raise
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"memory_format={memory_format}: {_raised_in(model, error)} asks for a view that does not exist in this "
+            f"format (line {line.lineno} of {line.filename}: {line.line}). Use reshape instead of view there, or leave "
+            "memory_format out"
+        ) from error
+
+
+def _raised_in(model: nn.Module, error: Exception) -> str:
+    """The innermost layer in whose forward an exception was raised."""
+    names = {module: name for name, module in model.named_modules()}
+    owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    inside = [owner for owner in owners if isinstance(owner, nn.Module) and names.get(owner)]
+    return f"layer {names[inside[-1]]!r} ({type(inside[-1]).__name__})" if inside else f"the {type(model).__name__}"
+
+
+def _with_items(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """A mapping, list or tuple with its items changed; itself where they stay, as anything else does."""
     if isinstance(batch, Mapping):
-        moved = {key: move_to(value, device) for key, value in batch.items()}
-        return batch if all(moved[key] is batch[key] for key in moved) else _rebuilt(batch, moved)
+        changed = {key: change(value) for key, value in batch.items()}
+        return batch if all(changed[key] is batch[key] for key in changed) else _rebuilt(batch, changed)
     if isinstance(batch, list | tuple):
-        items = [move_to(value, device) for value in batch]
+        items = [change(value) for value in batch]
         return batch if all(a is b for a, b in zip(items, batch, strict=True)) else _rebuilt(batch, items)
     return batch
 
@@ -125,8 +189,8 @@ def _rebuilt(batch: Any, items: Any) -> Any:
         return kind(*items) if hasattr(batch, "_fields") else kind(items)
     except Exception as error:
         raise InputError(
-            f"a mini-batch holds a {kind.__name__}, which cannot be rebuilt on another device: {error}. Move "
-            "mini-batches in the loader, or in forward="
+            f"a mini-batch holds a {kind.__name__}, which cannot be rebuilt with its tensors moved or laid out "
+            f"anew: {error}. Do that in the loader, or in forward="
         ) from error
 
 

@@ -10,7 +10,14 @@ import tqdm
 
 from precisebn.distributed import Ranks, Tally
 from precisebn.errors import InsufficientDataError
-from precisebn.models.batches import call_model, common_device, move_to, num_samples
+from precisebn.models.batches import (
+    call_model,
+    common_device,
+    explain_refused_view,
+    move_to,
+    num_samples,
+    with_memory_format,
+)
 from precisebn.models.interrupts import HeldBack
 from precisebn.recalibration.prior import Prior
 from precisebn.recalibration.recording import Recording
@@ -51,10 +58,13 @@ class Loop:
         with self._interrupts.let_through():
             if self._device is not None:
                 batch = move_to(batch, self._device)
-            if self.settings.forward is not None:
-                self.settings.forward(self.settings.model, batch)
-            else:
-                call_model(self.settings.model, batch, is_first=self.iterations == 0)
+            if self.settings.memory_format is not None:
+                batch = with_memory_format(batch, self.settings.memory_format)
+            with explain_refused_view(self.settings.model, self.settings.memory_format):
+                if self.settings.forward is not None:
+                    self.settings.forward(self.settings.model, batch)
+                else:
+                    call_model(self.settings.model, batch, is_first=self.iterations == 0)
 
     def weigh(self, prior: Prior) -> None:
         """Tell a prior how many samples there will be, of all ranks: it is mixed in from the first mini-batch on.

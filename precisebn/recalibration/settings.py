@@ -11,7 +11,7 @@ from torch import nn
 
 from precisebn.distributed import ProcessGroup
 from precisebn.errors import InputError
-from precisebn.models.batches import ForwardFn
+from precisebn.models.batches import CHANNELS_LAST, ForwardFn
 from precisebn.models.selection import ModuleSelection
 from precisebn.statistics.estimator import ESTIMATORS, EstimatorName
 
@@ -28,6 +28,7 @@ class Settings:
     progress: str | bool | None
     forward: ForwardFn | None
     device: torch.device | str | None
+    memory_format: torch.memory_format | None
     modules: ModuleSelection
     exclude: ModuleSelection | None
     estimator: EstimatorName
@@ -47,6 +48,9 @@ class Settings:
             raise InputError(f"estimator={self.estimator!r} must be one of {', '.join(map(repr, ESTIMATORS))}")
         if self.forward is not None and not callable(self.forward):
             raise InputError(f"forward={self.forward!r} must be a callable forward(model, batch)")
+        if self.memory_format is not None and self.memory_format not in CHANNELS_LAST:
+            formats = " or ".join(f"{format} (for tensors of {n} dimensions)" for format, n in CHANNELS_LAST.items())
+            raise InputError(f"memory_format={self.memory_format!r} must be {formats}, or None")
         if self.device is not None:
             try:
                 torch.device(self.device)

@@ -40,6 +40,7 @@ def update_bn_stats(
     *,
     forward: ForwardFn | None = None,
     device: torch.device | str | None = None,
+    memory_format: torch.memory_format | None = None,
     modules: ModuleSelection = "training",
     exclude: ModuleSelection | None = None,
     estimator: EstimatorName = "population",
@@ -70,6 +71,10 @@ def update_bn_stats(
             list or tuple of a floating-point tensor and items that hold none (labels, metadata) is passed as that
             tensor; anything else as it is.
         device: where mini-batches are moved to; by default, the device of the model's parameters if they share one.
+        memory_format: how their tensors are laid out before the model gets them: ``torch.channels_last`` those of 4
+            dimensions, ``torch.channels_last_3d`` those of 5, wherever they lie in mappings, lists and tuples.
+            Convolutions keep the format of their input, and on most devices are faster so; the model itself is not
+            converted. The statistics are the same but for rounding.
         modules: ``"training"``: the BatchNorm layers in training mode; ``"all"``: all of them; or modules, qualified
             names and glob patterns, which alone take frozen layers too. Chosen layers normalize with batch statistics
             whatever their mode, all other modules keep theirs: ``model.eval()`` and ``modules="all"`` recalibrates with
@@ -97,8 +102,9 @@ def update_bn_stats(
         NonFiniteStatisticsError: NaN or Inf in the input of a layer; names the layer and the mini-batch.
         BatchFormatError: the model does not take what the loader yields.
         RankFailedError: another rank failed, or did not come within the timeout of the process group.
-        InputError: an argument that makes no sense; ranks that differ in their layers, arguments or versions; or the
-            model, or a part of it, is being recalibrated already.
+        InputError: an argument that makes no sense; a ``view`` in the model that does not exist in ``memory_format``;
+            ranks that differ in their layers, arguments or versions; or the model, or a part of it, is being
+            recalibrated already.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -110,8 +116,8 @@ def update_bn_stats(
     return _recalibrate(
         Settings(
             model=model, data_loader=data_loader, num_iters=num_iters, progress=progress, forward=forward,
-            device=device, modules=modules, exclude=exclude, estimator=estimator, tolerance=tolerance,
-            process_group=process_group,
+            device=device, memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator,
+            tolerance=tolerance, process_group=process_group,
         )
     )  # fmt: skip
 
@@ -125,6 +131,7 @@ def adapt_bn_stats(
     *,
     forward: ForwardFn | None = None,
     device: torch.device | str | None = None,
+    memory_format: torch.memory_format | None = None,
     modules: ModuleSelection = "all",
     exclude: ModuleSelection | None = None,
     estimator: EstimatorName = "population",
@@ -157,6 +164,7 @@ def adapt_bn_stats(
         progress: as in :func:`update_bn_stats`, as are the next two.
         forward: how to call the model.
         device: where mini-batches are moved to.
+        memory_format: how their tensors are laid out.
         modules: as in :func:`update_bn_stats`, but all layers by default, whatever their mode.
         exclude: as in :func:`update_bn_stats`.
         estimator: as in :func:`update_bn_stats`, as are the next two.
@@ -176,8 +184,8 @@ def adapt_bn_stats(
     return _recalibrate(
         Settings(
             model=model, data_loader=target_loader, num_iters=num_iters, progress=progress, forward=forward,
-            device=device, modules=modules, exclude=exclude, estimator=estimator, tolerance=tolerance,
-            process_group=process_group, prior=prior,
+            device=device, memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator,
+            tolerance=tolerance, process_group=process_group, prior=prior,
         )
     )  # fmt: skip
 
