@@ -10,22 +10,23 @@ number of ranks, and all ranks end with the same bits. docs/design.md, "Ranks", 
 
 import json
 import logging
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from precisebn._torch import group_store, group_timeout
 from precisebn._version import __version__
 from precisebn._warnings import warn
 from precisebn.errors import InputError, RankFailedError, add_note
 
-__all__ = ["ProcessGroup", "Ranks", "Steps", "Tally"]
+__all__ = ["ProcessGroup", "Ranks", "Steps", "Tally", "is_sharded", "reshard"]
 
 _logger = logging.getLogger(__name__)
 
@@ -353,6 +354,28 @@ class Steps:
 
     def _key(self, name: str | int) -> str:
         return f"{self._run}/{self._step}/{name}"
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let FSDP (``fully_shard``) free the whole parameters that a forward without a backward has left in place.
+
+    They come and go as it needs them; the sharded ones are what a model has, and what a picture of it shows.
+    """
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a parameter is this rank's part of a tensor of several ranks."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
 
 
 def _group_of(process_group: ProcessGroup | Literal[False] | None) -> ProcessGroup:

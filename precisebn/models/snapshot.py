@@ -5,7 +5,6 @@ dictionaries, and every tensor that is reached from there (parameters, buffers, 
 its memory, its shape and its bits. What lies inside other objects (a NumPy array, a random generator) does not.
 """
 
-import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from precisebn.distributed import is_sharded
 from precisebn.models.transaction import Transaction, refill
 from precisebn.nn.population import STATISTICS, Recordable
 
@@ -230,11 +230,7 @@ def _placed_by_fsdp(now: Any, then: Any) -> bool:
 
     Put back behind its back, they would stay what they are while it takes them for the others.
     """
-    if "torch.distributed.tensor" not in sys.modules or list(now.keys()) != list(then):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(now[key], DTensor) != isinstance(then[key], DTensor) for key in then)
+    return list(now.keys()) == list(then) and any(is_sharded(now[key]) != is_sharded(then[key]) for key in then)
 
 
 def _fill(container: Any, content: Any) -> None:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from precisebn._torch import join_disabled
 from precisebn.models.transaction import Transaction
 
-__all__ = ["reshard", "run_eagerly", "set_wrappers_aside"]
+__all__ = ["run_eagerly", "set_wrappers_aside"]
 
 
 def set_wrappers_aside(modules: list[nn.Module], changes: Transaction) -> None:
@@ -28,19 +28,6 @@ def set_wrappers_aside(modules: list[nn.Module], changes: Transaction) -> None:
                 changes.put(vars(module), name, value)
         elif isinstance(module, DataParallel):
             changes.put(vars(module), "device_ids", [])
-
-
-def reshard(modules: list[nn.Module]) -> None:
-    """Let FSDP (``fully_shard``) free the whole parameters that a forward without a backward has left in place.
-
-    They come and go as it needs them; the sharded ones are what a model has, and what a picture of it shows.
-    """
-    if "torch.distributed.fsdp" in sys.modules:
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in modules:
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def run_eagerly(changes: Transaction) -> None:

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from precisebn.distributed import reshard
 from precisebn.errors import InputError, NonFiniteStatisticsError
 from precisebn.models.families import is_batch_norm, normalizes_its_input, populations_of
 from precisebn.models.selection import named_modules
 from precisebn.models.snapshot import Snapshot
 from precisebn.models.transaction import Transaction
-from precisebn.models.wrappers import reshard, run_eagerly, set_wrappers_aside
+from precisebn.models.wrappers import run_eagerly, set_wrappers_aside
 from precisebn.nn.population import Recordable, Recorder, RunningStatistics
 from precisebn.ops.chan import merge
 from precisebn.recalibration.forwards import DeclaredForward, InputForward, Slot, UnknownForward
@@ -86,7 +87,7 @@ class Recording(AbstractContextManager["Recording"]):
         temporary = self._temporary
         try:
             _in_use.claim(self, self.model, [module for _, module in modules])
-            reshard([module for _, module in modules])
+            reshard(module for _, module in modules)
             self._before = Snapshot(self.model)
             temporary.on_undo(torch.set_grad_enabled, torch.is_grad_enabled())
             torch.set_grad_enabled(False)
