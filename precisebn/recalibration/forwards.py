@@ -240,9 +240,10 @@ class UnknownForward(_RecordedForward):
         before = self.scratch["running_mean"].clone(), self.scratch["running_var"].clone()
         watch = _BatchNormCalls(self.slot, self.scratch["running_mean"])
         attributes, buffers = vars(self.module), self.module._buffers
-        aside = {key: attributes[key] for key in ("training", "momentum")}
+        measuring = {"training": True, "momentum": 1.0, "track_running_stats": True}
+        aside = {key: attributes[key] for key in measuring}
         try:
-            attributes.update(training=True, momentum=1.0)
+            attributes.update(measuring)
             buffers.update(self.scratch)
             with watch:
                 output = self.original(*args, **kwargs)
