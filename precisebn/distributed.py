@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -365,7 +365,7 @@ def is_sharded(tensor: object) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def reshard(modules: list[torch.nn.Module]) -> None:
+def reshard(modules: Iterable[torch.nn.Module]) -> None:
     """Let FSDP (``fully_shard``) free the whole parameters that a forward without a backward has left in place.
 
     They come and go as it needs them; the sharded ones are what a model has, and what a picture of it shows.

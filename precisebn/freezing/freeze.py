@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from precisebn._warnings import warn
 from precisebn.errors import InputError
-from precisebn.models.families import FROZEN, is_norm_with_statistics
+from precisebn.models.families import FROZEN, is_batch_norm, is_norm_with_statistics, populations_of
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import listed, select
 from precisebn.models.transaction import Transaction
@@ -171,13 +171,18 @@ def _chosen(model: nn.Module, modules: Iterable[str | nn.Module]) -> dict[str, n
     return select(model, items or None, argument="modules", what="module", is_layer=lambda module: True).chosen
 
 
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Whether it has any now: in the buffers of a normalization layer, or under the names that it declares."""
+    return (is_norm_with_statistics(module) or is_batch_norm(module)) and len(populations_of(module)) > 0
+
+
 def _freeze_one(module: nn.Module, affine: bool, changes: Transaction) -> _Part:
     """Freeze a module's own parameters and statistics, as far as they are not frozen yet."""
     record: _Frozen = vars(module).get(FROZEN, _Frozen())
     own = {} if affine else {name: p for name, p in module._parameters.items() if p is not None}
     part = _Part(
         frozenset(own.keys() - record.requires_grad.keys()),
-        record.training is None and is_norm_with_statistics(module) and module.running_mean is not None,
+        record.training is None and _keeps_statistics(module),
     )
     if not part.parameters and not part.mode:
         return part

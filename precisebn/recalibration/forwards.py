@@ -103,6 +103,19 @@ class _RecordedForward:
         for name, buffer in self.scratch.items():
             changes.put(self.module._buffers, name, buffer)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run in eval mode, by the statistics in the scratch buffers."""
+        attributes, buffers = vars(self.module), self.module._buffers
+        training, mean, var = attributes["training"], buffers.get("running_mean"), buffers.get("running_var")
+        try:
+            attributes["training"] = False
+            # Where they are already, as a rule; torch.func.functional_call has put others in their place.
+            buffers["running_mean"], buffers["running_var"] = self.scratch["running_mean"], self.scratch["running_var"]
+            return self.original(*args, **kwargs)
+        finally:
+            attributes["training"] = training
+            buffers["running_mean"], buffers["running_var"] = mean, var
+
     def _deepcopy(self, memo: dict[int, Any]) -> nn.Module:
         with self._taken_out():
             return copy.deepcopy(self.module, memo)
@@ -164,16 +177,7 @@ class InputForward(_RecordedForward):
             self.slot.m2.masked_fill_(self.var.isinf(), float("inf"))
         if self.mixture is not None and x.numel():
             _mix(self.mixture, x.numel() / self.slot.num_channels, self.mean, self.var)
-        attributes, buffers = vars(self.module), self.module._buffers
-        training, mean, var = attributes["training"], buffers.get("running_mean"), buffers.get("running_var")
-        try:
-            attributes["training"] = False
-            # Where they are already, as a rule; torch.func.functional_call has put others in their place.
-            buffers["running_mean"], buffers["running_var"] = self.mean, self.var
-            return self.original(*args, **kwargs)
-        finally:
-            attributes["training"] = training
-            buffers["running_mean"], buffers["running_var"] = mean, var
+        return self._evaluate(*args, **kwargs)
 
 
 class UnknownForward(_RecordedForward):
@@ -224,13 +228,7 @@ class UnknownForward(_RecordedForward):
         for buffer, own in zip(scratch, (mean, m2 / count), strict=True):
             buffer.copy_(own)
         _mix(self.mixture, count.item(), *scratch)
-        attributes = vars(self.module)
-        training = attributes["training"]
-        try:
-            attributes["training"] = False
-            return self.original(*args, **kwargs)
-        finally:
-            attributes["training"] = training
+        return self._evaluate(*args, **kwargs)
 
     def _measure(self, *args: Any, **kwargs: Any) -> Any:
         """Run in training mode, and merge what is normalized."""
@@ -242,9 +240,10 @@ class UnknownForward(_RecordedForward):
         before = self.scratch["running_mean"].clone(), self.scratch["running_var"].clone()
         watch = _BatchNormCalls(self.slot, self.scratch["running_mean"])
         attributes, buffers = vars(self.module), self.module._buffers
-        aside = {key: attributes[key] for key in ("training", "momentum")}
+        measuring = {"training": True, "momentum": 1.0, "track_running_stats": True}
+        aside = {key: attributes[key] for key in measuring}
         try:
-            attributes.update(training=True, momentum=1.0)
+            attributes.update(measuring)
             buffers.update(self.scratch)
             with watch:
                 output = self.original(*args, **kwargs)

@@ -87,7 +87,7 @@ class Recording(AbstractContextManager["Recording"]):
         temporary = self._temporary
         try:
             _in_use.claim(self, self.model, [module for _, module in modules])
-            reshard([module for _, module in modules])
+            reshard(module for _, module in modules)
             self._before = Snapshot(self.model)
             temporary.on_undo(torch.set_grad_enabled, torch.is_grad_enabled())
             torch.set_grad_enabled(False)

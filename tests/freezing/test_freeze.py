@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from precisebn import (
 )
 from precisebn.freezing import freeze, frozen, trainable_parameters, unfreeze
 from precisebn.nn import GhostBN, use_domain
+from precisebn.nn.population import Recordable, RunningStatistics
 
 
 def net(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
@@ -327,3 +328,32 @@ def test_in_distributed_data_parallel_only_statistics_can_be_frozen(tmp_path):
         assert bits(wrapped.module[0]) == before
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Centered(Recordable):
+    """Keeps the mean of mini-batches under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(3))
+        self.register_buffer("width", torch.ones(3))
+
+    def populations(self) -> Sequence[RunningStatistics]:
+        return [RunningStatistics(self.center, self.width, None, eps=0.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.center.lerp_(x.mean((0, 2, 3)), 0.1)
+        return x - self.center.reshape(-1, 1, 1)
+
+
+def test_a_module_that_declares_its_populations_under_other_names_is_frozen_like_any_other():
+    model = nn.Sequential(Centered())
+    before = bits(model)
+    freeze(model).train()
+    model(images())
+    assert bits(model) == before
+    unfreeze(model)
+    assert model[0].training
+    model(images())
+    assert bits(model) != before

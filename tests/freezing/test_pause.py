@@ -7,7 +7,7 @@ import torch
 from conftest import state_of
 from torch import Tensor, nn
 
-from precisebn import InputError
+from precisebn import InputError, update_bn_stats
 from precisebn.freezing import pause_tracking
 from precisebn.nn import (
     BatchStatBN,
@@ -126,3 +126,30 @@ def test_a_pattern_that_matches_no_layer_is_an_error():
         pause_tracking(nn.Sequential(nn.BatchNorm2d(3)), "head"),
     ):
         pass
+
+
+class Doubling(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(2.0 * input)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(3), Doubling(3), GhostBN(3, 2)], ids=lambda layer: type(layer).__name__
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["around", "in the forward"])
+def test_a_recalibration_measures_and_writes_all_the_same(layer, inside):
+    """What is paused is what forwards write; a recalibration is asked for by name."""
+    model = nn.Sequential(layer)
+    batches = [torch.randn(4, 3, 5, 5) for _ in range(3)]
+
+    def forward(m: nn.Module, x: Tensor) -> None:
+        with pause_tracking(m):
+            m(x)
+
+    if inside:
+        report = update_bn_stats(model, batches, None, forward=forward)
+    else:
+        with pause_tracking(model):
+            report = update_bn_stats(model, batches, None)
+    assert report.layers[0].count == 3 * 4 * 25
+    assert layer.track_running_stats is True

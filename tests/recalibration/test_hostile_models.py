@@ -286,16 +286,22 @@ def test_a_copy_made_in_a_forward_has_nothing_of_the_recording_and_is_not_counte
 # ---- Buffers of others --------------------------------------------------------------------------------------------
 
 
-def test_a_forward_by_functional_call_with_other_buffers_normalizes_by_the_mini_batch_all_the_same():
+@pytest.mark.parametrize("prior", [0.0, 5.0])
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), Doubling(3)], ids=["BatchNorm2d", "own forward"])
+def test_a_forward_by_functional_call_with_other_buffers_normalizes_by_the_mini_batch_all_the_same(layer, prior):
     """Averaged weights kept as a dictionary: the statistics in it are not those of the mini-batch."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), layer, nn.ReLU(), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     averaged = copy.deepcopy(model)
     with torch.no_grad():
         for value in averaged.state_dict().values():
             value.add_(1)
-    state = {key: value.clone() for key, value in averaged.state_dict().items()}
-    update_bn_stats(averaged, BATCHES, None)
-    update_bn_stats(model, BATCHES, None, forward=lambda m, x: torch.func.functional_call(m, state, (x,)))
+        for index in (1, 4):  # whose statistics are the prior
+            model[index].running_mean.add_(1)
+            model[index].running_var.add_(1)
+    state = {key: value.clone().mul_(3) for key, value in averaged.state_dict().items()}
+    averaged.load_state_dict({key: value for key, value in state.items() if "running" not in key}, strict=False)
+    adapt_bn_stats(averaged, BATCHES, prior)
+    adapt_bn_stats(model, BATCHES, prior, forward=lambda m, x: torch.func.functional_call(m, state, (x,)))
     for index in (1, 4):
         torch.testing.assert_close(model[index].running_mean, averaged[index].running_mean)
         torch.testing.assert_close(model[index].running_var, averaged[index].running_var)
