@@ -7,13 +7,14 @@ its memory, its shape and its bits. What lies inside other objects (a NumPy arra
 
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from precisebn._torch import flattened
 from precisebn.models.transaction import Transaction, refill
 from precisebn.nn.population import STATISTICS, Recordable
 
@@ -116,21 +117,26 @@ class _ModulePicture:
         self.module = module
         self.attributes = vars(module).copy()
         self.places: tuple[Any, Any] = (module._parameters, module._buffers)  # of torch.jit, no dictionaries
-        self.contents: dict[int, tuple[Any, Any]] = {
-            id(place): (place, dict(place.items())) for place in self.places if place
-        }
-        self.tensors = [t for _, content in self.contents.values() for t in content.values() if t is not None]
-        self.others: list[Tensor] = []
-        for key, value in self.attributes.items():
-            kind = type(value)
-            if kind in _VALUES or (kind in _DICTIONARIES and not value):
-                continue
+        self.contents: dict[int, tuple[Any, Any]] = {}
+        self.tensors: list[Tensor] = []
+        self.others: Sequence[Tensor] = ()  # most modules have none, and a list for each would be felt
+        for place in self.places:
+            if place:
+                self.contents[id(place)] = place, (content := dict(place.items()))
+                self.tensors += [t for t in content.values() if t is not None]
+        # Of the twenty and more attributes of a module this leaves a few.
+        telling = [
+            (key, value)
+            for key, value in self.attributes.items()
+            if (kind := type(value)) not in _VALUES and (kind not in _DICTIONARIES or value)
+        ]
+        for key, value in telling:
             if key == "_modules":
                 self.contents[id(value)] = value, dict(value.items())
             elif key not in _PLACES:
                 self._look_into(value)
         self.tensors += self.others
-        self.was_lazy = any(type(t) not in _PLAIN_TENSORS and is_lazy(t) for t in self.tensors)
+        self.was_lazy = not _PLAIN_TENSORS.issuperset(map(type, self.tensors)) and any(map(is_lazy, self.tensors))
         if self.was_lazy:
             self.tensors = [t for t in self.tensors if not is_lazy(t)]  # which have no values to keep
 
@@ -143,7 +149,7 @@ class _ModulePicture:
         elif isinstance(value, tuple):  # it cannot change, but what is in it can
             self._look_into_each(value)
         elif isinstance(value, Tensor):
-            self.others.append(value)
+            self.others = [*self.others, value]
 
     def _look_into_each(self, items: Iterable[object]) -> None:
         for item in items:
@@ -343,36 +349,29 @@ class _Tensors:
 
 
 class _Group:
-    """Contiguous tensors of one dtype and device; flat views are their aliases, and one flat copy is their value."""
+    """Contiguous tensors of one dtype and device, whose values are one flat copy."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
         self.versions = [t._version for t in tensors]
-        self.shapes = [t.shape for t in tensors]
-        self.addresses = [t.data_ptr() for t in tensors]
         self.requires_grad = [t.requires_grad for t in tensors]
-        self.aliases = [t.detach().view(-1) for t in tensors]
-        self.value = torch.cat(self.aliases)
+        self.aliases = [t.data for t in tensors]
+        self.value = flattened(self.aliases)
 
     def pictures(self) -> Iterator[_TensorPicture]:
         values = self.value.split([alias.numel() for alias in self.aliases])
-        everything = zip(
-            self.tensors, self.versions, self.requires_grad, self.aliases, values, self.shapes, strict=True
-        )
-        for tensor, version, requires_grad, alias, value, shape in everything:
-            yield _TensorPicture(tensor, version, requires_grad, alias.view(shape), value.view(shape))
+        everything = zip(self.tensors, self.versions, self.requires_grad, self.aliases, values, strict=True)
+        for tensor, version, requires_grad, alias, value in everything:
+            yield _TensorPicture(tensor, version, requires_grad, alias, value.view(alias.shape))
 
     def may_have_changed(self) -> bool:
         """``.data`` changes without a new version; to look at the bits on another device would be to wait for it."""
-        for what, before in (("_version", self.versions), ("shape", self.shapes)):
-            if before != [getattr(t, what) for t in self.tensors]:
-                return True
-        if self.addresses != [t.data_ptr() for t in self.tensors]:
+        now, then = ([(t.data_ptr(), t.shape, t.stride()) for t in of] for of in (self.tensors, self.aliases))
+        if now != then:
             return True
         if self.value.device.type != "cpu":
-            return False
-        now = torch.cat([t.detach().reshape(-1) for t in self.tensors])
-        return not torch.equal(now.view(torch.uint8), self.value.view(torch.uint8))
+            return [t._version for t in self.tensors] != self.versions
+        return not torch.equal(flattened(self.aliases).view(torch.uint8), self.value.view(torch.uint8))
 
 
 def _alias_and_value(tensor: Tensor) -> tuple[Tensor | None, Any]:
