@@ -287,7 +287,7 @@ class PopulationEstimator:
     def _merge_waiting(self) -> None:
         """Merge the mini-batches that wait into the population and the averages.
 
-        They go on waiting: a run of fewer than ``MIN_BLOCKS`` has no use for blocks, which take as long as all the rest.
+        They go on waiting: a run of fewer than ``MIN_BLOCKS`` has no use for blocks, which take as long as the rest.
         """
         if self._num_waiting == self._num_merged:
             return
