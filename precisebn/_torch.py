@@ -14,6 +14,7 @@ from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 __all__ = [
     "assert_async",
+    "flattened",
     "group_store",
     "group_timeout",
     "in_backward",
@@ -57,6 +58,12 @@ def in_backward() -> bool:
 def assert_async(condition: Tensor, message: str) -> None:
     """Raise RuntimeError unless a tensor of one element is true; on a GPU later, without waiting for it now."""
     torch._assert_async(condition, message)
+
+
+def flattened(tensors: list[Tensor]) -> Tensor:
+    """A copy of some tensors of one dtype and device, one after the other: ``cat`` of flat views, in a single call."""
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return flat.clone() if len(tensors) == 1 else flat  # of a single one torch makes a view
 
 
 def group_store(group: Any) -> Any:

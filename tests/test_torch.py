@@ -92,3 +92,11 @@ def test_is_exporting_in_torch_export_alone():
     assert torch.export.export(Look(), (x,)).module()(x).tolist() == [1.0, 1.0]
     assert torch.compile(Look(), backend="eager")(x).tolist() == [-1.0, -1.0]
     assert Look()(x).tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_flattened_is_a_copy_in_order(number: int):
+    tensors = [torch.arange(4.0).reshape(2, 2), torch.tensor(7.0)][:number]
+    flat = _torch.flattened(tensors)
+    tensors[0].zero_()  # of a single tensor torch itself makes a view
+    assert flat.tolist() == [0.0, 1.0, 2.0, 3.0, 7.0][: 3 + number]

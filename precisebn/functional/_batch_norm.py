@@ -190,7 +190,7 @@ def _forward(*arguments: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     call = Call(*arguments)
     moments = _moments(call)
     used = _together(moments) if call.shared else moments
-    coefficients = raw.coefficients(used.mean, _variance(used), call.weight, call.bias, call.eps, call.double)
+    coefficients = raw.coefficients(used.mean, _variance(used, call.xs), call.weight, call.bias, call.eps, call.double)
     of_all = len(coefficients[0]) == 1
     ys = [
         raw.normalize(x, *coefficients, None if of_all else group)
@@ -221,8 +221,16 @@ def _together(moments: Moments) -> Moments:
     return Moments(total.count.unsqueeze(0), total.mean.unsqueeze(0), total.m2.unsqueeze(0))
 
 
-def _variance(moments: Moments) -> Tensor:
-    """The biased variance; 0 of a group without values."""
+def _variance(moments: Moments, xs: Sequence[Tensor] = ()) -> Tensor:
+    """The biased variance; 0 of a group without values.
+
+    Args:
+        moments: ``(G, C)``.
+        xs: what they are of. How many values one group has, these tell without asking the Moments, which takes longer.
+    """
+    if xs and len(moments.count) == 1:
+        channels = max(moments.mean.shape[1], 1)
+        return moments.m2 / max(sum(x.numel() for x in xs) // channels, 1)
     n = moments.count.clamp(min=1.0)
     return moments.m2 / (n if len(n) == 1 else n.unsqueeze(-1))
 
@@ -311,7 +319,7 @@ def _gradients(kept: Kept, grads: Gradients, needed: Sequence[bool]) -> tuple[li
         *coefficients, grad_weight, grad_bias = raw.backward_coefficients(
             moments.count,
             moments.mean,
-            _variance(moments),
+            _variance(moments, kept.xs),
             sum_dy,
             sum_dy_xmu,
             kept.weight,

@@ -6,7 +6,7 @@ its memory, its shape and its bits. What lies inside other objects (a NumPy arra
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -116,21 +116,26 @@ class _ModulePicture:
         self.module = module
         self.attributes = vars(module).copy()
         self.places: tuple[Any, Any] = (module._parameters, module._buffers)  # of torch.jit, no dictionaries
-        self.contents: dict[int, tuple[Any, Any]] = {
-            id(place): (place, dict(place.items())) for place in self.places if place
-        }
-        self.tensors = [t for _, content in self.contents.values() for t in content.values() if t is not None]
-        self.others: list[Tensor] = []
-        for key, value in self.attributes.items():
-            kind = type(value)
-            if kind in _VALUES or (kind in _DICTIONARIES and not value):
-                continue
+        self.contents: dict[int, tuple[Any, Any]] = {}
+        self.tensors: list[Tensor] = []
+        self.others: Sequence[Tensor] = ()  # most modules have none, and a list for each would be felt
+        for place in self.places:
+            if place:
+                self.contents[id(place)] = place, (content := dict(place.items()))
+                self.tensors += [t for t in content.values() if t is not None]
+        # Of the twenty and more attributes of a module this leaves a few.
+        telling = [
+            (key, value)
+            for key, value in self.attributes.items()
+            if (kind := type(value)) not in _VALUES and (kind not in _DICTIONARIES or value)
+        ]
+        for key, value in telling:
             if key == "_modules":
                 self.contents[id(value)] = value, dict(value.items())
             elif key not in _PLACES:
                 self._look_into(value)
         self.tensors += self.others
-        self.was_lazy = any(type(t) not in PLAIN_TENSORS and is_lazy(t) for t in self.tensors)
+        self.was_lazy = not PLAIN_TENSORS.issuperset(map(type, self.tensors)) and any(map(is_lazy, self.tensors))
         if self.was_lazy:
             self.tensors = [t for t in self.tensors if not is_lazy(t)]  # which have no values to keep
 
@@ -143,7 +148,7 @@ class _ModulePicture:
         elif isinstance(value, tuple):  # it cannot change, but what is in it can
             self._look_into_each(value)
         elif isinstance(value, Tensor):
-            self.others.append(value)
+            self.others = [*self.others, value]
 
     def _look_into_each(self, items: Iterable[object]) -> None:
         for item in items:

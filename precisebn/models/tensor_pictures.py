@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from precisebn._torch import flattened
+
 __all__ = ["PLAIN_TENSORS", "TensorPicture", "TensorPictures", "memory_of", "same_bits"]
 
 PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
@@ -99,36 +101,29 @@ class TensorPictures:
 
 
 class _Group:
-    """Contiguous tensors of one dtype and device; flat views are their aliases, and one flat copy is their value."""
+    """Contiguous tensors of one dtype and device, whose values are one flat copy."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
         self.versions = [t._version for t in tensors]
-        self.shapes = [t.shape for t in tensors]
-        self.addresses = [t.data_ptr() for t in tensors]
         self.requires_grad = [t.requires_grad for t in tensors]
-        self.aliases = [t.detach().view(-1) for t in tensors]
-        self.value = torch.cat(self.aliases)
+        self.aliases = [t.data for t in tensors]
+        self.value = flattened(self.aliases)
 
     def pictures(self) -> Iterator[TensorPicture]:
         values = self.value.split([alias.numel() for alias in self.aliases])
-        everything = zip(
-            self.tensors, self.versions, self.requires_grad, self.aliases, values, self.shapes, strict=True
-        )
-        for tensor, version, requires_grad, alias, value, shape in everything:
-            yield TensorPicture(tensor, version, requires_grad, alias.view(shape), value.view(shape))
+        everything = zip(self.tensors, self.versions, self.requires_grad, self.aliases, values, strict=True)
+        for tensor, version, requires_grad, alias, value in everything:
+            yield TensorPicture(tensor, version, requires_grad, alias, value.view(alias.shape))
 
     def may_have_changed(self) -> bool:
         """``.data`` changes without a new version; to look at the bits on another device would be to wait for it."""
-        for what, before in (("_version", self.versions), ("shape", self.shapes)):
-            if before != [getattr(t, what) for t in self.tensors]:
-                return True
-        if self.addresses != [t.data_ptr() for t in self.tensors]:
+        now, then = ([(t.data_ptr(), t.shape, t.stride()) for t in of] for of in (self.tensors, self.aliases))
+        if now != then:
             return True
         if self.value.device.type != "cpu":
-            return False
-        now = torch.cat([t.detach().reshape(-1) for t in self.tensors])
-        return not torch.equal(now.view(torch.uint8), self.value.view(torch.uint8))
+            return [t._version for t in self.tensors] != self.versions
+        return not torch.equal(flattened(self.aliases).view(torch.uint8), self.value.view(torch.uint8))
 
 
 def _alias_and_value(tensor: Tensor) -> tuple[Tensor | None, Any]:

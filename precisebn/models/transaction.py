@@ -5,7 +5,7 @@ raises: so a model that could be put back in part only is put back in all other 
 undone even if Ctrl-C comes at an unlucky instant, :class:`precisebn.models.interrupts.HeldBack` goes around the whole.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -67,6 +67,12 @@ class Transaction(AbstractContextManager["Transaction"]):
             self.on_undo(place.__setitem__, key, place[key])
             del place[key]
 
+    def update(self, place: MutableMapping[Any, Any], items: Mapping[Any, Any]) -> None:
+        """Put several items into a dictionary, as :meth:`put` does one, under a single note."""
+        before = {key: place[key] for key in items if key in place}
+        self.on_undo(_put_items_back, place, before, items.keys() - before.keys())
+        place.update(items)
+
     def set(self, target: object, name: str, value: object) -> None:
         """Set an attribute."""
         self.on_undo(setattr, target, name, getattr(target, name))
@@ -113,6 +119,13 @@ def refill(place: MutableMapping[Any, Any], content: Mapping[Any, Any]) -> None:
         if not in_order:
             place.pop(key, None)
         place[key] = value
+
+
+def _put_items_back(place: MutableMapping[Any, Any], before: Mapping[Any, Any], new: Iterable[Any]) -> None:
+    """Make some items what they were, and let go of those that were not there."""
+    place.update(before)
+    for key in new:
+        place.pop(key, None)
 
 
 @torch.no_grad()

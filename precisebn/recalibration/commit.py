@@ -56,12 +56,13 @@ class Commit:
             members = [one for one in recording.populations if one.estimator is estimator]
             groups[estimator] = _Group(members, merged[estimator].cpu(), estimator.layer_of_channel.cpu())
 
+        reached = {estimator: group.population.num_batches.tolist() for estimator, group in groups.items()}
         self.skipped: dict[str, str] = {}
         self._changed: list[int] = []
         for index, one in enumerate(recording.populations):
             if refused[index]:
                 self.skipped[one.name] = REASONS[refused[index]]
-            elif groups[one.estimator].population.num_batches[one.position] > 0:
+            elif reached[one.estimator][one.position] > 0:
                 self._changed.append(index)
             elif one.statistics.index is not None:
                 self.skipped[one.name] = "no sample of the domain was seen"
@@ -98,7 +99,9 @@ def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float]
                      if one.estimator is estimator and one.statistics.num_batches is not None]  # fmt: skip
         if of_device:
             indices, counters = zip(*of_device, strict=True)
-            facts[0, list(indices)] = torch.stack([counter.reshape(()).double() for counter in counters]).cpu()
+            # torch's own are int64 scalars; with float64 among them, stack() makes float64 of all.
+            scalars = [c if c.dtype == torch.int64 and c.dim() == 0 else c.reshape(()).double() for c in counters]
+            facts[0, list(indices)] = torch.stack(scalars).cpu().double()
     for index, reason in recording.refused.items():
         facts[1, index] = reason
     ranks.all_reduce(facts, "max")

@@ -37,8 +37,15 @@ class Slot:
         reached: called when something is merged.
     """
 
+    __slots__ = ("count", "device", "fewest", "kind", "m2", "mean", "name", "num_channels", "reached")
+
     def __init__(
-        self, name: str, kind: str, moments: tuple[Tensor, Tensor, Tensor], averages: bool, reached: Callable[[], None]
+        self,
+        name: str,
+        kind: str,
+        moments: tuple[Tensor, Tensor, Tensor],
+        averages: bool,
+        reached: Callable[[], object],
     ) -> None:
         self.name = name
         self.kind = kind
@@ -88,20 +95,20 @@ class Slot:
 class _RecordedForward:
     """Takes the place of ``module.forward`` on the instance; copies of the module do not get it."""
 
+    __slots__ = ("is_of_the_instance", "module", "original", "own", "scratch")
+
     def __init__(self, module: nn.Module, scratch: Mapping[str, Tensor]) -> None:
         self.module = module
         self.scratch = scratch
         self.original: Callable[..., Any] = module.forward
         self.is_of_the_instance = "forward" in vars(module)  # put there by a user, or by a library such as accelerate
         self.own = {name: buffer for name in scratch if (buffer := module._buffers[name]) is not None}
-        self.entries = {"forward": self, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}
 
     def put(self, changes: Transaction) -> None:
         """From now on run in the place of the forward."""
-        for name, value in self.entries.items():
-            changes.put(vars(self.module), name, value)
-        for name, buffer in self.scratch.items():
-            changes.put(self.module._buffers, name, buffer)
+        entries = {"forward": self, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}
+        changes.update(vars(self.module), entries)
+        changes.update(self.module._buffers, self.scratch)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Run in eval mode, by the statistics in the scratch buffers."""
@@ -136,7 +143,7 @@ class _RecordedForward:
     def _taken_out(self) -> Iterator[None]:
         changes = Transaction()
         try:
-            for name in self.entries:
+            for name in ("forward", "__deepcopy__", "__reduce_ex__"):
                 changes.on_undo(vars(self.module).__setitem__, name, vars(self.module).pop(name))
             if self.is_of_the_instance:
                 vars(self.module)["forward"] = self.original
@@ -160,6 +167,8 @@ class InputForward(_RecordedForward):
         scratch: copies of its running mean and variance.
         mixture: with what to mix the mini-batch's own statistics before the layer normalizes by them.
     """
+
+    __slots__ = ("may_overflow", "mean", "mixture", "slot", "var")
 
     def __init__(
         self, module: nn.Module, slot: Slot, scratch: Mapping[str, Tensor], mixture: Mixture | None = None
@@ -196,6 +205,8 @@ class UnknownForward(_RecordedForward):
         refuse: called with the reason if nothing is known of what it normalizes.
         mixture: with what to mix the statistics that it normalizes by. It then runs a second time, in eval mode.
     """
+
+    __slots__ = ("mixture", "refuse", "slot")
 
     def __init__(
         self,

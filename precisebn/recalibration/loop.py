@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ class Loop:
         show = bool(settings.progress) and self.ranks.rank == 0
         bar_total = settings.num_iters if settings.num_iters is not None or not show else _length(settings.data_loader)
         exhausted, next_check = False, MIN_BLOCKS
-        with tqdm.tqdm(total=bar_total, desc="BN statistics", disable=not show) as bar:
+        # One that is disabled still costs as much as a layer's forward.
+        with tqdm.tqdm(total=bar_total, desc="BN statistics") if show else nullcontext() as bar:
             for step in itertools.count(1) if settings.num_iters is None else range(1, settings.num_iters + 1):
                 if not exhausted:
                     exhausted = not self._step(recording, bar)
@@ -115,7 +117,7 @@ class Loop:
         recording.check_finite()
         return self.ranks.tally(self._tally(recording))
 
-    def _step(self, recording: Recording, bar: "tqdm.tqdm[Any]") -> bool:
+    def _step(self, recording: Recording, bar: "tqdm.tqdm[Any] | None") -> bool:
         """Run one mini-batch, if there is one."""
         for batch in self.batches:
             samples = num_samples(batch)
@@ -126,7 +128,8 @@ class Loop:
             self.iterations += 1
             self.samples += samples
             self._show(bar)
-            bar.update()
+            if bar is not None:
+                bar.update()
             return True
         return False
 
@@ -140,7 +143,7 @@ class Loop:
                 "num_iters=None to use the whole loader, or a loader that is long enough"
             )
 
-    def _is_enough(self, tolerance: float, recording: Recording, exhausted: bool, bar: "tqdm.tqdm[Any]") -> bool:
+    def _is_enough(self, tolerance: float, recording: Recording, exhausted: bool, bar: "tqdm.tqdm[Any] | None") -> bool:
         """Whether the standard errors are within the tolerance, or no rank has data left."""
         recording.check_finite()
         total, most = self.ranks.tally(self._tally(recording, unfinished=not exhausted))
@@ -155,8 +158,8 @@ class Loop:
     def _tally(self, recording: Recording, unfinished: bool = False) -> Tally:
         return Tally(samples=self.samples, levels=recording.num_levels, unfinished=int(unfinished))
 
-    def _show(self, bar: "tqdm.tqdm[Any]") -> None:
-        if bar.disable:
+    def _show(self, bar: "tqdm.tqdm[Any] | None") -> None:
+        if bar is None:
             return
         error = {} if math.isnan(self._max_error) else {"error": f"{self._max_error:.2g}"}
         bar.set_postfix({"samples": self.samples, **error}, refresh=False)

@@ -208,8 +208,8 @@ class Recording(AbstractContextManager["Recording"]):
         index, one = layer.first, self.populations[layer.first]
         moments = one.estimator.slot(one.position)
         averages, order = self.kind == "batch-mean", self._execution_order
-        slot = Slot(layer.name, type(module).__name__, moments, averages, lambda: order.setdefault(index))
-        scratch = dict(zip(("running_mean", "running_var"), self._scratch.take(one.statistics), strict=True))
+        slot = Slot(layer.name, type(module).__name__, moments, averages, partial(order.setdefault, index))
+        scratch = dict(zip(("running_mean", "running_var"), self._scratch.take(), strict=True))
         if normalizes_its_input(module):
             InputForward(module, slot, scratch, mixture).put(self._temporary)
         else:
@@ -265,17 +265,15 @@ class _Scratch:
     """Copies of running means and variances, cut from one allocation for each dtype and device."""
 
     def __init__(self, populations: list[RunningStatistics]) -> None:
-        own: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for one in populations:
-            for buffer in (one.mean, one.var):
-                own.setdefault((buffer.dtype, buffer.device), []).append(buffer.detach())
-        self._left = {
-            key: iter(torch.cat(buffers).split([buffer.numel() for buffer in buffers])) for key, buffers in own.items()
-        }
+        buffers = [buffer.detach() for one in populations for buffer in (one.mean, one.var)]
+        kinds = [(buffer.dtype, buffer.device) for buffer in buffers]
+        alike = {kind: [b for b, other in zip(buffers, kinds, strict=True) if other == kind] for kind in set(kinds)}
+        copies = {kind: iter(torch.cat(own).split([b.numel() for b in own])) for kind, own in alike.items()}
+        self._left = (next(copies[kind]) for kind in kinds)
 
-    def take(self, one: RunningStatistics) -> tuple[Tensor, Tensor]:
+    def take(self) -> tuple[Tensor, Tensor]:
         """The next pair, in the order of the populations."""
-        return next(self._left[one.mean.dtype, one.mean.device]), next(self._left[one.var.dtype, one.var.device])
+        return next(self._left), next(self._left)
 
 
 def _no_recorder(moments: Moments, population: int | None) -> None:

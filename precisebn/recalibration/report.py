@@ -300,10 +300,14 @@ def reason_left_alone(layer: nn.Module, modules: ModuleSelection) -> str:
 
 def frozen_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """Names of the layers whose parameters are all frozen, in a model that trains others."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        return ()
-    own = {name: list(layer.parameters()) for name, layer in layers.items()}
-    return tuple(name for name, ps in own.items() if ps and not any(parameter.requires_grad for parameter in ps))
+    own = {name: list(layer.parameters()) for name, layer in layers.items() if not _trains_itself(layer)}
+    frozen = tuple(name for name, ps in own.items() if ps and not any(parameter.requires_grad for parameter in ps))
+    return frozen if frozen and any(parameter.requires_grad for parameter in model.parameters()) else ()
+
+
+def _trains_itself(layer: nn.Module) -> bool:
+    """Whether a parameter of the layer's own, not of its children, is trained: true of most, and quickly told."""
+    return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
 
 
 def fallback_in_use(devices: Iterable[str]) -> str:

@@ -111,8 +111,9 @@ class PopulationEstimator:
         ).to(device if device is not None else torch.get_default_device())
         size = len(self.num_channels) + 2 * self.layer_of_channel.numel()
         self._current = torch.zeros(size, dtype=torch.float64, device=device)
-        self._waiting = self._current.new_zeros(_MAX_WAITING, size)
+        self._waiting = self._current.new_empty(_MAX_WAITING, size)  # rows are written before they are read
         self._num_waiting = 0
+        self._num_merged = 0  # of those that wait
         self._slots = self._slots_of(FlatMoments(self._current, self.layer_of_channel))
 
         self._population = FlatMoments(torch.zeros_like(self._current), self.layer_of_channel)
@@ -143,7 +144,7 @@ class PopulationEstimator:
         self._current.zero_()
         self._num_waiting += 1
         if self._num_waiting == _MAX_WAITING:
-            self._take_in()
+            self._take_in_blocks()
 
     def moments(self, layer: int) -> Moments:
         """Moments of all values that one layer has seen."""
@@ -162,13 +163,13 @@ class PopulationEstimator:
     @property
     def population(self) -> FlatMoments:
         """Moments of all values of all mini-batches that have ended."""
-        self._take_in()
+        self._merge_waiting()
         return self._population
 
     @property
     def first_nonfinite(self) -> Tensor:
         """The mini-batch, counted from 0, in which each channel first met NaN or Inf; -1 if none did. ``(S,)``."""
-        self._take_in()
+        self._merge_waiting()
         return self._first_nonfinite
 
     def current_is_finite(self) -> bool:
@@ -177,9 +178,8 @@ class PopulationEstimator:
 
     @property
     def num_levels(self) -> int:
-        """How many block sizes are kept; ranks must agree on the largest before :meth:`result`."""
-        self._take_in()
-        return len(self._levels)
+        """How many block sizes there are; ranks must agree on the largest before :meth:`result`."""
+        return (self._num_taken_in + self._num_waiting).bit_length()
 
     def result(
         self, eps: Tensor, *, all_reduce: Callable[[Tensor], None] | None = None, num_levels: int | None = None
@@ -191,7 +191,12 @@ class PopulationEstimator:
             all_reduce: adds a flat float64 tensor up over all ranks, in place; called twice. None: there is one rank.
             num_levels: the largest ``num_levels`` of any rank; None: this rank's.
         """
-        num_levels = self.num_levels if num_levels is None else num_levels
+        if all_reduce is None:  # blocks of other sizes are too few for an error, and are not looked at
+            num_levels = ((self._num_taken_in + self._num_waiting) // MIN_BLOCKS).bit_length()
+        elif num_levels is None:
+            num_levels = self.num_levels
+        if num_levels > 0:
+            self._take_in_blocks()
         count, mean, within, num_batches, average = self._merge_counts_and_means(all_reduce)
         channel_count = per_channel(count, self.layer_of_channel).clamp(min=1.0)
 
@@ -201,7 +206,7 @@ class PopulationEstimator:
         reference = within / channel_count
         own_m2 = self.population.m2 + self.population.channel_count() * (self.population.mean - mean).square()
         of_blocks = [
-            self._levels[i].moments.about(mean, reference) if i < self.num_levels else self._no_deviations()
+            self._levels[i].moments.about(mean, reference) if i < len(self._levels) else self._no_deviations()
             for i in range(num_levels)
         ]
         flat = torch.cat([own_m2, *(part for sums in of_blocks for part in sums)])
@@ -212,8 +217,6 @@ class PopulationEstimator:
         var = m2 / channel_count
         mean_error, var_error = torch.full_like(count, float("nan")), torch.full_like(count, float("nan"))
         for i in range(num_levels):
-            if all_reduce is None and self._num_taken_in >> i < MIN_BLOCKS:
-                break  # no layer has enough blocks of this size, nor of larger ones
             deviations = BlockDeviations(*parts[6 * i : 6 * i + 6])
             enough = deviations.num_blocks >= MIN_BLOCKS
             errors = self._layer_errors(deviations, channel_count, var, var - reference, eps)
@@ -272,24 +275,34 @@ class PopulationEstimator:
         none = torch.zeros_like(self.num_batches)
         return BlockDeviations(none, none, none, zeros, zeros, zeros)
 
-    def _take_in(self) -> None:
-        """Merge the mini-batches that wait into the population, the averages and the blocks."""
+    def _take_in_blocks(self) -> None:
+        """Take the mini-batches that wait into the blocks as well; none waits any more."""
         if self._num_waiting == 0:
             return
-        batches = FlatMoments(self._waiting[: self._num_waiting], self.layer_of_channel)
+        self._merge_waiting()
+        self._push(FlatMoments(self._waiting[: self._num_waiting], self.layer_of_channel))
+        self._num_taken_in += self._num_waiting
+        self._num_waiting = self._num_merged = 0
+
+    def _merge_waiting(self) -> None:
+        """Merge the mini-batches that wait into the population and the averages.
+
+        They go on waiting: a run of fewer than ``MIN_BLOCKS`` has no use for blocks, which take as long as the rest.
+        """
+        if self._num_waiting == self._num_merged:
+            return
+        batches = FlatMoments(self._waiting[self._num_merged : self._num_waiting], self.layer_of_channel)
         self._note_nonfinite(batches)
         if self.kind == "batch-mean":
             self._average(batches)
         self._population.merge_(batches.merged())
         self.num_batches.add_((batches.count > 0).sum(0))
-        self._push(batches)
-        self._num_taken_in += self._num_waiting
-        self._num_waiting = 0
+        self._num_merged = self._num_waiting
 
     def _note_nonfinite(self, batches: FlatMoments) -> None:
         """Remember the mini-batch in which a channel first met NaN or Inf, without asking the device for it."""
         bad = batches.m2 - batches.m2 != 0  # 0 but for NaN and Inf; in half the time of isfinite
-        first = self._num_taken_in + bad.byte().argmax(0)
+        first = self._num_taken_in + self._num_merged + bad.byte().argmax(0)
         self._first_nonfinite = first.where(bad.any(0).logical_and_(self._first_nonfinite < 0), self._first_nonfinite)
 
     def _average(self, batches: FlatMoments) -> None:

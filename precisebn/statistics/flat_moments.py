@@ -38,6 +38,8 @@ class FlatMoments:
 
     def merged(self) -> "FlatMoments":
         """The mini-batches as one."""
+        if len(self) == 1:
+            return FlatMoments(self.buffer[0], self.layer_of_channel)
         return self._of(self.count.sum(0), *merge_rows(self.channel_count(), self.mean, self.m2))
 
     def merged_pairs(self) -> "FlatMoments":
