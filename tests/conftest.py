@@ -18,6 +18,10 @@ from precisebn.models.snapshot import Snapshot
 settings.register_profile("precisebn", deadline=None, derandomize=True)
 settings.load_profile("precisebn")
 
+# A shell lets what it starts in the background ignore Ctrl-C, and Python then installs no handler of its own.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
