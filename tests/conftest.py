@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_share import pytest_collection_modifyitems
 from hypothesis import settings
 from torch import Tensor, nn
 
 from precisebn.models.snapshot import Snapshot
+
+__all__ = ["pytest_collection_modifyitems"]  # pytest finds its hooks here
 
 # A machine shared with other work is slow at times: an example that takes long is no failure.
 settings.register_profile("precisebn", deadline=None, derandomize=True)

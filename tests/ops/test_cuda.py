@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_machine import DEVICE, EMULATED, needs_gpu, raw, why_not
+from cuda_machine import DEVICE, EMULATED, needs_gpu, raw, set_up, why_not
 from torch import Tensor, nn
 
 from precisebn import functional, ops, update_bn_stats
@@ -22,6 +22,13 @@ from precisebn.ops.registry import OPERATORS
 
 if why_not():
     pytest.skip(f"no CUDA device, and {why_not()}", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def machine(request: pytest.FixtureRequest) -> None:
+    """The device of the test, where it is emulated."""
+    set_up(request.node.name)
+
 
 fallback = SimpleNamespace(**{name: operator.fallback for name, operator in OPERATORS.items()})
 

@@ -5,12 +5,15 @@ import zlib
 
 import pytest
 import torch
-from cuda_machine import EMULATED, set_up
+from cuda_machine import EMULATED
 
 # Every test that is not parametrized, and of the others' cases one in so many; of large tensors fewer.
 ONE_IN = {"test_moments": 4, "test_normalize_and_backward_apply": 6, "test_backward_reduce": 5}
 OTHERS = 8
 FULL = os.environ.get("PRECISEBN_EMULATE") == "all"
+
+
+__all__ = ["pytest_collection_modifyitems"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,10 +32,3 @@ def _is_chosen(item: pytest.Item) -> bool:
         return True
     size = torch.Size(item.callspec.params.get("shape", ())).numel()
     return zlib.crc32(item.name.encode()) % (ONE_IN.get(test, OTHERS) * (1 + size // 20_000)) == 0
-
-
-@pytest.fixture(autouse=True)
-def machine(request: pytest.FixtureRequest) -> None:
-    """The device of the test, where it is emulated."""
-    if request.path.name == "test_cuda.py":
-        set_up(request.node.name)

@@ -1,7 +1,7 @@
 """What the tests of the CUDA kernels run on: a GPU, or without one its emulation on the CPU (tests/cuda_emulation).
 
 The same cases serve both. They call the operators through ``raw`` and put tensors on ``DEVICE``. The emulation takes
-its time and is thorough where a GPU is not, so it runs a share of the cases (conftest.py); with
+its time and is thorough where a GPU is not, so it runs a share of the cases (emulated_share.py); with
 ``PRECISEBN_EMULATE=all`` all of them, and also where there is a GPU.
 """
 
