@@ -45,6 +45,7 @@ WRONG_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("model and loader swapped", lambda: update_bn_stats(DATA, Encoder()), "model must be an nn.Module, not list"),
     ("a layer of the wrong size", lambda: update_bn_stats(Encoder(5), DATA, 1), r"layer 'neck' \(BatchNorm2d\) takes tensors \(N, 5, \*\), got shape \(4, 8, 6, 6\); check .* forward="),
     ("a layer fed a list", lambda: update_bn_stats(nn.BatchNorm2d(3), [DATA], 1), r"the mini-batch, list\(.*passed to BatchNorm2d as a whole.*forward=lambda.*layer '' takes a tensor \(N, 3, \*\), got list"),
+    ("a model without values", lambda: update_bn_stats(Encoder().to("meta"), DATA, 1), r"layer 'stem\.1' \(BatchNorm2d\) is on the meta device.*to_empty\(device=\.\.\.\)"),
     # ---- the loader
     ("loader is a number", lambda: update(5), "data_loader must yield mini-batches; int is not iterable"),
     ("loader is None", lambda: update(None), "data_loader must yield mini-batches; NoneType is not iterable"),

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from precisebn.errors import InputError
-from precisebn.models.families import FROZEN, OURS, Family, class_family, describe_forward, family_of
+from precisebn.models.families import FROZEN, OURS, PAUSED, Family, class_family, describe_forward, family_of
 from precisebn.nn import CycleBatchNormList
 from precisebn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenNorm
 
@@ -155,6 +155,11 @@ def check_layers(chosen: Mapping[str, nn.Module], model: nn.Module) -> None:
             raise InputError(
                 f"{shown} is frozen by precisebn.freeze, which would stay with the layer that leaves; unfreeze it, "
                 "convert, and freeze it again, or leave the layer out: exclude="
+            )
+        if PAUSED in vars(layer):
+            raise InputError(
+                f"{shown} is paused by precisebn.pause_tracking, which would not end for the layer in its place; "
+                "convert the model outside of that block"
             )
         if any(tensor is not None and is_lazy(tensor) for tensor in tensors.values()):
             raise InputError(f"{shown} has no values yet; run one forward of the model, then convert it")

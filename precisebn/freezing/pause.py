@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from precisebn.errors import InputError
-from precisebn.models.families import is_norm_with_statistics
+from precisebn.models.families import PAUSED, is_norm_with_statistics
 from precisebn.models.selection import select
 
 __all__ = ["pause_tracking"]
@@ -82,6 +82,7 @@ def _pause(layer: nn.Module) -> None:
         number, before = _blocks.get(layer, (0, getattr(layer, name)))
         _blocks[layer] = number + 1, before
         setattr(layer, name, value)
+        vars(layer)[PAUSED] = True
 
 
 def _resume(layer: nn.Module) -> None:
@@ -92,4 +93,5 @@ def _resume(layer: nn.Module) -> None:
             _blocks[layer] = number - 1, before
         elif number == 1:
             setattr(layer, name, before)
+            vars(layer).pop(PAUSED, None)
             del _blocks[layer]

@@ -22,6 +22,7 @@ from precisebn.nn.population import STATISTICS, PopulationNorm, Recordable, Runn
 __all__ = [
     "FROZEN",
     "OURS",
+    "PAUSED",
     "Family",
     "class_family",
     "describe_forward",
@@ -91,6 +92,9 @@ def is_norm_with_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
 
 FROZEN = "_precisebn_frozen"
 """The attribute by which :func:`precisebn.freeze` marks a module: what it was before."""
+
+PAUSED = "_precisebn_paused"
+"""The attribute by which :func:`precisebn.pause_tracking` marks a layer while it lasts."""
 
 
 def is_frozen(layer: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from precisebn.errors import InsufficientDataError
+from precisebn.errors import InputError, InsufficientDataError
 from precisebn.models.families import populations_of
 from precisebn.models.selection import select_modules
 from precisebn.models.snapshot import Snapshot
@@ -68,7 +68,7 @@ def choose(settings: Settings) -> Choice:
     """What ``modules=`` and ``exclude=`` ask for.
 
     Raises:
-        InputError: something that selects no BatchNorm layer of the model.
+        InputError: something that selects no BatchNorm layer of the model; a layer on the meta device.
     """
     selection = select_modules(settings.model, settings.modules, settings.exclude)
     result = Choice(some_are_lazy=any(map(_is_lazy, selection.found.values())))
@@ -84,6 +84,11 @@ def choose(settings: Settings) -> Choice:
                 result.skipped[name] = "no running statistics (track_running_stats=False)"
             elif _is_lazy(layer):
                 result.skipped[name] = "lazy, and not reached by the first mini-batch"
+            elif populations[0].mean.is_meta:
+                raise InputError(
+                    f"layer {name!r} ({type(layer).__name__}) is on the meta device, where nothing has values; "
+                    "bring the model onto a device first, by to_empty(device=...) and load_state_dict"
+                )
             else:
                 result.layers[name] = layer
     return result

@@ -7,7 +7,7 @@ import torch
 from conftest import state_of
 from torch import Tensor, nn
 
-from precisebn import InputError, update_bn_stats
+from precisebn import InputError, convert_ghost, update_bn_stats
 from precisebn.freezing import pause_tracking
 from precisebn.nn import (
     BatchStatBN,
@@ -118,6 +118,18 @@ def test_sharpness_aware_minimization_tracks_the_first_of_its_two_forwards():
     with pause_tracking(model):
         model(x).square().mean().backward()
     assert torch.equal(model[1].running_mean, first)
+
+
+def test_no_conversion_takes_a_layer_away_while_it_is_paused():
+    """The layer in its place would never track again."""
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with pause_tracking(model):
+        before = state_of(model)
+        with pytest.raises(InputError, match=r"paused by precisebn\.pause_tracking.*outside of that block"):
+            convert_ghost(model, 2)
+        assert state_of(model) == before
+    convert_ghost(model, 2)(images())
+    assert int(model[0].num_batches_tracked) == 1
 
 
 def test_a_pattern_that_matches_no_layer_is_an_error():
