@@ -124,12 +124,12 @@ def batch_norm(
     tensors = [xs] if isinstance(xs, Tensor) else list(xs)
     groups = [] if group is None else _groups_of(tensors, group, isinstance(xs, Tensor))
     call = Call(tensors, weight, bias, eps, groups, num_groups, shared_statistics)
-    if not is_tracing():  # whose graph would be of these very sizes; torch's own operators check
+    tracing = is_tracing()
+    if not tracing:  # its graph would be of these very sizes; torch's own operators check
         _check(call)
-    if portable.is_portable():
-        ys, *statistics = portable.batch_norm(*call)
-    elif torch.compiler.is_compiling():
-        ys, *statistics = torch.ops.precisebn.batch_norm(*call)
+    if tracing or torch.compiler.is_compiling():  # torch.export compiles, too
+        run_graph = portable.batch_norm if portable.is_portable() else torch.ops.precisebn.batch_norm
+        ys, *statistics = run_graph(*call)
     elif is_transformed():
         ys, *statistics = _plain(call)
     elif len(tensors) == 1 and (num_groups == 1 or (groups and not shared_statistics)):

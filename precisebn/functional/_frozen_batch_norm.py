@@ -73,15 +73,14 @@ def frozen_batch_norm_unchecked(
     group: Tensor | None = None,
 ) -> Tensor:
     """:func:`frozen_batch_norm` of arguments that are known to be right."""
-    arguments = (x, mean, var, weight, bias, eps, group)
     if torch.compiler.is_compiling() or is_tracing() or is_transformed():
         if group is None and portable.is_portable():
             return portable.frozen_batch_norm(x, mean, var, weight, bias, eps)
-        return _plain(*arguments)
+        return _plain(x, mean, var, weight, bias, eps, group)
     if needs_gradient(x, weight, bias):
-        y: Tensor = _FrozenBatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]
+        y: Tensor = _FrozenBatchNorm.apply(x, mean, var, weight, bias, eps, group)  # type: ignore[no-untyped-call]
         return y
-    return _forward(*arguments)[0]
+    return _forward(x, mean, var, weight, bias, eps, group)[0]
 
 
 def _check_frozen(
