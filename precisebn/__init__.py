@@ -22,13 +22,15 @@ from precisebn.errors import (
     PreciseBNError,
     RankFailedError,
 )
-from precisebn.freezing import freeze, frozen, pause_tracking, trainable_parameters, unfreeze
+from precisebn.freezing.freeze import freeze, frozen, unfreeze
+from precisebn.freezing.parameters import trainable_parameters
 from precisebn.functional import batch_norm, frozen_batch_norm
 from precisebn.models.selection import get_bn_modules
 from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
 from precisebn.statistics.estimator import PopulationEstimator
 from precisebn.statistics.moments import Moments
+from precisebn.tracking.pause import pause_tracking
 
 __all__ = [
     "__version__",

@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"functional"},
     {"nn"},
     {"models"},
-    {"recalibration", "conversion", "freezing", "state"},
+    {"recalibration", "conversion", "freezing", "tracking", "state", "ranks"},
     {"audit"},
     {"integrations", "cli"},
     {"__init__"},  # the public names of the package

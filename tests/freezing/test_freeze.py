@@ -18,7 +18,8 @@ from precisebn import (
     convert_ghost,
     update_bn_stats,
 )
-from precisebn.freezing import freeze, frozen, trainable_parameters, unfreeze
+from precisebn.freezing.freeze import freeze, frozen, unfreeze
+from precisebn.freezing.parameters import trainable_parameters
 from precisebn.nn import GhostBN, use_domain
 from precisebn.nn.population import Recordable, RunningStatistics
 

@@ -16,8 +16,9 @@ from conftest import values_of
 from processes import HANG_S, Outcome, Result, Scenario, raised
 from torch import Tensor, nn
 
-from precisebn import InputError, RankFailedError, __version__, adapt_bn_stats, distributed, update_bn_stats
-from precisebn.distributed import Ranks, Tally, _wire_device
+from precisebn import InputError, RankFailedError, __version__, adapt_bn_stats, update_bn_stats
+from precisebn.distributed.groups import wire_device
+from precisebn.distributed.ranks import Ranks, Tally
 
 
 def net(dtype: torch.dtype = torch.float32, bn: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
@@ -206,7 +207,7 @@ def other_lengths_with_tolerance(rank: int, world: int) -> Result:
 
 
 def other_version(rank: int, world: int) -> Result:
-    with mock.patch.object(distributed, "__version__", "0.0.1" if rank == 1 else distributed.__version__):
+    with mock.patch("precisebn.distributed.ranks.__version__", "0.0.1" if rank == 1 else __version__):
         return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 3), 3))
 
 
@@ -267,7 +268,9 @@ def group_without_rank_0(rank: int, world: int) -> Result:
 
 
 def group_without_a_store(rank: int, world: int) -> Result:
-    with mock.patch.object(distributed, "group_store", return_value=None):  # as MPI's, which no wheel of torch has
+    with mock.patch(
+        "precisebn.distributed.ranks.group_store", return_value=None
+    ):  # as MPI's, which no wheel of torch has
         return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 3), 3))
 
 
@@ -563,7 +566,7 @@ def test_one_process_without_torch_distributed_is_one_rank():
 )
 def test_tensors_travel_on_a_device_that_the_backend_reduces(config, device, accelerator, expected):
     of = torch.device
-    assert _wire_device(config, of(device), None if accelerator is None else of(accelerator)) == of(expected)
+    assert wire_device(config, of(device), None if accelerator is None else of(accelerator)) == of(expected)
 
 
 def test_errors_are_what_code_that_knows_torch_expects():

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from precisebn import RankFailedError
-from precisebn.distributed import Steps
+from precisebn.distributed.steps import Steps
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
 

@@ -8,7 +8,6 @@ from conftest import state_of
 from torch import Tensor, nn
 
 from precisebn import InputError, convert_ghost, update_bn_stats
-from precisebn.freezing import pause_tracking
 from precisebn.nn import (
     BatchStatBN,
     ConcatSharedBN,
@@ -18,6 +17,7 @@ from precisebn.nn import (
     GhostBN,
     use_domain,
 )
+from precisebn.tracking.pause import pause_tracking
 
 LAYERS = {
     "BatchNorm2d": lambda: nn.BatchNorm2d(3),

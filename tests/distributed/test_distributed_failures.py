@@ -22,7 +22,9 @@ from conftest import state_of, values_of
 from processes import Outcome, Result, raised
 from torch import Tensor, nn
 
-from precisebn import distributed, update_bn_stats
+from precisebn import update_bn_stats
+from precisebn._torch import group_store
+from precisebn.distributed.steps import Steps
 from precisebn.models.interrupts import HeldBack
 from precisebn.recalibration.report import LayerReport
 
@@ -80,13 +82,13 @@ RUNS: dict[str, Callable[[int], Result]] = {"plain": trial, "tolerance": with_to
 
 def number_of_steps(run: Callable[[], Any]) -> int:
     counts = []
-    leave = distributed.Steps.leave
+    leave = Steps.leave
 
-    def counting(self: distributed.Steps) -> None:
+    def counting(self: Steps) -> None:
         counts.append(self._step)
         leave(self)
 
-    with mock.patch.object(distributed.Steps, "leave", counting):
+    with mock.patch.object(Steps, "leave", counting):
         run()
     return counts[0]
 
@@ -94,19 +96,19 @@ def number_of_steps(run: Callable[[], Any]) -> int:
 @contextmanager
 def interrupted_at(step: int, *, victim: bool) -> Iterator[None]:
     """SIGINT to the victim while it waits at a step for the others, who come when that step has been decided."""
-    wait, come = distributed.Steps._wait, distributed.Steps._come
+    wait, come = Steps._wait, Steps._come
 
-    def interrupted(self: distributed.Steps) -> Any:
+    def interrupted(self: Steps) -> Any:
         if self._step == step:
             threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
         return wait(self)
 
-    def late(self: distributed.Steps, *arguments: Any) -> Any:
+    def late(self: Steps, *arguments: Any) -> Any:
         while self._step == step and not self._store.check([self._key("decision")]):
             time.sleep(0.001)
         return come(self, *arguments)
 
-    with mock.patch.object(distributed.Steps, *(("_wait", interrupted) if victim else ("_come", late))):
+    with mock.patch.object(Steps, *(("_wait", interrupted) if victim else ("_come", late))):
         yield
 
 
@@ -158,17 +160,17 @@ def ctrl_c_at_any_time(rank: int, victim: bool) -> Result:
     """From the moment on that the rank has counted its call; before, it is one that calls too late."""
     durations = [trial(rank)["seconds"]]
     dist.broadcast_object_list(durations)
-    start = distributed.Steps.__init__
+    start = Steps.__init__
     results = {}
     for k in range(TIMES):
         timer = threading.Timer(1.2 * durations[0] * k / TIMES, os.kill, (os.getpid(), signal.SIGINT))
 
-        def started(self: distributed.Steps, *arguments: Any, timer: threading.Timer = timer, **options: Any) -> None:
+        def started(self: Steps, *arguments: Any, timer: threading.Timer = timer, **options: Any) -> None:
             start(self, *arguments, **options)
             timer.start()
 
         if victim:
-            with mock.patch.object(distributed.Steps, "__init__", started):
+            with mock.patch.object(Steps, "__init__", started):
                 results[k] = trial(rank, after=timer.join)  # the signal may come after the end
         else:
             results[k] = trial(rank)
@@ -253,7 +255,7 @@ def in_step_after_all_that(rank: int, world: int) -> Result:
 
 def keys_left_in_the_store(rank: int, world: int) -> Result:
     """How many keys 20 runs leave behind; counted by one rank while the others wait."""
-    store = distributed.group_store(dist.group.WORLD)
+    store = group_store(dist.group.WORLD)
     counts = []
     for runs in (1, 20):
         for _ in range(runs):
@@ -266,12 +268,12 @@ def keys_left_in_the_store(rank: int, world: int) -> Result:
 
 def rank_0_calls_alone(rank: int, world: int) -> Result:
     group = dist.new_group(timeout=datetime.timedelta(seconds=SHORT_TIMEOUT_S))
-    store = distributed.group_store(group)
+    store = group_store(group)
     if rank > 0:
         while not store.check(["rank 0 has given up"]):
             time.sleep(0.01)
         return {"alone": trial(rank, process_group=group), "together": trial(rank, process_group=group)}
-    with warnings.catch_warnings(record=True) as warned, mock.patch.object(distributed, "WAIT_WARNING_S", 0.1):
+    with warnings.catch_warnings(record=True) as warned, mock.patch("precisebn.distributed.steps.WAIT_WARNING_S", 0.1):
         warnings.simplefilter("always")
         alone = trial(rank, process_group=group)
     store.set("rank 0 has given up", "")
@@ -281,13 +283,13 @@ def rank_0_calls_alone(rank: int, world: int) -> Result:
 
 def rank_0_ends_first(rank: int, world: int) -> Result:
     """The process that keeps the store ends right after the run; the others look for the last decision later."""
-    wait = distributed.Steps._wait
+    wait = Steps._wait
 
-    def slow(self: distributed.Steps) -> Any:
+    def slow(self: Steps) -> Any:
         time.sleep(0.5)
         return wait(self)
 
-    with mock.patch.object(distributed.Steps, "_wait", slow if rank > 0 else wait):
+    with mock.patch.object(Steps, "_wait", slow if rank > 0 else wait):
         return trial(rank)
 
 

@@ -1,0 +1,12 @@
+"""Ranks: the only room that knows torch.distributed.
+
+A run over several ranks is a row of steps (`steps`), the same on every rank, at which the statistics merge (`ranks`) by
+all-reduces of one flat float64 buffer: memory does not grow with the number of ranks, and all ranks end with the same
+bits. docs/design.md, "Ranks", has the protocol as a whole.
+"""
+
+from precisebn.distributed.groups import ProcessGroup
+from precisebn.distributed.ranks import Ranks, Tally
+from precisebn.distributed.sharding import is_sharded, reshard
+
+__all__ = ["ProcessGroup", "Ranks", "Tally", "is_sharded", "reshard"]
