@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 ForwardFn = Callable[[nn.Module, Any], Any]
-"""How to call a model on a batch: ``forward(model, batch)``; what it returns is dropped."""
+"""How to call a model on a batch: ``forward(model, batch)``; a recalibration drops what it returns."""
 
 CHANNELS_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
 """The memory formats that a batch can be laid out in, and how many dimensions tensors of each have."""
@@ -31,7 +31,7 @@ CHANNELS_LAST = {torch.channels_last: 4, torch.channels_last_3d: 5}
 REFUSED_VIEW = "view size is not compatible with input tensor's size and stride"  # what torch says
 
 
-def call_model(model: nn.Module, batch: Any, *, is_first: bool = False) -> None:
+def call_model(model: nn.Module, batch: Any, *, is_first: bool = False) -> Any:
     """Call the model on a batch by the form of the batch.
 
     A mapping becomes keyword arguments; a list or tuple of one floating-point tensor followed by no other (labels,
@@ -46,12 +46,15 @@ def call_model(model: nn.Module, batch: Any, *, is_first: bool = False) -> None:
         batch: what a loader yielded.
         is_first: no mini-batch of this form has gone through this model before.
 
+    Returns:
+        What the model returns.
+
     Raises:
         BatchFormatError: the call is a TypeError; the message names ``forward=``.
     """
     guess = _Guess.of(batch)
     try:
-        model(*guess.args, **guess.kwargs)
+        return model(*guess.args, **guess.kwargs)
     except TypeError as error:
         raise BatchFormatError(f"{guess.explained(model)}. It raised TypeError: {_first_line(error)}") from error
     except (MemoryError, torch.OutOfMemoryError):
