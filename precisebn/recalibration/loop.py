@@ -123,7 +123,8 @@ class Loop:
             samples = num_samples(batch)
             if self._prior is not None and self.settings.tolerance is not None:
                 self._prior.samples = float(self.samples + samples) * self.ranks.size
-            self.call(batch)
+            with recording.forward():
+                self.call(batch)
             recording.end_batch()
             self.iterations += 1
             self.samples += samples

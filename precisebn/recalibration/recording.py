@@ -8,7 +8,7 @@ before. When it ends badly, the model is as before, bit for bit.
 
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from precisebn.models.transaction import Transaction
 from precisebn.models.wrappers import run_eagerly, set_wrappers_aside
 from precisebn.nn.population import Recordable, Recorder, RunningStatistics
 from precisebn.ops.chan import merge
+from precisebn.recalibration.early_exit import EarlyExit
 from precisebn.recalibration.forwards import DeclaredForward, InputForward, Slot, UnknownForward
 from precisebn.recalibration.prior import Mixture
 from precisebn.statistics.estimator import EstimatorName, PopulationEstimator
@@ -54,6 +55,7 @@ class Recording(AbstractContextManager["Recording"]):
         layers: what to record, by qualified name. Layers need running statistics and initialized parameters.
         kind: which statistics to estimate, see :class:`precisebn.statistics.estimator.PopulationEstimator`.
         mixtures: of layers that are not to normalize by the mini-batch's own statistics, by the layers' names.
+        exits: ends forwards early, if asked for.
 
     Raises:
         InputError: a layer without running statistics; on entering: the model, or a part of it, is being recorded
@@ -66,8 +68,10 @@ class Recording(AbstractContextManager["Recording"]):
         layers: Mapping[str, nn.Module],
         kind: EstimatorName,
         mixtures: Mapping[str, Mixture] | None = None,
+        exits: EarlyExit | None = None,
     ) -> None:
         self.model = model
+        self._exits = exits
         self._mixtures = mixtures or {}
         self.kind = kind
         self.populations: list[RecordedPopulation] = []
@@ -98,6 +102,8 @@ class Recording(AbstractContextManager["Recording"]):
             for name, module in modules:
                 if isinstance(module, Recordable) and not is_batch_norm(module):  # it has a state, and no Moments
                     self._start(name, module, _no_recorder)
+            if self._exits is not None:
+                self._exits.put(temporary)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -135,6 +141,10 @@ class Recording(AbstractContextManager["Recording"]):
     def num_levels(self) -> int:
         """The largest number of block sizes of any estimator."""
         return max((estimator.num_levels for estimator in self.estimators), default=0)
+
+    def forward(self) -> AbstractContextManager[None]:
+        """The context in which the model runs on a mini-batch."""
+        return nullcontext() if self._exits is None else self._exits.forward()
 
     def end_batch(self) -> None:
         """Close a mini-batch.

@@ -34,6 +34,7 @@ class Settings:
     estimator: EstimatorName
     tolerance: float | None
     process_group: ProcessGroup | Literal[False] | None
+    early_exit: bool
     prior: float = 0.0
 
     def check(self) -> None:

@@ -22,6 +22,7 @@ from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import ModuleSelection
 from precisebn.recalibration.choice import choose, initialize_lazy_layers
 from precisebn.recalibration.commit import Changes, Commit
+from precisebn.recalibration.early_exit import EarlyExit
 from precisebn.recalibration.loop import Loop, all_within
 from precisebn.recalibration.prior import Prior
 from precisebn.recalibration.recording import Recording
@@ -46,6 +47,7 @@ def update_bn_stats(
     estimator: EstimatorName = "population",
     tolerance: float | None = None,
     process_group: ProcessGroup | Literal[False] | None = None,
+    early_exit: bool = False,
 ) -> UpdateReport:
     """Replace the running statistics of BatchNorm layers by those of the given data under the present weights.
 
@@ -93,6 +95,10 @@ def update_bn_stats(
             mini-batches of all. SyncBatchNorm layers normalize with the mini-batch of their rank. A model whose forward
             communicates by itself (FSDP, a layer of your own with an all-reduce in it) needs the same number of
             mini-batches on every rank.
+        early_exit: leave every forward but the first behind the last layer that is recalibrated: worth it where that
+            comes early (``modules="backbone.*"``). It is for models whose mini-batches all go through the same layers,
+            and whose code behind that layer does nothing that matters here. Where a mini-batch goes through other
+            layers, as far as that shows, nothing changes and an InputError is raised.
 
     Returns:
         What changed and how certain it is: :class:`UpdateReport`.
@@ -117,7 +123,7 @@ def update_bn_stats(
         Settings(
             model=model, data_loader=data_loader, num_iters=num_iters, progress=progress, forward=forward,
             device=device, memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator,
-            tolerance=tolerance, process_group=process_group,
+            tolerance=tolerance, process_group=process_group, early_exit=early_exit,
         )
     )  # fmt: skip
 
@@ -137,6 +143,7 @@ def adapt_bn_stats(
     estimator: EstimatorName = "population",
     tolerance: float | None = None,
     process_group: ProcessGroup | Literal[False] | None = None,
+    early_exit: bool = False,
 ) -> UpdateReport:
     """Adapt BatchNorm statistics to another domain, with the present ones as a prior.
 
@@ -170,6 +177,7 @@ def adapt_bn_stats(
         estimator: as in :func:`update_bn_stats`, as are the next two.
         tolerance: stop when the standard errors of the target statistics are below it.
         process_group: ranks whose data counts.
+        early_exit: as in :func:`update_bn_stats`.
 
     Returns:
         As :func:`update_bn_stats`, whose exceptions are raised too.
@@ -185,7 +193,7 @@ def adapt_bn_stats(
         Settings(
             model=model, data_loader=target_loader, num_iters=num_iters, progress=progress, forward=forward,
             device=device, memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator,
-            tolerance=tolerance, process_group=process_group, prior=prior,
+            tolerance=tolerance, process_group=process_group, early_exit=early_exit, prior=prior,
         )
     )  # fmt: skip
 
@@ -214,7 +222,8 @@ def _recalibrate(settings: Settings) -> UpdateReport:
         prior = Prior(settings.prior)
         mixtures = prior.mixtures(choice.layers, ranks, averages=settings.estimator == "batch-mean")
         loop.weigh(prior)
-        with Recording(model, choice.layers, settings.estimator, mixtures) as recording:
+        exits = EarlyExit(model, choice.layers) if settings.early_exit else None
+        with Recording(model, choice.layers, settings.estimator, mixtures, exits) as recording:
             total, most = loop.run(recording)
             recording.stop()
             commit = Commit(recording, ranks, total, most, settings.prior)
