@@ -29,7 +29,9 @@ def ranks_beside(process_group: ProcessGroup | None) -> str | None:
     Raises:
         InputError: this rank does not belong to it.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    # Not dist.is_initialized(), which torch.compile takes for a constant: a graph made before there were ranks would go
+    # on without them. For another default group it makes another graph.
+    if not dist.is_available() or dist.group.WORLD is None:
         return None
     group = group_of(process_group)
     return str(group.group_name) if dist.get_world_size(group) > 1 else None

@@ -7,6 +7,7 @@ or with a BatchNorm layer on the concatenated batch.
 import copy
 import datetime
 import pickle
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import state_of, values_of
-from processes import Outcome, Result, Scenario, raised, skip_without_gloo
+from processes import HANG_S, Outcome, Result, Scenario, raised, skip_without_gloo
 from reference import (
     DTYPES,
     Running,
@@ -254,6 +255,20 @@ def compiled(rank: int, world: int) -> Result:
     }
 
 
+def compiled_before_there_are_ranks(rank: int, world: int) -> Result:
+    note = [tempfile.mktemp()]
+    dist.broadcast_object_list(note)
+    dist.barrier()
+    dist.destroy_process_group()
+    torch._dynamo.reset()
+    bn = torch.compile(layer(), fullgraph=True, backend="aot_eager")
+    alone = bn(share(0)).detach()
+    store = dist.FileStore(note[0], world)
+    timeout = datetime.timedelta(seconds=HANG_S)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    return {"alone": alone, "y": bn(share(rank)).detach()}
+
+
 def process_groups(rank: int, world: int) -> Result:
     pair, own = dist.new_group([0, 1]), dist.new_group([world - 1])
     mesh = init_device_mesh("cpu", (world,))
@@ -312,6 +327,7 @@ SCENARIOS: list[Scenario] = [
     recalibrated,
     compiled,
     process_groups,
+    compiled_before_there_are_ranks,
     a_rank_that_does_not_come,
 ]
 
@@ -492,6 +508,16 @@ def test_torch_compile_makes_one_graph_with_one_all_reduce_forward_and_one_backw
         error, message = result["torch's"]
         assert error == "ValueError"
         assert message.startswith("SyncBatchNorm expected input tensor to be on GPU")
+
+
+def test_a_graph_from_before_there_were_ranks_is_made_anew(ranks):
+    """And does not go on without them, and without a word."""
+    w, b = layer().weight.detach(), layer().bias.detach()
+    (alone,) = batch_normalized([share(0)], w, b)
+    together = batch_normalized([share(rank) for rank in range(ranks.world)], w, b)
+    for result, y in zip(ranks.of(compiled_before_there_are_ranks), together, strict=True):
+        assert_rounded(result["alone"], alone)
+        assert_rounded(result["y"], y)
 
 
 # ---- Groups of ranks ------------------------------------------------------------------------------------------------
