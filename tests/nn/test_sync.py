@@ -255,6 +255,16 @@ def compiled(rank: int, world: int) -> Result:
     }
 
 
+def graphs_that_run_elsewhere(rank: int, world: int) -> Result:
+    bn, x = layer(torch.float32), share(rank, dtype=torch.float32)
+    return {
+        "export": raised(lambda: torch.export.export(bn, (x,))),
+        "trace": raised(lambda: torch.jit.trace(bn, x)),
+        "func": raised(lambda: torch.func.grad(lambda x: bn(x).sum())(x)),
+        "in evaluation": torch.jit.trace(bn.eval(), share(0, dtype=torch.float32))(share(0, dtype=torch.float32)),
+    }
+
+
 def compiled_before_there_are_ranks(rank: int, world: int) -> Result:
     note = [tempfile.mktemp()]
     dist.broadcast_object_list(note)
@@ -327,6 +337,7 @@ SCENARIOS: list[Scenario] = [
     recalibrated,
     compiled,
     process_groups,
+    graphs_that_run_elsewhere,
     compiled_before_there_are_ranks,
     a_rank_that_does_not_come,
 ]
@@ -508,6 +519,16 @@ def test_torch_compile_makes_one_graph_with_one_all_reduce_forward_and_one_backw
         error, message = result["torch's"]
         assert error == "ValueError"
         assert message.startswith("SyncBatchNorm expected input tensor to be on GPU")
+
+
+def test_graphs_that_run_elsewhere_and_transformations_are_refused_in_training(ranks):
+    y = layer(torch.float32).eval()(share(0, dtype=torch.float32))
+    for result in ranks.of(graphs_that_run_elsewhere):
+        for how in ("export", "trace", "func"):
+            error, message = result[how]
+            assert error == "InputError", how
+            assert "call eval() before" in message
+        torch.testing.assert_close(result["in evaluation"], y)
 
 
 def test_a_graph_from_before_there_were_ranks_is_made_anew(ranks):
