@@ -8,7 +8,7 @@ Ranks do not agree beforehand that all are there, as they do before a step of a 
 more than its work. A rank that does not come is noticed by the process group, after its timeout.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,12 @@ from precisebn.errors import RankFailedError
 __all__ = ["all_reduce", "ranks_beside", "sum_over_ranks"]
 
 
-def ranks_beside(process_group: ProcessGroup | None) -> str | None:
+def ranks_beside(process_group: ProcessGroup | Literal[False] | None) -> str | None:
     """The name of the group of ranks that this one works with; None where there is no other.
 
     Args:
-        process_group: the ranks; None: all. What it says does not matter where torch.distributed is not initialized.
+        process_group: the ranks; None: all; False: this one alone. What it says does not matter where torch.distributed
+            is not initialized.
 
     Raises:
         InputError: this rank does not belong to it.
@@ -34,7 +35,7 @@ def ranks_beside(process_group: ProcessGroup | None) -> str | None:
     if not dist.is_available() or dist.group.WORLD is None:
         return None
     group = group_of(process_group)
-    return str(group.group_name) if dist.get_world_size(group) > 1 else None
+    return str(group.group_name) if group is not None and dist.get_world_size(group) > 1 else None
 
 
 def sum_over_ranks(values: Tensor, group: str) -> Tensor:

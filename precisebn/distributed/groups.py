@@ -68,14 +68,14 @@ def sync_group(size: int) -> ProcessGroup:
 class Carried:
     """A process group on its way into a copy of what holds it: itself in a deep copy, lost in a pickle."""
 
-    def __init__(self, group: ProcessGroup | None) -> None:
+    def __init__(self, group: ProcessGroup | Literal[False] | None) -> None:
         self.group = group
 
     def __deepcopy__(self, memo: object) -> "Carried":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Carried, (None if self.group is None else _Lost(),)
+        return Carried, (self.group if self.group in (None, False) else _Lost(),)
 
 
 class _Lost:

@@ -1,6 +1,6 @@
 """SyncBN: batch normalization by the statistics of the mini-batches of all ranks."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ class SyncBN(PopulationNorm):
         track_running_stats: whether there are running statistics; without, the rank's own mini-batch serves at test
             time too.
         process_group: the ranks: a process group, as of :func:`sync_group`, or a DeviceMesh of one dimension; None is
-            all ranks. A deep copy has the same one. An unpickled layer has lost it, and says so where it would need it:
-            set ``process_group`` anew.
+            all ranks, False this one alone. A deep copy has the same one. An unpickled layer has lost it, and says so
+            where it would need it: set ``process_group`` anew.
         device: where parameters and buffers live.
         dtype: theirs.
         bias: whether an affine has a bias; it is a weight alone otherwise.
@@ -80,7 +80,7 @@ class SyncBN(PopulationNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | Literal[False] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,

@@ -288,6 +288,7 @@ def process_groups(rank: int, world: int) -> Result:
         "own": layer(process_group=own)(share(0)).detach() if rank == world - 1 else None,
         "mesh": layer(process_group=mesh)(share(rank)).detach(),
         "each for itself": layer(process_group=sync_group(1))(share(0)).detach(),
+        "False": pickle.loads(pickle.dumps(layer(process_group=False)))(share(0)).detach(),
         "all": layer(process_group=sync_group(world))(share(rank)).detach(),
         "no divisor": raised(lambda: sync_group(5)),
         "with dimensions": raised(
@@ -552,6 +553,7 @@ def test_any_process_group(ranks):
         assert_rounded(result["mesh"], everybody[rank])
         assert_rounded(result["all"], everybody[rank])
         assert_rounded(result["each for itself"], alone)
+        assert_rounded(result["False"], alone)
         if rank < 2:
             assert_rounded(result["pair"], pair[rank])
         else:

@@ -1,4 +1,4 @@
-"""SyncBN's way over ranks, taken by a single one: over gloo, and over nccl where there is a GPU (``benchmarks/gpu.sh``).
+"""SyncBN's way over ranks, taken by a single one: over gloo, and where there is a GPU over nccl, by benchmarks/gpu.sh.
 
 The layer itself does without it where there are no other ranks, so these call what lies below it.
 """
@@ -64,10 +64,8 @@ def test_one_graph(device):
     torch._dynamo.reset()
     bn, x = OverOneRank(torch.float32, device), sample((4, 3, 2)).requires_grad_()
     compiled = torch.compile(bn, fullgraph=True, backend="aot_eager")
-    for y, z in zip(
-        *((y, *torch.autograd.grad((y**3).sum(), [x, bn.weight])) for y in (compiled(x), bn(x))), strict=True
-    ):
-        torch.testing.assert_close(y, z)
+    got, expected = ((y, *torch.autograd.grad((y**3).sum(), [x, bn.weight])) for y in (compiled(x), bn(x)))
+    torch.testing.assert_close(got, expected)
 
 
 def test_the_layer_itself_does_without(device):
