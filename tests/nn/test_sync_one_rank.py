@@ -3,6 +3,7 @@
 The layer itself does without it where there are no other ranks, so these call what lies below it.
 """
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -60,10 +61,14 @@ def test_it_can_be_differentiated_twice(device):
     assert torch.autograd.gradgradcheck(bn, x)
 
 
-def test_one_graph(device):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")  # of torch's own use of deprecated parts of itself
+def test_one_graph(device, backend):
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("inductor needs g++")
     torch._dynamo.reset()
     bn, x = OverOneRank(torch.float32, device), sample((4, 3, 2)).requires_grad_()
-    compiled = torch.compile(bn, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(bn, fullgraph=True, backend=backend)
     got, expected = ((y, *torch.autograd.grad((y**3).sum(), [x, bn.weight])) for y in (compiled(x), bn(x)))
     torch.testing.assert_close(got, expected)
 
