@@ -336,18 +336,23 @@ SCENARIOS: list[Scenario] = [
     data_parallel,
     converted,
     recalibrated,
-    compiled,
     process_groups,
-    graphs_that_run_elsewhere,
-    compiled_before_there_are_ranks,
     a_rank_that_does_not_come,
 ]
+GRAPHS: list[Scenario] = [compiled, graphs_that_run_elsewhere, compiled_before_there_are_ranks]
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     skip_without_gloo()
     return Outcome(SCENARIOS, request.param, tmp_path_factory.mktemp("sync"))
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Two ranks: compiling takes long."""
+    skip_without_gloo()
+    return Outcome(GRAPHS, 2, tmp_path_factory.mktemp("graphs"))
 
 
 # ---- As in one process ----------------------------------------------------------------------------------------------
@@ -510,9 +515,9 @@ def test_a_recalibration_measures_over_all_ranks_and_no_layer_waits(ranks):
 # ---- Graphs ---------------------------------------------------------------------------------------------------------
 
 
-def test_torch_compile_makes_one_graph_with_one_all_reduce_forward_and_one_backward(ranks):
+def test_torch_compile_makes_one_graph_with_one_all_reduce_forward_and_one_backward(graphs):
     """No graph break, where torch's SyncBatchNorm does not run at all."""
-    for result in ranks.of(compiled):
+    for result in graphs.of(compiled):
         assert result["graphs, breaks"] == (1, 0)
         assert [operators.count("_c10d_functional.all_reduce") for operators in result["operators"]] == [1, 1]
         torch.testing.assert_close(result["got"], result["expected"])
@@ -522,9 +527,9 @@ def test_torch_compile_makes_one_graph_with_one_all_reduce_forward_and_one_backw
         assert message.startswith("SyncBatchNorm expected input tensor to be on GPU")
 
 
-def test_graphs_that_run_elsewhere_and_transformations_are_refused_in_training(ranks):
+def test_graphs_that_run_elsewhere_and_transformations_are_refused_in_training(graphs):
     y = layer(torch.float32).eval()(share(0, dtype=torch.float32))
-    for result in ranks.of(graphs_that_run_elsewhere):
+    for result in graphs.of(graphs_that_run_elsewhere):
         for how in ("export", "trace", "func"):
             error, message = result[how]
             assert error == "InputError", how
@@ -532,12 +537,12 @@ def test_graphs_that_run_elsewhere_and_transformations_are_refused_in_training(r
         torch.testing.assert_close(result["in evaluation"], y)
 
 
-def test_a_graph_from_before_there_were_ranks_is_made_anew(ranks):
+def test_a_graph_from_before_there_were_ranks_is_made_anew(graphs):
     """And does not go on without them, and without a word."""
     w, b = layer().weight.detach(), layer().bias.detach()
     (alone,) = batch_normalized([share(0)], w, b)
-    together = batch_normalized([share(rank) for rank in range(ranks.world)], w, b)
-    for result, y in zip(ranks.of(compiled_before_there_are_ranks), together, strict=True):
+    together = batch_normalized([share(rank) for rank in range(graphs.world)], w, b)
+    for result, y in zip(graphs.of(compiled_before_there_are_ranks), together, strict=True):
         assert_rounded(result["alone"], alone)
         assert_rounded(result["y"], y)
 
