@@ -132,10 +132,10 @@ def running_statistics(rank: int, world: int) -> Result:
 
 
 def without_affine_and_running_statistics(rank: int, world: int) -> Result:
-    bn = layer_without = SyncBN(CHANNELS, affine=False, track_running_stats=False)
+    bn = SyncBN(CHANNELS, affine=False, track_running_stats=False)
     only_weight = SyncBN(CHANNELS, bias=False, dtype=torch.float64)
     return {
-        "plain": gradients(layer_without, share(rank), rank),
+        "plain": gradients(bn, share(rank), rank),
         "weight": gradients(only_weight, share(rank), rank),
         "eval": bn.eval()(share(0)),
     }
