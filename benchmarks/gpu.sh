@@ -36,7 +36,7 @@ stage build 100 "$python" setup.py build_ext --inplace --parallel 8
 stage backend 30 "$python" -c 'from precisebn import ops; b = ops.backend(); print(b); assert b.cuda == "native", b' ||
     exit 1 # nothing to test or to time
 
-pytest=("$python" -m pytest tests/ops/test_cuda.py -q -p no:cacheprovider)
+pytest=("$python" -m pytest tests/ops/test_cuda.py tests/nn/test_sync_one_rank.py -q -p no:cacheprovider)
 has pytest_timeout || pytest+=(-o timeout=0 -W "ignore::pytest.PytestConfigWarning" -o addopts="--doctest-modules --strict-markers")
 workers=()
 has xdist && workers=(-n 8)

@@ -40,7 +40,7 @@ class NonFiniteStatisticsError(PreciseBNError, ArithmeticError):
 
 
 class RankFailedError(PreciseBNError, RuntimeError):
-    """Another rank failed, or did not come in time, so no rank changed its model."""
+    """Another rank failed, or did not come in time. A recalibration has then changed no rank's model."""
 
 
 class CycleError(PreciseBNError, RuntimeError):

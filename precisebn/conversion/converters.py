@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from precisebn.conversion.engine import Conversion, replace_batchnorm, replace_layers
 from precisebn.conversion.layers import describe, frozen_class, origin_of, placement, plain_class, recognized
+from precisebn.distributed import ProcessGroup
 from precisebn.errors import InputError
 from precisebn.models.selection import ModuleSelection
-from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN
+from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN, SyncBN
 from precisebn.nn.frozen import FrozenNorm
 
 __all__ = [
@@ -262,19 +263,27 @@ def convert_ghost(
 
 def convert_sync_batchnorm(
     model: nn.Module,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
     *,
+    implementation: Literal["torch", "precisebn"] = "torch",
     include: ModuleSelection | None = None,
     exclude: ModuleSelection | None = None,
 ) -> nn.Module:
-    """Let the BatchNorm layers of a model use the statistics of all ranks: torch's nn.SyncBatchNorm in their places.
+    """Let the BatchNorm layers of a model use the statistics of all ranks: SyncBatchNorm or SyncBN in their places.
 
     What ``nn.SyncBatchNorm.convert_sync_batchnorm`` does, and besides keeps layers shared that are used in several
     places, hooks, and the activation of timm's BatchNormAct2d; and it can be undone.
 
+    ``"torch"`` stays what it has always been, torch's layer, which other libraries know by its class. ``"precisebn"``
+    runs on the CPU as well, makes no graph break in torch.compile, and can be differentiated twice.
+
     Args:
         model: the model, which is changed. For a slice of it say ``include=model[:8]``: the slice is another container.
-        process_group: the ranks; None: all.
+        process_group: the ranks, as a process group (``precisebn.nn.sync_group(8)``: groups of eight) or, for
+            ``"precisebn"``, a DeviceMesh of one dimension. None: those of the layer, where it was a SyncBatchNorm with
+            ranks of its own and becomes a SyncBN, and otherwise all.
+        implementation: ``"torch"``, :class:`torch.nn.SyncBatchNorm`; or ``"precisebn"``,
+            :class:`precisebn.nn.SyncBN`. Layers of the other one are converted too.
         include: see :func:`replace_batchnorm`; frozen layers only if named one by one.
         exclude: which not.
 
@@ -282,8 +291,8 @@ def convert_sync_batchnorm(
         The model; or the new layer, where the model is itself a layer.
 
     Raises:
-        InputError: as :func:`replace_batchnorm`; a layer whose forward is not known; one of several domains, which
-            differ.
+        InputError: as :func:`replace_batchnorm`; another ``implementation``; a layer whose forward is not known; one of
+            several domains, which differ.
 
     Warns:
         UserWarning: there is nothing to convert.
@@ -291,8 +300,14 @@ def convert_sync_batchnorm(
     Example:
         >>> type(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(8)))[0])
         <class 'torch.nn.modules.batchnorm.SyncBatchNorm'>
+        >>> type(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(8)), implementation="precisebn")[0])
+        <class 'precisebn.nn.sync.SyncBN'>
     """
-    return replace_layers(model, to_class(nn.SyncBatchNorm, process_group=process_group), include, exclude)
+    if implementation not in ("torch", "precisebn"):
+        raise InputError(f"implementation={implementation!r} must be 'torch' or 'precisebn'")
+    if implementation == "torch":
+        return replace_layers(model, to_class(nn.SyncBatchNorm, process_group=process_group), include, exclude)
+    return replace_layers(model, to_sync(process_group), include, exclude)
 
 
 def convert_to_batchnorm(
@@ -357,6 +372,19 @@ def to_class(new_class: type[_NormBase], **settings: Any) -> Conversion:
         return isinstance(layer, new_class) and all(vars(layer)[key] == value for key, value in settings.items())
 
     return Conversion(lambda name, bn: _like(bn, new_class, **settings), is_done)
+
+
+def to_sync(process_group: ProcessGroup | None) -> Conversion:
+    """The conversion to SyncBN, over the given ranks, or over those of a layer that has some."""
+
+    def build(name: str, bn: _BatchNorm) -> nn.Module:
+        group = vars(bn).get("process_group") if process_group is None else process_group
+        return _like(bn, SyncBN, process_group=group)
+
+    def is_done(layer: nn.Module) -> bool:
+        return isinstance(layer, SyncBN) and (process_group is None or layer.process_group is process_group)
+
+    return Conversion(build, is_done)
 
 
 def to_domains(

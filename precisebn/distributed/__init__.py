@@ -5,8 +5,8 @@ all-reduces of one flat float64 buffer: memory does not grow with the number of 
 bits. docs/design.md, "Ranks", has the protocol as a whole.
 """
 
-from precisebn.distributed.groups import ProcessGroup
+from precisebn.distributed.groups import ProcessGroup, sync_group
 from precisebn.distributed.ranks import Ranks, Tally
 from precisebn.distributed.sharding import is_sharded, reshard
 
-__all__ = ["ProcessGroup", "Ranks", "Tally", "is_sharded", "reshard"]
+__all__ = ["ProcessGroup", "Ranks", "Tally", "is_sharded", "reshard", "sync_group"]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from precisebn.errors import InputError
 
-__all__ = ["ProcessGroup", "group_of", "wire_device"]
+__all__ = ["Carried", "ProcessGroup", "group_of", "sync_group", "wire_device"]
 
 ProcessGroup = Any
 """``torch.distributed.ProcessGroup``, which not every build of torch has, or a DeviceMesh of one dimension."""
@@ -24,6 +24,11 @@ def group_of(process_group: ProcessGroup | Literal[False] | None) -> ProcessGrou
     from torch.distributed.device_mesh import DeviceMesh  # not every build of torch has it
 
     group = dist.group.WORLD if process_group is None else process_group
+    if isinstance(group, _Lost):
+        raise InputError(
+            "the process_group has not come through pickling, which no process group does; set it anew "
+            "(layer.process_group = ...; None: all ranks)"
+        )
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise InputError(f"process_group is a DeviceMesh of {group.ndim} dimensions; pass one of them: mesh['dp']")
@@ -31,6 +36,50 @@ def group_of(process_group: ProcessGroup | Literal[False] | None) -> ProcessGrou
     if group is None or dist.get_rank(group) < 0:
         raise InputError("this rank does not belong to the process_group it was given; call only on its members")
     return group
+
+
+def sync_group(size: int) -> ProcessGroup:
+    """Cut the ranks, in their order, into groups of ``size``; return the process group that this rank is in.
+
+    What ``apex.parallel.create_syncbn_process_group`` does, for statistics over some neighbours (say, the ranks of a
+    machine) instead of all. All ranks call it, as often: make one group, and give it to every layer.
+
+    Args:
+        size: ranks in a group; divides their number.
+
+    Raises:
+        InputError: torch.distributed is not initialized, or ``size`` does not divide the number of ranks.
+
+    Example:
+        >>> sync_group(8)
+        Traceback (most recent call last):
+        ...
+        precisebn.errors.InputError: sync_group(8): torch.distributed is not initialized; call init_process_group before
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise InputError(f"sync_group({size}): torch.distributed is not initialized; call init_process_group before")
+    world = dist.get_world_size()
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or world % size:
+        raise InputError(f"sync_group({size!r}): groups must be of a whole number of ranks that divides their {world}")
+    group, _ = dist.new_subgroups(size)
+    return group
+
+
+class Carried:
+    """A process group on its way into a copy of what holds it: itself in a deep copy, lost in a pickle."""
+
+    def __init__(self, group: ProcessGroup | Literal[False] | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> "Carried":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Carried, (self.group if self.group in (None, False) else _Lost(),)
+
+
+class _Lost:
+    """In the place of a process group that was pickled."""
 
 
 def wire_device(config: str, device: torch.device, accelerator: torch.device | None) -> torch.device:

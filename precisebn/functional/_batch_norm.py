@@ -29,7 +29,7 @@ from precisebn.ops.operator import Derivative, Operator, differentiable, raw
 from precisebn.ops.registry import register
 from precisebn.statistics.moments import Moments
 
-__all__ = ["batch_norm"]
+__all__ = ["Gradients", "Kept", "batch_norm", "gradient_coefficients", "laid_out_as"]
 
 
 class Call(NamedTuple):
@@ -303,7 +303,7 @@ def _gradients(kept: Kept, grads: Gradients, needed: Sequence[bool]) -> tuple[li
     run = differentiable if again else raw
     moments, num_groups = kept.moments, len(kept.moments.count)
     used = _together(moments) if kept.shared else moments
-    dys = [_laid_out_as(x, dy) for x, dy in zip(kept.xs, grads.ys, strict=True)]
+    dys = [laid_out_as(x, dy) for x, dy in zip(kept.xs, grads.ys, strict=True)]
     pieces = list(zip(dys, kept.xs, kept.groups, strict=True))
     about = moments.mean if used is moments else used.mean.expand_as(moments.mean)
     sums = [run.backward_reduce(dy, x, about, group, num_groups) for dy, x, group in pieces]
@@ -313,7 +313,7 @@ def _gradients(kept: Kept, grads: Gradients, needed: Sequence[bool]) -> tuple[li
 
     special = grads.mean is not None or grads.m2 is not None or used is not moments
     if again or special or not shares_form(kept.weight, kept.bias_form):
-        coefficients, grad_weight = _coefficients(kept, used, sum_dy, sum_dy_xmu, grads)
+        coefficients, grad_weight = gradient_coefficients(kept, used, sum_dy, sum_dy_xmu, grads)
         grad_bias = sum_dy
     else:
         *coefficients, grad_weight, grad_bias = raw.backward_coefficients(
@@ -333,14 +333,14 @@ def _gradients(kept: Kept, grads: Gradients, needed: Sequence[bool]) -> tuple[li
     return grad_xs, grad_weight, grad_bias
 
 
-def _laid_out_as(x: Tensor, dy: Tensor | None) -> Tensor:
+def laid_out_as(x: Tensor, dy: Tensor | None) -> Tensor:
     """The gradient, 0 where there is none, in the memory layout of ``x``: two operators would otherwise copy it."""
     if dy is None:
         return torch.zeros_like(x)
     return dy if dy.stride() == x.stride() or torch.is_grad_enabled() else torch.empty_like(x).copy_(dy)
 
 
-def _coefficients(
+def gradient_coefficients(
     kept: Kept, used: Moments, sum_dy: Tensor, sum_dy_xmu: Tensor, grads: Gradients
 ) -> tuple[list[Tensor], Tensor]:
     """What ``backward_coefficients`` works out, differentiable, in all cases; the gradient of weight for each group.

@@ -59,6 +59,7 @@ _FAMILIES = (
     ("torch.nn.modules.batchnorm", "_BatchNorm.forward", Family()),
     ("torch.nn.modules.batchnorm", "SyncBatchNorm.forward", Family(synchronized=True)),
     ("precisebn.nn.frozen", "FrozenNorm.forward", Family(frozen=True)),
+    ("precisebn.nn.sync", "SyncBN.forward", Family(normalizes_input=False, synchronized=True)),
     ("precisebn.nn.*", "*.forward", Family(normalizes_input=False)),
     ("torchvision.ops.misc", "FrozenBatchNorm2d.forward", Family(frozen=True)),
     ("timm.*.norm_act", "BatchNormAct2d.forward", Family(tail=_TIMM_TAIL)),

@@ -7,6 +7,7 @@ from precisebn.nn.domain import DomainSpecificBN
 from precisebn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from precisebn.nn.ghost import GhostBN
 from precisebn.nn.multi_input import MultiInputSequential
+from precisebn.nn.sync import SyncBN, sync_group
 from precisebn.nn.use_domain import use_domain
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "FrozenBatchNorm3d",
     "GhostBN",
     "MultiInputSequential",
+    "SyncBN",
     "one_cycle",
+    "sync_group",
     "use_domain",
 ]

@@ -34,6 +34,7 @@ from precisebn.nn import (
     FrozenBatchNorm2d,
     FrozenBatchNorm3d,
     GhostBN,
+    SyncBN,
     use_domain,
 )
 
@@ -50,10 +51,11 @@ CONVERSIONS: dict[str, Convert] = {
     "batch-stat": convert_batch_stat,
     "ghost": lambda model, **kw: convert_ghost(model, 2, **kw),
     "sync": convert_sync_batchnorm,
+    "sync, precisebn": lambda model, **kw: convert_sync_batchnorm(model, implementation="precisebn", **kw),
 }
 EVERY_CONVERSION = pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
 NEW_CLASSES = (FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, DomainSpecificBN, CycleBatchNormList)
-NEW_CLASSES += (ConcatSharedBN, BatchStatBN, GhostBN, nn.SyncBatchNorm)
+NEW_CLASSES += (ConcatSharedBN, BatchStatBN, GhostBN, nn.SyncBatchNorm, SyncBN)
 
 
 def convnet() -> nn.Sequential:

@@ -47,6 +47,7 @@ from precisebn.nn import (
     FrozenBatchNorm2d,
     FrozenBatchNorm3d,
     GhostBN,
+    SyncBN,
     use_domain,
 )
 
@@ -501,3 +502,23 @@ def test_a_frozen_layer_for_any_dimension_is_for_that_of_bn_class():
     assert [type(layer) for layer in model] == [FrozenBatchNorm3d, FrozenBatchNorm1d, FrozenBatchNorm3d]
     convert_to_batchnorm(model)
     assert [type(layer) for layer in model] == [nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm3d]
+
+
+def test_synchronized_layers_become_those_of_the_other_implementation_and_keep_their_ranks():
+    """The ranks of a layer that has some of its own, unless others are named; what is done already stays."""
+    some, others = object(), object()
+    model = nn.ModuleList([nn.SyncBatchNorm(3, process_group=some), nn.BatchNorm2d(3), SyncBN(3, process_group=some)])
+    before = Picture(model)
+    parameters = [layer.weight for layer in model]
+    own = model[2]
+    convert_sync_batchnorm(model, implementation="precisebn")
+    assert [type(layer) for layer in model] == [SyncBN] * 3
+    assert [layer.process_group for layer in model] == [some, None, some]
+    assert model[2] is own
+    convert_sync_batchnorm(model, others, include=["0", "1"], implementation="precisebn")
+    assert [layer.process_group for layer in model] == [others, others, some]
+    assert all(layer.weight is weight for layer, weight in zip(model, parameters, strict=True))
+    convert_sync_batchnorm(model, include=["0", "1"], implementation="torch")
+    assert [type(layer) for layer in model] == [nn.SyncBatchNorm, nn.SyncBatchNorm, SyncBN]
+    convert_to_batchnorm(model, include=["0", "1"])
+    assert Picture(model) == before

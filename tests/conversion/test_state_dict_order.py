@@ -74,6 +74,7 @@ SAME_SHAPES = (
     "batch-stat",
     "ghost",
     "sync",
+    "sync, precisebn",
 )
 
 

@@ -108,6 +108,11 @@ WRONG_CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], obje
         "matches no",
     ),
     "ghost_size": (convnet, lambda m: convert_ghost(m, 0), rf"ghost_size=0 {SIZE}"),
+    "implementation": (
+        convnet,
+        lambda m: convert_sync_batchnorm(m, implementation="apex"),
+        "implementation='apex' must be 'torch' or 'precisebn'",
+    ),
     "num_domains": (convnet, lambda m: convert_domain_specific(m, 1.5), rf"num_domains=1.5 {SIZE}"),
     "normalize": (convnet, lambda m: convert_domain_specific(m, 2, normalize="all"), "normalize='all' must be"),
     "population": (convnet, lambda m: convert_domain_specific(m, 2, population=None), "population=None must be"),

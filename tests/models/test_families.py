@@ -21,6 +21,7 @@ from precisebn.nn import (
     FrozenBatchNorm2d,
     FrozenBatchNorm3d,
     GhostBN,
+    SyncBN,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +62,7 @@ KNOWN = {
     "CycleBatchNormList": (lambda: CycleBatchNormList(2, num_features=3), Family(normalizes_input=False)),
     "DomainSpecificBN": (lambda: DomainSpecificBN(3, 2), Family(normalizes_input=False)),
     "GhostBN": (lambda: GhostBN(3, 2), Family(normalizes_input=False)),
+    "SyncBN": (lambda: SyncBN(3), Family(normalizes_input=False, synchronized=True)),
     "torchvision frozen": (torchvision_frozen, Family(frozen=True)),
     "transformers frozen": (transformers_frozen, Family(frozen=True)),
     "timm": (lambda: timm_layer("BatchNormAct2d"), Family(tail=ACT)),

@@ -51,6 +51,7 @@ from precisebn.nn import (
     FrozenBatchNorm2d,
     GhostBN,
     MultiInputSequential,
+    SyncBN,
     use_domain,
 )
 
@@ -78,6 +79,7 @@ class Module:
             values are from. Frozen ones have one too, which training does not move.
         frozen: whether training does not move it, and normalizes by it.
         batch_statistics_in_eval: whether evaluation normalizes by the mini-batch.
+        over_ranks: whether training normalizes by the mini-batches of all ranks.
     """
 
     build: Callable[[], nn.Module]
@@ -86,6 +88,7 @@ class Module:
     populations: dict[str, tuple[int, ...]]
     frozen: bool = False
     batch_statistics_in_eval: bool = False
+    over_ranks: bool = False
 
     def new(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """With an affine and populations that are neither trivial nor alike."""
@@ -169,6 +172,7 @@ MODULES = {
     "BatchStatBN": Module(
         lambda: BatchStatBN(3), one_by_one, each_by_its_own, {"": BOTH}, batch_statistics_in_eval=True
     ),
+    "SyncBN": Module(lambda: SyncBN(3), one_by_one, each_by_its_own, {"": BOTH}, over_ranks=True),
 }
 
 every_module = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
@@ -613,10 +617,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @every_module
 def test_ddp(module, ranks):
-    """Gradients are averaged over the ranks; running statistics are each rank's own until DDP hands on rank 0's."""
+    """Gradients are averaged over the ranks; running statistics are each rank's own until DDP hands on rank 0's.
+
+    Unless they are those of all ranks: then both are as in one process on the concatenated mini-batches.
+    """
     name = next(name for name, other in MODULES.items() if other is module)
     alone = [Net(module) for _ in range(WORLD)]
-    gradients = [step(net, images(seed=rank))[1] for rank, net in enumerate(alone)]
+    batches = [images(seed=rank) for rank in range(WORLD)]
+    if module.over_ranks:
+        batches = [[torch.cat(xs) for xs in zip(*batches, strict=True)]] * WORLD
+    gradients = [step(net, batch)[1] for net, batch in zip(alone, batches, strict=True)]
     average = {key: (gradients[0][key] + gradients[1][key]) / WORLD for key in gradients[0]}
     for rank, results in enumerate(ranks):
         got = {key.removeprefix("module."): value for key, value in results[name]["gradients"].items()}
@@ -626,7 +636,7 @@ def test_ddp(module, ranks):
         for key, value in results[name]["weights"].items():
             assert torch.equal(value, first["weights"][key])
         assert all(torch.equal(a, b) for a, b in zip(results[name]["ys"], first["ys"], strict=True))
-    if not module.frozen:
+    if not module.frozen and not module.over_ranks:
         apart = [results[name]["statistics"] for results in ranks]
         assert any(not torch.equal(apart[0][key], apart[1][key]) for key in apart[0])
 
