@@ -21,11 +21,13 @@ from precisebn.errors import (
     NonFiniteStatisticsError,
     PreciseBNError,
     RankFailedError,
+    UndoError,
 )
 from precisebn.freezing.freeze import freeze, frozen, unfreeze
 from precisebn.freezing.parameters import trainable_parameters
 from precisebn.functional import batch_norm, frozen_batch_norm
 from precisebn.models.selection import get_bn_modules
+from precisebn.recalibration.recalibrated import recalibrated
 from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
 from precisebn.statistics.estimator import PopulationEstimator
@@ -44,6 +46,7 @@ __all__ = [
     "PopulationEstimator",
     "PreciseBNError",
     "RankFailedError",
+    "UndoError",
     "UpdateReport",
     "adapt_bn_stats",
     "batch_norm",
@@ -61,6 +64,7 @@ __all__ = [
     "frozen_batch_norm",
     "get_bn_modules",
     "pause_tracking",
+    "recalibrated",
     "replace_batchnorm",
     "trainable_parameters",
     "unfreeze",
