@@ -32,6 +32,7 @@ from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
 from precisebn.statistics.estimator import PopulationEstimator
 from precisebn.statistics.moments import Moments
+from precisebn.tracking.accumulate import accumulate_statistics
 from precisebn.tracking.pause import pause_tracking
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "RankFailedError",
     "UndoError",
     "UpdateReport",
+    "accumulate_statistics",
     "adapt_bn_stats",
     "batch_norm",
     "convert_batch_stat",

@@ -12,7 +12,7 @@ from torch import nn
 
 from precisebn.errors import InputError
 
-__all__ = ["claim", "release"]
+__all__ = ["claim", "release", "why_not_free"]
 
 
 class _Claim(NamedTuple):
@@ -42,6 +42,13 @@ def claim(owner: object, modules: Iterable[nn.Module], *, name: str, doing: str)
             if module in _claims:
                 raise InputError(f"{name}, or a part of it, {_claims[module].doing}")
         _claims.update(dict.fromkeys(modules, _Claim(owner, doing)))
+
+
+def why_not_free(module: nn.Module) -> str | None:
+    """What is done with a module, for messages; None where nothing is."""
+    with _lock:
+        held = _claims.get(module)
+    return None if held is None else held.doing
 
 
 def release(owner: object) -> None:

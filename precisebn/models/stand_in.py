@@ -37,9 +37,14 @@ class StandIn:
         self.is_of_the_instance = "forward" in vars(module)  # put there by a user, or by a library such as accelerate
         self.own = {name: buffer for name in scratch if (buffer := module._buffers[name]) is not None}
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs."""
+        raise NotImplementedError
+
     def put(self, changes: Transaction) -> None:
         """From now on run in the place of the forward."""
-        entries = {"forward": self, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}
+        # A bound method: of other callables torch.compile takes each one for another, and would compile for every one.
+        entries = {"forward": self.__call__, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}
         changes.update(vars(self.module), entries)
         changes.update(self.module._buffers, self.scratch)
 
