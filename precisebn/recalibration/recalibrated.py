@@ -37,6 +37,7 @@ def recalibrated(
     estimator: EstimatorName = "population",
     tolerance: float | None = None,
     process_group: ProcessGroup | Literal[False] | None = None,
+    early_exit: bool = False,
 ) -> Iterator[UpdateReport]:
     """Within this block a model has recalibrated running statistics; behind it the old ones, bit for bit.
 
@@ -61,6 +62,7 @@ def recalibrated(
         estimator: which statistics.
         tolerance: when to stop.
         process_group: ranks whose data counts; each puts its own statistics back.
+        early_exit: whether to leave forwards behind the last of the layers.
 
     Yields:
         The report. After its :meth:`~precisebn.UpdateReport.undo` inside the block nothing is left to put back.
@@ -82,7 +84,7 @@ def recalibrated(
     settings = Settings(
         model=model, data_loader=data_loader, num_iters=num_iters, progress=progress, forward=forward, device=device,
         memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator, tolerance=tolerance,
-        process_group=process_group, prior=prior,
+        process_group=process_group, early_exit=early_exit, prior=prior,
     )  # fmt: skip
     undo = Undo()  # at hand already if Ctrl-C comes in between the recalibration and the block
     try:

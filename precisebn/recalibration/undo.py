@@ -118,8 +118,8 @@ class Undo:
             )
         if gone:
             reasons.append(
-                f"{_listed(gone)} is no longer in the model, or keeps other statistics, as after a conversion: undo "
-                "before that; undo(force=True) passes over what is gone"
+                f"{_listed(gone)}: no longer in the model, or with statistics of another form, as after a conversion; "
+                "undo before that, or undo(force=True), which passes over what is gone"
             )
         if reasons:
             raise UndoError(f"nothing was put back: {'; and '.join(reasons)}")

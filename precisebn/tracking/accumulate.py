@@ -92,7 +92,7 @@ class _Block:
         layers: some of its layers, by name.
 
     Raises:
-        InputError: a layer that updates its statistics in a way of its own.
+        InputError: a layer that updates its statistics in a way of its own; DataParallel on several devices.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
@@ -110,6 +110,11 @@ class _Block:
                     f"layer {gathered.name!r} ({type(layer).__name__}) updates its running statistics in a way of its "
                     "own, so they cannot be accumulated; leave it out: accumulate_statistics(model, <the others>)"
                 )
+        if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+            raise InputError(
+                "DataParallel runs copies of the layers, whose statistics cannot be accumulated; use "
+                "DistributedDataParallel, or pass its `module`"
+            )
         self._changes = Transaction()
         self._is_open = False
 
@@ -152,7 +157,7 @@ class _Block:
         """Of an exception that has left the block, so that none waits for this one."""
         if self._is_open:
             for group, _ in self._synchronized():
-                with suppress(type(error)), Ranks(group):
+                with suppress(Exception, type(error)), Ranks(group):
                     raise error
 
     def _synchronized(self) -> list[tuple[ProcessGroup | None, "list[Gathered]"]]:

@@ -442,6 +442,16 @@ def test_a_layer_that_tracks_in_a_way_of_its_own_is_named():
         accumulate_statistics(model).__enter__()
 
 
+def test_data_parallel_on_several_devices_is_refused():
+    model = nn.DataParallel(nn.Sequential(nn.BatchNorm2d(3)))
+    with accumulate_statistics(model):
+        model(micro_batches()[0])
+    assert int(model.module[0].num_batches_tracked) == 1
+    model.device_ids = [0, 1]
+    with pytest.raises(InputError, match="DataParallel runs copies of the layers"):
+        accumulate_statistics(model).__enter__()
+
+
 def test_a_pattern_that_matches_no_layer_is_an_error():
     with pytest.raises(InputError, match="modules='head' matches no BatchNorm layer"):
         accumulate_statistics(nn.Sequential(nn.BatchNorm2d(3)), "head").__enter__()
