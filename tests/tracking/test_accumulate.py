@@ -63,7 +63,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "part of the input": lambda: Part(3),
     "BatchStatBN": lambda: BatchStatBN(3),
     "ConcatSharedBN": lambda: ConcatSharedBN(3),
-    "GhostBN": lambda: GhostBN(3, 100),
+    "GhostBN": lambda: GhostBN(3, 2),
     "InstanceNorm2d": lambda: nn.InstanceNorm2d(3, track_running_stats=True),
 }
 
@@ -172,6 +172,16 @@ def test_each_domain_accumulates_its_own(population, how):
     assert_as_one_forward(layer, reference)
     if population == "domain":
         assert layer.num_batches_tracked.tolist() == [1, 1, 0]
+
+
+def test_lists_of_tensors_accumulate_as_one_each():
+    layer, reference = ConcatSharedBN(3), ConcatSharedBN(3)
+    first, second, third = micro_batches()
+    with accumulate_statistics(layer):
+        layer([first, second])
+        layer([third[:, :, :2], third[:, :, 2:]])
+    reference([first, second, third])
+    assert_as_one_forward(layer, reference)
 
 
 @pytest.mark.parametrize("bn_class", [nn.BatchNorm2d, Doubling])
@@ -394,7 +404,7 @@ def test_what_else_stands_in_forwards_is_refused_inside(layer):
         with pytest.raises(InputError, match=message):
             update_bn_stats(model, micro_batches(), None)
         with pytest.raises(InputError, match=message):
-            convert_ghost(model, 2, include="0")
+            convert_ghost(model, 3, include="0")
         model(micro_batches()[0])
     assert int(model[0].num_batches_tracked) == 1
 
