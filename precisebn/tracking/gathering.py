@@ -153,7 +153,6 @@ class GatheringForward(StandIn):
                 own[name] = buffer
         if not tracks or not own:
             return self.original(*args, **kwargs)
-        normalized: list[object] = []
         self.scratch = {name: buffer.clone() for name, buffer in own.items()}
         try:
             self.aside = own, attributes["momentum"]
@@ -162,15 +161,16 @@ class GatheringForward(StandIn):
                 attributes["momentum"] = 1.0  # the averages of this micro-batch alone
             if self.knows_input:
                 output = self.original(*args, **kwargs)
-                normalized.append(args[0] if args else next(iter(kwargs.values()), None))
+                self._take(args[0] if args else next(iter(kwargs.values()), None))
             else:
-                output = self._watched(args, kwargs, own, normalized)
+                output = self._watched(args, kwargs, own)
         finally:
             self._put_back()
-        if not in_backward():  # a repetition by activation checkpointing
-            for x in normalized:
-                self.gathered.take(x, self)
         return output
+
+    def _take(self, x: object) -> None:
+        if not in_backward():  # there it is a repetition by activation checkpointing
+            self.gathered.take(x, self)
 
     def _put_back(self) -> None:
         if self.aside is not None:
@@ -178,11 +178,9 @@ class GatheringForward(StandIn):
             self.module._buffers.update(own)
             self.aside = None
 
-    def _watched(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], own: dict[str, Tensor], normalized: list[object]
-    ) -> Any:
+    def _watched(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: dict[str, Tensor]) -> Any:
         """Run a forward of which nobody knows what it normalizes, but by what it hands to batch_norm."""
-        watch = BatchNormCalls(self.scratch["running_mean"], normalized.append)
+        watch = BatchNormCalls(self.scratch["running_mean"], self._take)
         with HeldBack() as interrupts, watch, interrupts.let_through():  # or Ctrl-C might leave the watch on
             output = self.original(*args, **kwargs)
         same = {name: same_bits(self.module._buffers.get(name), buffer) for name, buffer in own.items()}

@@ -367,6 +367,19 @@ def test_compiled_code_accumulates_in_one_graph_and_is_compiled_once(layer, comp
     assert_as_one_forward(model, reference)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_code_breaks_its_graph_at_a_checkpoint_and_counts_once_all_the_same():
+    model = Checkpointed(nn.BatchNorm2d(3), use_reentrant=False)
+    reference = copy.deepcopy(model.inner)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with accumulate_statistics(model):
+        for x in micro_batches():
+            compiled(x.requires_grad_()).square().sum().backward()
+    reference(torch.cat(micro_batches()))
+    assert_as_one_forward(model.inner, reference)
+
+
 # ---- Copies, others at work, errors ----------------------------------------------------------------------------------
 
 
