@@ -166,7 +166,8 @@ class _Block:
         groups: dict[int, tuple[ProcessGroup | None, list[Gathered]]] = {}
         for layer, gathered in self.gathered.items():
             family = class_family(layer)
-            if family is not None and family.synchronized and isinstance(gathered, Gathered):
+            # SyncBN, a PopulationNorm, hands over Moments of all ranks; of the others each rank has gathered its own.
+            if family is not None and family.synchronized and not isinstance(layer, PopulationNorm):
                 group = getattr(layer, "process_group", None)
                 groups.setdefault(id(group), (group, []))[1].append(gathered)
         return list(groups.values())

@@ -30,6 +30,7 @@ from precisebn.nn import (
     DomainSpecificBN,
     FrozenBatchNorm2d,
     GhostBN,
+    SyncBN,
     use_domain,
 )
 from precisebn.nn.population import Recordable, RunningStatistics
@@ -63,6 +64,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "part of the input": lambda: Part(3),
     "BatchStatBN": lambda: BatchStatBN(3),
     "ConcatSharedBN": lambda: ConcatSharedBN(3),
+    "SyncBN": lambda: SyncBN(3),
     "GhostBN": lambda: GhostBN(3, 2),
     "InstanceNorm2d": lambda: nn.InstanceNorm2d(3, track_running_stats=True),
 }

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from precisebn import accumulate_statistics
 from precisebn.models.families import class_family
+from precisebn.nn import SyncBN
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -57,6 +58,15 @@ def synchronized(rank: int, world: int) -> Result:
     return model.state_dict()
 
 
+def synchronized_by_ours(rank: int, world: int) -> Result:
+    """SyncBN hands over Moments of all ranks, which are not to be merged again."""
+    model = nn.Sequential(SyncBN(3))
+    with accumulate_statistics(model):
+        for x in batches(rank)[:2]:
+            model(x)
+    return model[0].state_dict()
+
+
 def a_rank_raises(rank: int, world: int) -> Result:
     model = nn.Sequential(SyncBatchNorm(3))
 
@@ -84,7 +94,9 @@ def not_all_layers_on_all_ranks(rank: int, world: int) -> Result:
     return {"error": raised(block), "unchanged": values_of(model) == before}
 
 
-SCENARIOS: list[Scenario] = [data_parallel, synchronized, a_rank_raises, after_that, not_all_layers_on_all_ranks]
+SCENARIOS: list[Scenario] = [
+    data_parallel, synchronized, synchronized_by_ours, a_rank_raises, after_that, not_all_layers_on_all_ranks,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +127,14 @@ def test_a_synchronized_layer_tracks_the_micro_batches_of_all_ranks(ranks, scena
     for index, reference in enumerate(references):
         for name, value in reference.state_dict().items():
             torch.testing.assert_close(one[f"{index}.{name}"], value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_sync_bn_of_ours_tracks_the_micro_batches_of_all_ranks_once(ranks):
+    reference = nn.BatchNorm2d(3)
+    reference(torch.cat([*batches(0)[:2], *batches(1)[:2]]))
+    for result in ranks.of(synchronized_by_ours):
+        for name, value in reference.state_dict().items():
+            torch.testing.assert_close(result[name], value, rtol=1e-6, atol=1e-6)
 
 
 def test_a_rank_that_raises_inside_the_block_keeps_no_other_waiting(ranks):
