@@ -21,15 +21,18 @@ from precisebn.errors import (
     NonFiniteStatisticsError,
     PreciseBNError,
     RankFailedError,
+    UndoError,
 )
 from precisebn.freezing.freeze import freeze, frozen, unfreeze
 from precisebn.freezing.parameters import trainable_parameters
 from precisebn.functional import batch_norm, frozen_batch_norm
 from precisebn.models.selection import get_bn_modules
+from precisebn.recalibration.recalibrated import recalibrated
 from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
 from precisebn.statistics.estimator import PopulationEstimator
 from precisebn.statistics.moments import Moments
+from precisebn.tracking.accumulate import accumulate_statistics
 from precisebn.tracking.pause import pause_tracking
 
 __all__ = [
@@ -44,7 +47,9 @@ __all__ = [
     "PopulationEstimator",
     "PreciseBNError",
     "RankFailedError",
+    "UndoError",
     "UpdateReport",
+    "accumulate_statistics",
     "adapt_bn_stats",
     "batch_norm",
     "convert_batch_stat",
@@ -61,6 +66,7 @@ __all__ = [
     "frozen_batch_norm",
     "get_bn_modules",
     "pause_tracking",
+    "recalibrated",
     "replace_batchnorm",
     "trainable_parameters",
     "unfreeze",

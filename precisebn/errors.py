@@ -12,6 +12,7 @@ __all__ = [
     "RankFailedError",
     "BatchFormatError",
     "CycleError",
+    "UndoError",
     "add_note",
 ]
 
@@ -45,6 +46,10 @@ class RankFailedError(PreciseBNError, RuntimeError):
 
 class CycleError(PreciseBNError, RuntimeError):
     """A CycleBatchNormList was not called once on every domain."""
+
+
+class UndoError(PreciseBNError, RuntimeError):
+    """A recalibration cannot be undone: its statistics have changed since, or it has been undone already."""
 
 
 def add_note(error: BaseException, note: str) -> None:

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from precisebn.errors import InputError
 from precisebn.models.families import FROZEN, OURS, PAUSED, Family, class_family, describe_forward, family_of
+from precisebn.models.in_use import why_not_free
 from precisebn.nn import CycleBatchNormList
 from precisebn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenNorm
 
@@ -161,6 +162,8 @@ def check_layers(chosen: Mapping[str, nn.Module], model: nn.Module) -> None:
                 f"{shown} is paused by precisebn.pause_tracking, which would not end for the layer in its place; "
                 "convert the model outside of that block"
             )
+        if (doing := why_not_free(layer)) is not None:
+            raise InputError(f"{shown} {doing}")
         if any(tensor is not None and is_lazy(tensor) for tensor in tensors.values()):
             raise InputError(f"{shown} has no values yet; run one forward of the model, then convert it")
         if isinstance(layer, (_BatchNorm, *OURS)) and not {"weight", "bias"} <= tensors.keys():

@@ -14,7 +14,7 @@ from precisebn._torch import in_backward, is_tracing
 from precisebn.errors import CycleError, InputError
 from precisebn.functional import batch_norm, frozen_batch_norm, portable
 from precisebn.nn.norm import TO_PLAIN
-from precisebn.nn.population import STATISTICS, Recordable, Recorder, update_running_statistics
+from precisebn.nn.population import ACCUMULATOR, STATISTICS, Recordable, Recorder, update_running_statistics
 
 __all__ = ["CycleBatchNormList", "one_cycle"]
 
@@ -137,6 +137,10 @@ class CycleBatchNormList(Recordable):
                 "call it on every domain, in order"
             )
 
+    def tracks(self, member: nn.Module) -> bool:
+        """Whether it updates the running statistics of a member itself, rather than by the member's own forward."""
+        return _is_plain(member)
+
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0, which ``to_empty`` leaves unset; the members have the same for theirs."""
         if self.weight is not None:
@@ -177,6 +181,10 @@ class CycleBatchNormList(Recordable):
         tracked = member.num_batches_tracked
         updated = member.training and member.track_running_stats and not repeated
         if updated and mean is not None and var is not None and tracked is not None:
+            accumulator: Recorder | None = getattr(member, ACCUMULATOR, None)
+            if accumulator is not None:
+                accumulator(moments, None)
+                return y
             update_running_statistics(self._shown(), moments, mean, var, tracked, member.momentum)
         return y
 

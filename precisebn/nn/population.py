@@ -25,6 +25,7 @@ from precisebn.nn.norm import TO_PLAIN, Norm
 from precisebn.statistics.moments import Moments
 
 __all__ = [
+    "ACCUMULATOR",
     "PopulationNorm",
     "Recordable",
     "Recorder",
@@ -35,6 +36,12 @@ __all__ = [
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Names of buffers that are running statistics, in torch and wherever its conventions are followed."""
+
+ACCUMULATOR = "_precisebn_accumulator"
+"""The attribute of a layer that holds a Recorder, who takes the Moments that would update its running statistics.
+
+Unlike a recording this changes nothing else: modes count, and repetitions by activation checkpointing do not.
+"""
 
 Recorder = Callable[[Moments, int | None], None]
 """Takes the Moments ``(C,)`` of one population, by its index, or ``(K, C)`` of all of them (None)."""
@@ -95,6 +102,8 @@ class Recordable(nn.Module):
     recorder: Recorder | None = None
     """Who takes Moments now, if anyone."""
 
+    _precisebn_accumulator: Recorder | None = None  # likewise, see ACCUMULATOR
+
     def populations(self) -> Sequence[RunningStatistics]:
         """The populations that it keeps, in order, all with the same number of channels; none by default."""
         return ()
@@ -118,9 +127,10 @@ class Recordable(nn.Module):
         """
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: all but the recorder."""
+        """What a copy gets: all but who takes its Moments."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("recorder", None)
+        state.pop(ACCUMULATOR, None)
         return state
 
 
@@ -221,6 +231,9 @@ class PopulationNorm(Recordable, Norm):
         mean, var, batches = map(self._buffers.get, STATISTICS)
         updates = self.training and self.track_running_stats and not in_backward()
         if not updates or mean is None or var is None or batches is None:
+            return
+        if self._precisebn_accumulator is not None:
+            self._precisebn_accumulator(moments, population)
             return
         if population is not None:
             mean, var, batches = mean[population], var[population], batches[population]

@@ -1,23 +1,20 @@
 """Recorded forwards: what runs in the place of a layer's own forward, for layers that do not hand over Moments.
 
-The forward of the instance is the one place that sees what hooks have made of the input, and that nothing goes past.
-While it runs, and only then, the layer is in another mode; and scratch buffers are in the place of its running
-statistics. Copies that are made meanwhile have the layer's own, and nothing of the recording.
+While such a forward runs, and only then, the layer is in another mode; and scratch buffers are in the place of its
+running statistics. Copies that are made meanwhile have the layer's own, and nothing of the recording.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from precisebn import ops
 from precisebn.errors import BatchFormatError, InputError
+from precisebn.models.batch_norm_calls import BatchNormCalls
 from precisebn.models.families import populations_of
-from precisebn.models.transaction import Transaction
+from precisebn.models.stand_in import StandIn
 from precisebn.nn.population import Recordable
 from precisebn.ops.chan import merge
 from precisebn.recalibration.prior import Mixture
@@ -92,23 +89,10 @@ class Slot:
         )
 
 
-class _RecordedForward:
-    """Takes the place of ``module.forward`` on the instance; copies of the module do not get it."""
+class _RecordedForward(StandIn):
+    """Takes the place of the forward while a recording lasts."""
 
-    __slots__ = ("is_of_the_instance", "module", "original", "own", "scratch")
-
-    def __init__(self, module: nn.Module, scratch: Mapping[str, Tensor]) -> None:
-        self.module = module
-        self.scratch = scratch
-        self.original: Callable[..., Any] = module.forward
-        self.is_of_the_instance = "forward" in vars(module)  # put there by a user, or by a library such as accelerate
-        self.own = {name: buffer for name in scratch if (buffer := module._buffers[name]) is not None}
-
-    def put(self, changes: Transaction) -> None:
-        """From now on run in the place of the forward."""
-        entries = {"forward": self, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}
-        changes.update(vars(self.module), entries)
-        changes.update(self.module._buffers, self.scratch)
+    __slots__ = ()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Run in eval mode, by the statistics in the scratch buffers."""
@@ -122,36 +106,6 @@ class _RecordedForward:
         finally:
             attributes["training"] = training
             buffers["running_mean"], buffers["running_var"] = mean, var
-
-    def _deepcopy(self, memo: dict[int, Any]) -> nn.Module:
-        with self._taken_out():
-            return copy.deepcopy(self.module, memo)
-
-    def _reduce(self, protocol: Any) -> Any:
-        """For pickle, torch.save and multiprocessing."""
-        with self._taken_out():
-            reduced = self.module.__reduce_ex__(protocol)
-            return tuple(self._kept(part) for part in reduced)
-
-    def _kept(self, part: Any) -> Any:
-        """A part of what is pickled, with what is taken out now and will have been put in again by then."""
-        if not isinstance(part, dict) or part.get("_buffers") is not self.module._buffers:
-            return part
-        return {**part, "_buffers": self.module._buffers.copy()}
-
-    @contextmanager
-    def _taken_out(self) -> Iterator[None]:
-        changes = Transaction()
-        try:
-            for name in ("forward", "__deepcopy__", "__reduce_ex__"):
-                changes.on_undo(vars(self.module).__setitem__, name, vars(self.module).pop(name))
-            if self.is_of_the_instance:
-                vars(self.module)["forward"] = self.original
-            for name, buffer in self.own.items():
-                changes.put(self.module._buffers, name, buffer)
-            yield
-        finally:
-            changes.undo()
 
 
 class InputForward(_RecordedForward):
@@ -249,7 +203,7 @@ class UnknownForward(_RecordedForward):
             if buffer.is_floating_point():
                 buffer.nan_to_num_()
         before = self.scratch["running_mean"].clone(), self.scratch["running_var"].clone()
-        watch = _BatchNormCalls(self.slot, self.scratch["running_mean"])
+        watch = BatchNormCalls(self.scratch["running_mean"], self.slot.merge)
         attributes, buffers = vars(self.module), self.module._buffers
         measuring = {"training": True, "momentum": 1.0, "track_running_stats": True}
         aside = {key: attributes[key] for key in measuring}
@@ -373,35 +327,3 @@ def _statistics_are_of(x: Tensor, mean: Tensor, var: Tensor) -> bool:
     unbiased = variance * (n / max(n - 1, 1))
     same_var = ((var.double() - variance).abs() <= bound * square) | ((var.double() - unbiased).abs() <= bound * square)
     return bool((same_mean & same_var).all())
-
-
-class _BatchNormCalls(TorchFunctionMode):
-    """While a layer's forward runs: merges what it hands to batch_norm with its own buffers, and notes what without."""
-
-    def __init__(self, slot: Slot, running_mean: Tensor) -> None:
-        super().__init__()
-        self.slot = slot
-        self.running_mean = running_mean
-        self.seen_own = False
-        self.others: list[Tensor] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        parameters = _BATCH_NORMS.get(func)
-        if parameters is not None:
-            given = {**dict(zip(parameters, args, strict=False)), **(kwargs or {})}
-            if given.get("training"):
-                if given.get("running_mean") is self.running_mean:
-                    self.seen_own = True
-                    self.slot.merge(given["input"])
-                elif given.get("running_mean") is None:
-                    self.others.append(given["input"])
-        return func(*args, **(kwargs or {}))
-
-
-_BATCH_NORMS: dict[Callable[..., Any], tuple[str, ...]] = {
-    nn.functional.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
-    torch.native_batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
-}

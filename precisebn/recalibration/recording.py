@@ -6,7 +6,6 @@ When a recording ends well, the model is what a forward has made of it, but for 
 before. When it ends badly, the model is as before, bit for bit.
 """
 
-import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from precisebn.distributed import reshard
 from precisebn.errors import InputError, NonFiniteStatisticsError
 from precisebn.models.families import is_batch_norm, normalizes_its_input, populations_of
+from precisebn.models.in_use import claim, release
 from precisebn.models.selection import named_modules
 from precisebn.models.snapshot import Snapshot
 from precisebn.models.transaction import Transaction
@@ -31,7 +31,12 @@ from precisebn.recalibration.prior import Mixture
 from precisebn.statistics.estimator import EstimatorName, PopulationEstimator
 from precisebn.statistics.moments import Moments
 
-__all__ = ["RecordedPopulation", "Recording"]
+__all__ = ["BEING_RECALIBRATED", "RecordedPopulation", "Recording"]
+
+BEING_RECALIBRATED = (
+    "is being recalibrated already, by another thread or by the code that runs the model; wait for that to end, or "
+    "recalibrate a copy of the model"
+)
 
 
 class RecordedPopulation(NamedTuple):
@@ -90,7 +95,7 @@ class Recording(AbstractContextManager["Recording"]):
         modules = list(named_modules(self.model))
         temporary = self._temporary
         try:
-            _in_use.claim(self, self.model, [module for _, module in modules])
+            claim(self, [module for _, module in modules], name=type(self.model).__name__, doing=BEING_RECALIBRATED)
             reshard(module for _, module in modules)
             self._before = Snapshot(self.model)
             temporary.on_undo(torch.set_grad_enabled, torch.is_grad_enabled())
@@ -113,7 +118,7 @@ class Recording(AbstractContextManager["Recording"]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         steps = Transaction()  # each of which runs, whatever another raises; the last one first
-        steps.on_undo(_in_use.release, self)
+        steps.on_undo(release, self)
         if self._before is not None:
             if error is not None:
                 steps.on_undo(self._before.put_back)
@@ -288,28 +293,3 @@ class _Scratch:
 
 def _no_recorder(moments: Moments, population: int | None) -> None:
     """For modules that keep no population, and so have no Moments to hand over."""
-
-
-class _InUse:
-    """Which modules are being recorded: a second recording would take the scratch buffers of the first for its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owners: dict[nn.Module, Recording] = {}
-
-    def claim(self, owner: Recording, model: nn.Module, modules: list[nn.Module]) -> None:
-        with self._lock:
-            if not self._owners.keys().isdisjoint(modules):
-                raise InputError(
-                    f"{type(model).__name__}, or a part of it, is being recalibrated already, by another thread or by "
-                    "the code that runs the model; wait for that to end, or recalibrate a copy of the model"
-                )
-            self._owners.update(dict.fromkeys(modules, owner))
-
-    def release(self, owner: Recording) -> None:
-        with self._lock:
-            for module in [module for module, other in self._owners.items() if other is owner]:
-                del self._owners[module]
-
-
-_in_use = _InUse()

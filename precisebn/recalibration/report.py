@@ -4,7 +4,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from precisebn import ops
 from precisebn.models.families import is_frozen
 from precisebn.models.selection import ModuleSelection
+from precisebn.recalibration.undo import Undo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,6 +102,7 @@ class UpdateReport:
     tolerance: float | None
     converged: bool | None
     fallback: str
+    _undo: Undo = field(default_factory=Undo, repr=False, compare=False)
 
     @property
     def max_error(self) -> float:
@@ -143,6 +145,37 @@ class UpdateReport:
     # Without this, iter() would ask for report[0], report[1], ...: what to loop over is `layers`.
     __iter__ = None
 
+    def undo(self, force: bool = False) -> None:
+        """Put the statistics back that the recalibration has replaced, bit for bit: of all layers, or of none.
+
+        That is ``running_mean``, ``running_var`` and ``num_batches_tracked`` of every layer in ``layers``, which are
+        written in place. It works also after the model was moved to another device or dtype (where the old statistics
+        are rounded as all of the model was), and after a checkpoint of these very statistics was loaded. Of several
+        recalibrations undo the last one first. Ctrl-C waits until it is done. On several ranks each undoes its own:
+        call it on all.
+
+        The report keeps the statistics for it, before and after, and no model alive. A copy of the report, by deepcopy
+        or pickle, cannot undo.
+
+        Args:
+            force: put them back also where somebody has changed them since; pass over layers that are no longer there.
+
+        Raises:
+            UndoError: statistics have been changed since, by a forward in training mode say, or layers converted or
+                removed: it names them, and nothing is put back. Or it has been undone already.
+            InputError: the model, or a part of it, is being recalibrated just now.
+
+        Example:
+            >>> import precisebn, torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.BatchNorm1d(1))
+            >>> report = precisebn.update_bn_stats(model, [torch.tensor([[4.0], [8.0]])], num_iters=1)
+            >>> report.undo()
+            >>> model[0].running_mean, model[0].running_var, model[0].num_batches_tracked
+            (tensor([0.]), tensor([1.]), tensor(0))
+        """
+        self._undo.put_back(force)
+
     def metrics(self, prefix: str = "precisebn", *, per_layer: bool = False) -> dict[str, float]:
         """The report as numbers with names, as wandb, TensorBoard, MLflow and Lightning's loggers take them.
 
@@ -175,8 +208,10 @@ class UpdateReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON (NaN and Inf, which JSON has not, become None)."""
-        result: dict[str, Any] = _plain(asdict(self))
-        return result
+        result = {one.name: getattr(self, one.name) for one in fields(self) if not one.name.startswith("_")}
+        result["layers"] = [asdict(layer) for layer in self.layers]
+        plain: dict[str, Any] = _plain(result)
+        return plain
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Draw the drift of every layer beside the standard errors of the new statistics, on logarithmic axes.

@@ -28,9 +28,10 @@ from precisebn.recalibration.prior import Prior
 from precisebn.recalibration.recording import Recording
 from precisebn.recalibration.report import UpdateReport, fallback_in_use, frozen_parameters
 from precisebn.recalibration.settings import Settings
+from precisebn.recalibration.undo import Undo
 from precisebn.statistics.estimator import MIN_BLOCKS, EstimatorName
 
-__all__ = ["adapt_bn_stats", "update_bn_stats"]
+__all__ = ["adapt_bn_stats", "recalibrate", "update_bn_stats"]
 
 
 def update_bn_stats(
@@ -119,7 +120,7 @@ def update_bn_stats(
         >>> report.num_samples, model[1].running_var.shape
         (160, torch.Size([8]))
     """
-    return _recalibrate(
+    return recalibrate(
         Settings(
             model=model, data_loader=data_loader, num_iters=num_iters, progress=progress, forward=forward,
             device=device, memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator,
@@ -189,7 +190,7 @@ def adapt_bn_stats(
         >>> model[0].running_mean, model[0].running_var  # halfway from (0, 1) to (6, 4)
         (tensor([3.]), tensor([2.5000]))
     """
-    return _recalibrate(
+    return recalibrate(
         Settings(
             model=model, data_loader=target_loader, num_iters=num_iters, progress=progress, forward=forward,
             device=device, memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator,
@@ -198,8 +199,14 @@ def adapt_bn_stats(
     )  # fmt: skip
 
 
-def _recalibrate(settings: Settings) -> UpdateReport:
-    """One recalibration. What is raised in it is told to the other ranks after the model has been put back."""
+def recalibrate(settings: Settings, undo: Undo | None = None) -> UpdateReport:
+    """One recalibration. What is raised in it is told to the other ranks after the model has been put back.
+
+    Args:
+        settings: the arguments of the user.
+        undo: what shall know how to undo it, for callers who need that even if the report never reaches them.
+    """
+    undo = Undo() if undo is None else undo
     with (
         HeldBack() as interrupts,
         Ranks(settings.process_group, let_through=interrupts.let_through) as ranks,
@@ -218,7 +225,9 @@ def _recalibrate(settings: Settings) -> UpdateReport:
             ranks.device = next((t.device for t in _tensors(model) if t.device.type != "cpu"), None)
             ranks.agree(_description(settings, choice.layers))
         if not choice.layers:
-            return _report(settings, ranks, Changes(), choice.skipped, 0, 0)
+            undo.note_old(model, ())
+            undo.is_needed = True
+            return _report(settings, ranks, Changes(), choice.skipped, 0, 0, undo)
         prior = Prior(settings.prior)
         mixtures = prior.mixtures(choice.layers, ranks, averages=settings.estimator == "batch-mean")
         loop.weigh(prior)
@@ -230,11 +239,14 @@ def _recalibrate(settings: Settings) -> UpdateReport:
             if not commit.changes.reports and total.samples == 0 and loop.iterations == 0:
                 raise InsufficientDataError("no rank's data loader gave a mini-batch")
             skipped = choice.skipped | commit.skipped
-            report = _report(settings, ranks, commit.changes, skipped, loop.iterations, total.samples)
+            report = _report(settings, ranks, commit.changes, skipped, loop.iterations, total.samples, undo)
             _warn_of(report, commit.skipped)  # before writing: it may have been made an error
+            undo.note_old(model, commit.changes.populations)
             commit.write()
+            undo.note_new(commit.changes.populations)
             interrupts.deliver()
             ranks.commit()  # every rank has written: what is raised before this undoes it on all ranks
+        undo.is_needed = True
     return report
 
 
@@ -273,6 +285,7 @@ def _report(
     skipped: dict[str, str],
     num_iters: int,
     num_samples: int,
+    undo: Undo,
 ) -> UpdateReport:
     layers, devices = changes.reports, {one.statistics.mean.device.type for one in changes.populations}
     errors = [error for layer in layers for error in (layer.mean_error, layer.var_error)]
@@ -287,6 +300,7 @@ def _report(
         tolerance=settings.tolerance,
         converged=None if settings.tolerance is None else all_within(settings.tolerance, errors),
         fallback=fallback_in_use(sorted(devices)),
+        _undo=undo,
     )
 
 

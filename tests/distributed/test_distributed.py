@@ -274,6 +274,16 @@ def group_without_a_store(rank: int, world: int) -> Result:
         return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 3), 3))
 
 
+def undone_on_each_rank(rank: int, world: int) -> Result:
+    model = net()
+    shifted_by_rank(model, float(rank))  # each rank has statistics of its own to put back
+    before = values_of(model)
+    report = update_bn_stats(model, share(rank, sizes_of(world, True)[rank]), None)
+    changed = values_of(model) != before
+    report.undo()
+    return {"changed": changed, "is back": values_of(model) == before}
+
+
 def ranks_meet_again_after_failures(rank: int, world: int) -> Result:
     return even(rank, world)
 
@@ -286,7 +296,7 @@ SCENARIOS: list[Scenario] = [
     wrong_argument_on_rank_1, other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only,
     other_lengths_with_tolerance, other_version, other_dtype_of_buffers, other_eps, other_prior, other_order_of_layers,
     counted_differently_before, own_forward_reached_on_rank_1_only, device_mesh, group_without_rank_0,
-    group_without_a_store, ranks_meet_again_after_failures,
+    group_without_a_store, undone_on_each_rank, ranks_meet_again_after_failures,
 ]  # fmt: skip
 
 
@@ -526,6 +536,10 @@ def test_a_group_without_a_store_is_refused(ranks):
         assert result["error"][0] == "InputError"
         assert "backend 'gloo' has no store" in result["error"][1]
         assert result["unchanged"]
+
+
+def test_each_rank_puts_its_own_statistics_back(ranks):
+    assert ranks.of(undone_on_each_rank) == [{"changed": True, "is back": True}] * ranks.world
 
 
 def test_no_data_on_any_rank_is_an_error_on_every_rank(ranks):

@@ -89,7 +89,7 @@ def test_to_dict_is_ready_for_json_and_complete(model):
     model[0].running_var.fill_(math.inf)
     report = update_bn_stats(model, BATCHES, 3)
     as_dict = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert set(as_dict) == {field.name for field in dataclasses.fields(UpdateReport)}
+    assert set(as_dict) == {field.name for field in dataclasses.fields(UpdateReport) if not field.name.startswith("_")}
     assert set(as_dict["layers"][0]) == {field.name for field in dataclasses.fields(LayerReport)}
     assert as_dict["layers"][1]["count"] == report.layers[1].count
     assert as_dict["layers"][0]["mean_error"] is None  # NaN: too few mini-batches

@@ -1,0 +1,58 @@
+"""Which modules something is at work on that stands in their forwards: nothing else of the kind may begin meanwhile.
+
+Two recalibrations at a time, of two threads or one inside the other, would take each other's scratch buffers for the
+layer's own.
+"""
+
+import threading
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from precisebn.errors import InputError
+
+__all__ = ["claim", "release", "why_not_free"]
+
+
+class _Claim(NamedTuple):
+    owner: object
+    doing: str
+
+
+_lock = threading.Lock()
+_claims: dict[nn.Module, _Claim] = {}
+
+
+def claim(owner: object, modules: Iterable[nn.Module], *, name: str, doing: str) -> None:
+    """Claim modules until :func:`release`.
+
+    Args:
+        owner: who claims them.
+        modules: all of them, or none if one is not free.
+        name: what they are, for the message of who comes too late.
+        doing: what is done with them and what to do instead, for the message of who comes later.
+
+    Raises:
+        InputError: one of them is claimed already.
+    """
+    modules = list(modules)
+    with _lock:
+        for module in modules:
+            if module in _claims:
+                raise InputError(f"{name}, or a part of it, {_claims[module].doing}")
+        _claims.update(dict.fromkeys(modules, _Claim(owner, doing)))
+
+
+def why_not_free(module: nn.Module) -> str | None:
+    """What is done with a module, for messages; None where nothing is."""
+    with _lock:
+        held = _claims.get(module)
+    return None if held is None else held.doing
+
+
+def release(owner: object) -> None:
+    """Give back what an owner has claimed, if anything."""
+    with _lock:
+        for module in [module for module, held in _claims.items() if held.owner is owner]:
+            del _claims[module]
