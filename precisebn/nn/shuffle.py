@@ -5,7 +5,6 @@ He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learni
 ``lightly.models.utils``.
 """
 
-import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from precisebn._torch import flatten_tree, in_backward, is_tracing, unflatten_tree
 from precisebn.distributed import ProcessGroup, Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
+from precisebn.distributed.groups import Carried
 from precisebn.errors import InputError
 from precisebn.nn.population import Recordable
 
@@ -40,8 +40,8 @@ class ShuffleBN(Recordable):
     Use it where the mini-batch of a rank gives labels away, so that a network learns to read BatchNorm's statistics
     instead of its sample: keys and queries of contrastive learning, regions of one image, patients or speakers that
     come in blocks. Where two networks must not share their mini-batches, as in MoCo, shuffle one of them only, or each
-    with a seed of its own: a deep copy shuffles like the original. A SyncBatchNorm is the other way to it, for an
-    all-reduce a layer; here every sample travels twice, and its gradient as often.
+    with a seed of its own: a deep copy shuffles like the original. A :class:`SyncBN` is the other way to it, for
+    an all-reduce a layer; here every sample travels twice, and its gradient as often.
 
     Samples are moved by one all-to-all each way, of those alone that change ranks, about (W - 1) / W; in the backward,
     gradients by another. Ranks may have different numbers of samples, or none; the head gets as many on every rank, or
@@ -68,7 +68,8 @@ class ShuffleBN(Recordable):
         sizes: how many samples each rank has. None asks the others at every forward; ``"equal"`` says as many as this
             rank, or a list how many each, which saves the all-gather and what it makes sure of.
         process_group: the ranks: None for all; the group of this one, or a DeviceMesh of one dimension, where groups of
-            ranks shuffle among themselves; False for none.
+            ranks shuffle among themselves; False for none. A deep copy has the same one; an unpickled module has lost
+            it, and says so where it would need it.
 
     Attributes:
         calls: the number of the next shuffle.
@@ -181,16 +182,11 @@ class ShuffleBN(Recordable):
         return head
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_numbers": OrderedDict()}
+        """What a copy gets: the process group as something that can be copied; no forwards that are under way."""
+        return {**super().__getstate__(), "process_group": Carried(self.process_group), "_numbers": OrderedDict()}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ShuffleBN":
-        """A copy shuffles among the same ranks: a process group is a thing of the process, which has no copies."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        memo[id(self.process_group)] = self.process_group
-        state = copy.deepcopy(self.__getstate__(), memo)
-        copied.__setstate__(state)  # type: ignore[no-untyped-call]
-        return copied
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "process_group": state["process_group"].group})  # type: ignore[no-untyped-call]
 
 
 def batch_shuffle(

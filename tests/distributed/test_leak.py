@@ -17,7 +17,7 @@ from processes import Outcome, Result
 from torch import Tensor, nn
 
 from precisebn import update_bn_stats
-from precisebn.nn import GhostBN, ShuffleBN
+from precisebn.nn import GhostBN, ShuffleBN, SyncBN
 
 COINS, BIAS = 16, 0.15
 BATCH, STEPS, TAIL = 32, 150, 50
@@ -57,7 +57,7 @@ def head(bn: Callable[[int], nn.Module] = nn.BatchNorm1d) -> nn.Module:
 HEADS: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm": head,
     "ShuffleBN": lambda: ShuffleBN(head(), sizes="equal"),
-    "SyncBN": head,  # on the mini-batches of both ranks together, which is what it computes
+    "SyncBN": lambda: head(SyncBN),
     "GhostBN": lambda: head(lambda channels: GhostBN(channels, ghost_size=16)),
 }
 
@@ -68,8 +68,7 @@ def trained(rank: int, world: int, name: str) -> dict[str, float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     right = torch.zeros(())
     for step in range(STEPS):
-        every = batches_of(step, world)
-        x, labels = map(torch.cat, zip(*every, strict=True)) if name == "SyncBN" else every[rank]
+        x, labels = batches_of(step, world)[rank]
         optimizer.zero_grad()
         logits = model(x)
         F.cross_entropy(logits, labels).backward()

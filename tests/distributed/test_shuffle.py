@@ -1,6 +1,7 @@
 """Shuffles over ranks: real processes over gloo, held against one process that shuffles the whole batch."""
 
 import copy
+import pickle
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -424,8 +425,9 @@ def groups(rank: int, world: int) -> Result:
         return sorted({int(i) // 100 for i in module.head.seen.flatten()})
 
     module = ShuffleBN(Where(), process_group=mine)
-    clone = copy.deepcopy(module)
+    clone, lost = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
     return {
+        "lost": raised(lambda: lost(ids)),
         "met": [met(module), met(clone)],
         "alone": met(ShuffleBN(Where(), process_group=False)),
         "mesh": met(ShuffleBN(Where(), process_group=dist.init_device_mesh("cpu", (world,)))),
@@ -649,6 +651,9 @@ def test_groups_of_ranks_shuffle_among_themselves(ranks):
         assert result["alone"] == [rank]
         assert result["mesh"] == list(range(ranks.world))
         assert result["shared"]
+        if ranks.world == 2 or rank < 2:
+            assert result["lost"][0] == "InputError"
+            assert "has not come through pickling" in result["lost"][1]
         if rank >= 2:
             assert result["foreign"][0] == "InputError"
             assert "does not belong to the process_group" in result["foreign"][1]
