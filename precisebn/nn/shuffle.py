@@ -224,7 +224,7 @@ def batch_shuffle(
     Example:
         >>> shuffled, shuffle = batch_shuffle(torch.arange(5), seed=0)
         >>> shuffled.tolist()
-        [2, 0, 3, 4, 1]
+        [3, 0, 4, 2, 1]
         >>> batch_unshuffle(shuffled, shuffle).tolist()
         [0, 1, 2, 3, 4]
     """
