@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
+from torch.utils import _pytree
 
 __all__ = [
     "assert_async",
+    "flatten_tree",
     "flattened",
     "group_store",
     "group_timeout",
@@ -24,6 +26,7 @@ __all__ = [
     "is_tracing",
     "is_transformed",
     "join_disabled",
+    "unflatten_tree",
 ]
 
 
@@ -89,3 +92,13 @@ def join_disabled() -> dict[str, Any]:
     from torch.distributed.algorithms.join import _JoinConfig  # not every build of torch has it
 
     return {"_join_config": _JoinConfig.construct_disabled_join_config()}
+
+
+def flatten_tree(tree: Any) -> tuple[list[Any], Any]:
+    """What lies in nested lists, tuples, named tuples, dicts and what else torch is told of, in order; and the form."""
+    return _pytree.tree_flatten(tree)
+
+
+def unflatten_tree(leaves: list[Any], form: Any) -> Any:
+    """The nested structure again, with these in it."""
+    return _pytree.tree_unflatten(leaves, form)

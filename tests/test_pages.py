@@ -93,6 +93,7 @@ class World(dict[str, object]):
             torch=torch,
             model=model,
             loader=data[:200],
+            images=data[0][0],
             batches=[{"inputs": images, "data_samples": [None] * 4} for images, _ in data],
             ema=torch.optim.swa_utils.AveragedModel(model, use_buffers=True).eval(),
         )

@@ -1,5 +1,7 @@
 """Private names of torch: each still does what the library takes it to do."""
 
+import collections
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -100,3 +102,13 @@ def test_flattened_is_a_copy_in_order(number: int):
     flat = _torch.flattened(tensors)
     tensors[0].zero_()  # of a single tensor torch itself makes a view
     assert flat.tolist() == [0.0, 1.0, 2.0, 3.0, 7.0][: 3 + number]
+
+
+def test_trees_of_every_kind_of_container_are_taken_apart_and_put_together():
+    pair = collections.namedtuple("pair", "a b")
+    tree = {"x": [1, (2, None)], "y": pair(3, collections.OrderedDict(z="4")), "n": []}
+    leaves, form = _torch.flatten_tree(tree)
+    assert leaves == [1, 2, None, 3, "4"]
+    assert _torch.unflatten_tree(leaves, form) == tree
+    assert isinstance(_torch.unflatten_tree(leaves, form)["y"], pair)
+    assert _torch.unflatten_tree(list("abcde"), form)["x"] == ["a", ("b", "c")]

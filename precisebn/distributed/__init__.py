@@ -8,5 +8,18 @@ bits. docs/design.md, "Ranks", has the protocol as a whole.
 from precisebn.distributed.groups import ProcessGroup, sync_group
 from precisebn.distributed.ranks import Ranks, Tally
 from precisebn.distributed.sharding import is_sharded, reshard
+from precisebn.distributed.shuffling import Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
 
-__all__ = ["ProcessGroup", "Ranks", "Tally", "is_sharded", "reshard", "sync_group"]
+__all__ = [
+    "ProcessGroup",
+    "Ranks",
+    "Shuffle",
+    "Tally",
+    "has_others",
+    "is_sharded",
+    "local_shuffle",
+    "permutation_of",
+    "reshard",
+    "shuffle_over_ranks",
+    "sync_group",
+]

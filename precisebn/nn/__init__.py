@@ -7,6 +7,7 @@ from precisebn.nn.domain import DomainSpecificBN
 from precisebn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from precisebn.nn.ghost import GhostBN
 from precisebn.nn.multi_input import MultiInputSequential
+from precisebn.nn.shuffle import ShuffleBN, batch_shuffle, batch_unshuffle
 from precisebn.nn.sync import SyncBN, sync_group
 from precisebn.nn.use_domain import use_domain
 
@@ -21,6 +22,9 @@ __all__ = [
     "GhostBN",
     "MultiInputSequential",
     "SyncBN",
+    "ShuffleBN",
+    "batch_shuffle",
+    "batch_unshuffle",
     "one_cycle",
     "sync_group",
     "use_domain",

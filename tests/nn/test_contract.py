@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 
 import precisebn.nn
 from precisebn import adapt_bn_stats, update_bn_stats
+from precisebn.distributed import permutation_of
 from precisebn.errors import CycleError, InputError, PreciseBNError
 from precisebn.nn import (
     BatchStatBN,
@@ -51,6 +52,7 @@ from precisebn.nn import (
     FrozenBatchNorm2d,
     GhostBN,
     MultiInputSequential,
+    ShuffleBN,
     SyncBN,
     use_domain,
 )
@@ -129,6 +131,8 @@ def row(parameter: Tensor | None, domain: int) -> Tensor | None:
 
 def affine_of(module: nn.Module) -> nn.Module:
     """The part that holds weight and bias."""
+    if isinstance(module, ShuffleBN):
+        return module.head
     return module[0] if isinstance(module, MultiInputSequential) else module
 
 
@@ -173,6 +177,7 @@ MODULES = {
         lambda: BatchStatBN(3), one_by_one, each_by_its_own, {"": BOTH}, batch_statistics_in_eval=True
     ),
     "SyncBN": Module(lambda: SyncBN(3), one_by_one, each_by_its_own, {"": BOTH}, over_ranks=True),
+    "ShuffleBN": Module(lambda: ShuffleBN(ConcatSharedBN(3)), as_a_list, batch_normalized, {".head": BOTH}),
 }
 
 every_module = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
@@ -267,9 +272,8 @@ def test_state_dict(module):
     """A plain checkpoint fills all populations; its own comes back bit for bit; a single one has torch's keys."""
     plain = with_random_population(with_random_affine(nn.BatchNorm2d(3)))
     plain(sample((4, 3, 3, 2)))
-    net, prefix = nn.ModuleDict({"bn": module.new()}), "bn."
-    if isinstance(net["bn"], MultiInputSequential):
-        prefix = "bn.0."
+    net = nn.ModuleDict({"bn": module.new()})
+    prefix = next(f"{name}." for name, part in net.named_modules() if part is affine_of(net["bn"]))
     net.load_state_dict({prefix + key: value for key, value in plain.state_dict().items()})
     for which in module.populations:
         mean, var, batches = module.population(net["bn"], which)
@@ -344,7 +348,7 @@ def test_meta(module):
         for value in layer.state_dict().values():
             value.fill_(7)
     for part in layer.modules():
-        if not isinstance(part, MultiInputSequential):
+        if not isinstance(part, MultiInputSequential | ShuffleBN):
             part.reset_parameters()
     assert values_of(layer) == values_of(module.build())
     layer.load_state_dict(ordinary.state_dict())
@@ -615,6 +619,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(WORLD)]
 
 
+def shuffled(batches: list[list[Tensor]]) -> list[list[Tensor]]:
+    """What each rank has after the first shuffle of seed 0."""
+    whole = [torch.cat(tensors) for tensors in zip(*batches, strict=True)]
+    parts = permutation_of(len(whole[0]), seed=0).tensor_split(WORLD)
+    return [[x[part] for x in whole] for part in parts]
+
+
 @every_module
 def test_ddp(module, ranks):
     """Gradients are averaged over the ranks; running statistics are each rank's own until DDP hands on rank 0's.
@@ -626,6 +637,8 @@ def test_ddp(module, ranks):
     batches = [images(seed=rank) for rank in range(WORLD)]
     if module.over_ranks:
         batches = [[torch.cat(xs) for xs in zip(*batches, strict=True)]] * WORLD
+    if name == "ShuffleBN":
+        batches = shuffled(batches)
     gradients = [step(net, batch)[1] for net, batch in zip(alone, batches, strict=True)]
     average = {key: (gradients[0][key] + gradients[1][key]) / WORLD for key in gradients[0]}
     for rank, results in enumerate(ranks):
