@@ -158,7 +158,8 @@ def _pieces(
 
 
 def _flat(piece: Tensor) -> Tensor:
-    return piece.resolve_conj().resolve_neg().reshape(-1)
+    flat = piece.resolve_conj().resolve_neg().reshape(-1).contiguous()
+    return flat if flat.stride(0) == 1 else flat.as_strided(flat.shape, (1,))  # of a single value it may be anything
 
 
 def _in_order_of_memory(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +182,9 @@ def _split(x: Tensor, y: Tensor, elements: int) -> Iterator[tuple[Tensor, Tensor
         for i in range(x.shape[0]):
             yield from _split(x[i], y[i], elements)
     else:
-        yield from zip(x.split(elements // row), y.split(elements // row), strict=True)
+        rows = elements // row
+        for start in range(0, x.shape[0], rows):  # not by split, which makes all the views at once
+            yield x[start : start + rows], y[start : start + rows]
 
 
 class _Sums:
@@ -203,10 +206,11 @@ class _Sums:
         same = x.dtype == y.dtype and _equal_bits(x, y)
         dtype = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
         a = self._space(0, dtype, x).copy_(x)
-        self._add_before(a)
-        self.count += x.numel()
+        finite = self._add_before(a)
         if same:
+            self.count += finite
             return
+        self.count += x.numel()
         d = self._space(1, dtype, x).copy_(y)
         if x.dtype == y.dtype:
             self.num_changed += self._num_different(x, y)
@@ -225,8 +229,11 @@ class _Sums:
         self.largest = max(self.largest, largest)
         self.squares += _squares(d, self.unit)
 
-    def _add_before(self, values: Tensor) -> None:
-        """The sum of squares of ``before``; what else there is to know of it only where that is out of range."""
+    def _add_before(self, values: Tensor) -> int:
+        """The sum of squares of ``before``; returns how many values are finite.
+
+        Where the sum is in range, all of them are: one pass is enough.
+        """
         squares = _squares(values, self.unit_before)
         if 1e-280 < squares < 1e280:
             largest = math.sqrt(squares / values.numel()) * self.unit_before  # at least: near enough to divide by
@@ -236,6 +243,7 @@ class _Sums:
         self.largest_before = max(self.largest_before, largest)
         self.count_before += values.numel()
         self.squares_before += squares
+        return values.numel()
 
     def _num_different(self, x: Tensor, y: Tensor) -> int:
         """Values of which some bit differs."""

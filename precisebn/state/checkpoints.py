@@ -83,7 +83,7 @@ def _of_torch(path: Path, name: str) -> State:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise InputError(_refused(shown, error)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if "TorchScript" in str(error):
             raise InputError(f"{shown} is a TorchScript archive: compare torch.jit.load({str(path)!r})") from error
         raise InputError(f"{shown} is no checkpoint of torch.save or safetensors, or is damaged: {error}") from error

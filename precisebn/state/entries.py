@@ -135,7 +135,8 @@ def place_of(tensor: Tensor) -> Any:
     try:
         memory = tensor.untyped_storage()
         if memory.nbytes() and not tensor.is_meta and (address := tensor.data_ptr()):
-            return memory.device, address, tensor.dtype, tensor.shape, tensor.stride()
+            flags = tensor.is_conj(), tensor.is_neg()
+            return memory.device, address, tensor.dtype, tensor.shape, tensor.stride(), flags
     except (RuntimeError, NotImplementedError):  # sparse and opaque tensors, wrappers around others
         pass
     return id(tensor)

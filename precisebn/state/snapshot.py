@@ -210,4 +210,7 @@ def _copy(value: Any, device: str | torch.device | None) -> Any:
 
 
 def _moved(tensor: Tensor, device: str | torch.device | None) -> Tensor:
-    return tensor.clone() if device is None or tensor.is_meta else tensor.to(device, copy=True)
+    try:
+        return tensor.clone() if device is None or tensor.is_meta else tensor.to(device, copy=True)
+    except (RuntimeError, NotImplementedError):  # some quantized ones, of which deepcopy knows more
+        return copy.deepcopy(tensor)
