@@ -37,6 +37,7 @@ class Amounts:
         rms: its root mean square.
         relative: the same over the root mean square of ``before``; Inf where that is 0.
         remark: why there are no numbers.
+        same: whether both are one and the same tensor, at which nobody looked.
     """
 
     equal: bool
@@ -46,6 +47,7 @@ class Amounts:
     rms: float | None = 0.0
     relative: float | None = 0.0
     remark: str = ""
+    same: bool = False
 
 
 class NotComparable(Exception):
@@ -71,7 +73,7 @@ def amounts_between(
         if is_sharded(side) and not is_sharded(other):
             raise NotComparable(f"sharded over ranks in {name} alone")
     if place_of(before) == place_of(after):
-        return Amounts(equal=True)
+        return Amounts(equal=True, same=True)
     with torch.no_grad():
         before, after = before.detach(), after.detach()
         if _is_dense(before) and _is_dense(after):

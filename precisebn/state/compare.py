@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from itertools import product
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 
 from precisebn import _warnings
 from precisebn.errors import InputError
-from precisebn.models.selection import WRAPPER_COMPONENTS
 from precisebn.state.amounts import Amounts, NotComparable, amounts_between, in_units_of, log_ratio
 from precisebn.state.checkpoints import state_of_file, state_of_mapping
 from precisebn.state.diff import StateDiff, TensorDiff
-from precisebn.state.entries import KINDS, Entry, State, Uninitialized, place_of
+from precisebn.state.entries import KINDS, Entry, State, Uninitialized
+from precisebn.state.names import Side, aligned, check_common
 from precisebn.state.snapshot import StateSnapshot, state_of_model
 
 __all__ = ["Comparable", "compare_states", "diff_state"]
@@ -69,7 +68,7 @@ def diff_state(before: Comparable, after: Comparable) -> StateDiff:
         (drift: rms over channels; of a mean in std before, of a variance |log ratio|)
     """
     states = [_state_of(side, name) for side, name in ((before, "before"), (after, "after"))]
-    _check_common(*states)
+    check_common(*states)
     diff, same_memory = compare_states(*states)
     if same_memory and same_memory == len(diff.rows):
         _warnings.warn(
@@ -95,7 +94,7 @@ def _state_of(given: Any, name: str) -> State:
 
 def compare_states(before: State, after: State) -> tuple[StateDiff, int]:
     """The differences, and how many tensors were one and the same on both sides."""
-    b, a = _aligned(before, after)
+    b, a = aligned(before, after)
     asked = [kinds for kinds in (before.kinds, after.kinds) if kinds is not None]
     allowed = frozenset(KINDS).intersection(*asked)
     rows, same_memory, hidden = [], 0, 0
@@ -111,7 +110,8 @@ def compare_states(before: State, after: State) -> tuple[StateDiff, int]:
         same_memory += same
     notes = [*before.notes, *after.notes, *b.notes(before), *a.notes(after)]
     if hidden:
-        notes.append(f"{hidden} buffers with persistent=False left out: they are in no state dict")
+        what = "buffer is in no state dict, and is" if hidden == 1 else "buffers are in no state dict, and are"
+        notes.append(f"{hidden} {what} left out (persistent=False)")
     notes += [*_sharing(b, a, "no longer share"), *_sharing(a, b, "share now, and did not before,")]
     if any(row.unit for row in rows) and not any(side.knows_eps for side in (b, a)):
         notes.append(f"eps taken to be {EPS:g}: state dicts do not say theirs")
@@ -127,92 +127,10 @@ def _in_no_state_dict(entry: Entry | None, other: Entry | None, on: State) -> bo
     return entry is not None and other is None and not entry.persistent and not on.whole
 
 
-# ---- Names -----------------------------------------------------------------------------------------------------------
-
-
-class _Side:
-    """The entries of a state under names that meet those of the other side."""
-
-    def __init__(self, state: State, prefix: str, rename: Callable[[str], str]) -> None:
-        self.rename, self.prefix, self.release = rename, prefix, state.release
-        self.entries = {rename(name): entry for name, entry in state.entries.items()}
-        populations = (entry.population for entry in self.entries.values())
-        self.knows_eps = any(one is not None and one.eps is not None for one in populations)
-
-    def names(self, entry: Entry) -> list[str]:
-        """All names of an entry."""
-        return [self.rename(name) for name in entry.names]
-
-    def tensor(self, name: str) -> Tensor | None:
-        """The tensor of that name."""
-        entry = self.entries.get(name)
-        found = entry.load() if entry is not None else None
-        return found if isinstance(found, Tensor) else None
-
-    def notes(self, state: State) -> list[str]:
-        """What was set aside in names."""
-        side = "a model" if state.whole else "a state dict"
-        return [f"names of {side} are compared without {self.prefix!r}"] if self.prefix else []
-
-
-def _without_wrappers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)
-
-
-_RENAMINGS: tuple[tuple[str, Callable[[str], str]], ...] = (
-    ("", lambda name: name),
-    ("", _without_wrappers),
-    ("module.", lambda name: _without_wrappers(name).removeprefix("module.")),
-    ("module.", lambda name: ".".join(part for part in _without_wrappers(name).split(".") if part != "module")),
-)
-"""What to set aside in names: nothing; components that no user chooses; and ``module``, which is DDP's or a user's."""
-
-
-def _aligned(before: State, after: State) -> tuple[_Side, _Side]:
-    """Both sides under the names that have most in common; where that is a tie, as little renamed as can be."""
-    plain = _Side(before, *_RENAMINGS[0]), _Side(after, *_RENAMINGS[0])
-    if _common(*plain) == min(len(before.entries), len(after.entries)):
-        return plain
-    befores, afters = (
-        [_Side(state, *renaming) for renaming in _RENAMINGS if _stays_apart(state, renaming[1])]
-        for state in (before, after)
-    )
-    return max(product(befores, afters), key=lambda sides: _common(*sides))
-
-
-def _common(before: _Side, after: _Side) -> int:
-    return len(before.entries.keys() & after.entries.keys())
-
-
-def _stays_apart(state: State, rename: Callable[[str], str]) -> bool:
-    return len({rename(name) for name in state.entries}) == len(state.entries)
-
-
-def _check_common(before: State, after: State) -> None:
-    b, a = _aligned(before, after)
-    if not b.entries or not a.entries or b.entries.keys() & a.entries.keys():
-        return
-    hint = ""
-    for one, other, name in ((b, a, "before"), (a, b, "after")):
-        ends = [f".{end}" for end in other.entries]
-        prefixes = [key[: 1 - len(end)] for key in list(one.entries)[:50] for end in ends if key.endswith(end)]
-        if prefixes:
-            prefix = max(set(prefixes), key=prefixes.count)
-            remedy = f"{{key.removeprefix({prefix!r}): value for key, value in {name}.items()}}"
-            hint = f". Those of {name} have {prefix!r} in front: pass {remedy}"
-            break
-    raise InputError(f"before and after have no name in common: {_first(b)} against {_first(a)}{hint}")
-
-
-def _first(side: _Side) -> str:
-    names = list(side.entries)
-    return ", ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
 # ---- Pairs -----------------------------------------------------------------------------------------------------------
 
 
-def _pairs(before: _Side, after: _Side) -> Iterator[tuple[list[str], Any, Any]]:
+def _pairs(before: Side, after: Side) -> Iterator[tuple[list[str], Any, Any]]:
     """What belongs together, under the names that it has on either side; each pair once."""
     found: dict[tuple[int, int], tuple[list[str], Entry | None, Entry | None]] = {}
     for name in dict.fromkeys([*before.entries, *after.entries]):
@@ -225,7 +143,7 @@ def _pairs(before: _Side, after: _Side) -> Iterator[tuple[list[str], Any, Any]]:
     yield from found.values()
 
 
-def _under_another_name(entry: Entry, side: _Side, other: _Side) -> Entry | None:
+def _under_another_name(entry: Entry, side: Side, other: Side) -> Entry | None:
     """Of a shared tensor: safetensors, for one, keeps a single of its names."""
     return next((other.entries[name] for name in side.names(entry) if name in other.entries), None)
 
@@ -236,7 +154,7 @@ def _kind(old: Entry | None, new: Entry | None) -> str:
     return next((entry.kind for entry in entries if entry.certain), entries[0].kind)
 
 
-def _sharing(side: _Side, other: _Side, what: str) -> Iterator[str]:
+def _sharing(side: Side, other: Side, what: str) -> Iterator[str]:
     """Names of one tensor on this side that are several on the other."""
     for entry in {id(entry): entry for entry in side.entries.values() if len(entry.names) > 1}.values():
         names = [name for name in side.names(entry) if name in other.entries]
@@ -247,7 +165,7 @@ def _sharing(side: _Side, other: _Side, what: str) -> Iterator[str]:
 class _Comparison:
     """One pair to compare."""
 
-    def __init__(self, before: _Side, after: _Side, names: list[str], kind: str) -> None:
+    def __init__(self, before: Side, after: Side, names: list[str], kind: str) -> None:
         self.before, self.after, self.names, self.kind = before, after, names, kind
 
     def row(self, old: Entry | None, new: Entry | None) -> tuple[TensorDiff, bool]:
@@ -259,8 +177,7 @@ class _Comparison:
         if old is None or new is None:
             status = "only after" if old is None else "only before"
         elif isinstance(a, Tensor) and isinstance(b, Tensor):
-            status, remark, facts = self._tensors(a, b, old, new)
-            same = place_of(a) == place_of(b)
+            status, remark, facts, same = self._tensors(a, b, old, new)
         else:
             status, remark = _values(a, b)
         for side, value in (("before", a), ("after", b)):
@@ -269,26 +186,26 @@ class _Comparison:
                 facts[f"dtype_{side}"] = _dtype(value)
         return TensorDiff(self.names[0], self.kind, status, remark, tuple(self.names[1:]), **facts), same
 
-    def _tensors(self, a: Tensor, b: Tensor, old: Entry, new: Entry) -> tuple[str, str, dict[str, Any]]:
+    def _tensors(self, a: Tensor, b: Tensor, old: Entry, new: Entry) -> tuple[str, str, dict[str, Any], bool]:
         if a.shape != b.shape:
-            return "other shape", "", {}
+            return "other shape", "", {}, False
         try:
             amounts = amounts_between(a, b, release=(self.before.release, self.after.release))
         except NotComparable as reason:
-            return "not compared", str(reason), {}
+            return "not compared", str(reason), {}, False
         if amounts.equal:
-            return "unchanged", "", {}
+            return "unchanged", "", {}, amounts.same
         remark = f"{_dtype(a)} to {_dtype(b)}" if a.dtype != b.dtype else ""
         facts = {name: getattr(amounts, name) for name in ("num_changed", "non_finite", "max_abs", "rms", "relative")}
         facts |= self._drift(a, b, old, new, amounts)
-        if a.numel() == 1 and a.dtype == b.dtype and amounts.max_abs is not None and not facts.get("unit"):
+        if a.numel() == 1 and amounts.max_abs is not None and _is_plain(a) and not (remark or "unit" in facts):
             remark = f"{_brief(a.item())} to {_brief(b.item())}"
-        return "changed", ", ".join(filter(None, (remark, amounts.remark))), facts
+        return "changed", ", ".join(filter(None, (remark, amounts.remark))), facts, False
 
     def _drift(self, a: Tensor, b: Tensor, old: Entry, new: Entry, amounts: Amounts) -> dict[str, Any]:
         """Of running statistics, in units that mean the same in every layer."""
         population = old.population or new.population
-        if population is None or not population.role or amounts.max_abs is None:
+        if population is None or not population.role or amounts.max_abs is None or not _is_plain(a):
             return {}
         eps = next((p.eps for p in (old.population, new.population) if p is not None and p.eps is not None), EPS)
         if population.role == "var":
@@ -317,6 +234,11 @@ def _values(a: Any, b: Any) -> tuple[str, str]:
     if a == b or (a != a and b != b):
         return "unchanged", ""
     return "changed", f"{_brief(a)} to {_brief(b)}"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it holds its values itself, and is no shard or wrapper."""
+    return not hasattr(tensor, "__tensor_flatten__")
 
 
 def _brief(value: object) -> str:
