@@ -208,9 +208,9 @@ print(kib("VmHWM") - before, len(diff.changed), diff.rows[0].max_abs)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux how much memory the process has")
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_memory_does_not_grow_with_the_files(suffix, tmp_path):
-    """Two files of 256 MiB, of which every value differs, in less than 96 MiB: pieces of 16 MiB, float64 of 1 MiB."""
+    """Two files of 128 MiB, of which every value differs, in less than 96 MiB: pieces of 16 MiB, float64 of 1 MiB."""
     small = save({"a": torch.ones(9)}, tmp_path / f"small{suffix}")
-    state = {f"{i}.weight": torch.ones(1 << 25) for i in range(2)}
+    state = {f"{i}.weight": torch.ones(1 << 24) for i in range(2)}
     first = save(state, tmp_path / f"a{suffix}")
     second = save({key: value.mul_(1.5) for key, value in state.items()}, tmp_path / f"b{suffix}")
     script = [sys.executable, "-c", MEASURE, str(small), str(first), str(second)]
