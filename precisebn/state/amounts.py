@@ -7,6 +7,7 @@ taken in float64, piece by piece, so that the scratch memory does not grow with 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ PIECE = 16 << 20
 """Bytes that are compared at a time; what is not contiguous is copied in such pieces."""
 ELEMENTS = 1 << 17
 """Values whose difference is taken at a time: 1 MiB of float64 for each side stays in most caches."""
+
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Devices whose pieces are compared on the CPU."""
 
 Release = Callable[[Tensor], None]
 
@@ -86,13 +90,13 @@ def in_units_of(before: Tensor, after: Tensor, variance: Tensor, eps: float) -> 
 
     Over channels where all of these are finite; NaN where there is none.
     """
-    old, new, var = (tensor.detach().to(before.device).double() for tensor in (before, after, variance))
+    old, new, var = (tensor.detach().cpu().double() for tensor in (before, after, variance))
     return _largest_and_rms((new - old) / (var + eps).sqrt())
 
 
 def log_ratio(before: Tensor, after: Tensor, eps: float) -> tuple[float, float]:
     """Largest and root mean square ``|log((after + eps) / (before + eps))|`` of two variances, likewise."""
-    old, new = (tensor.detach().to(before.device).double() + eps for tensor in (before, after))
+    old, new = (tensor.detach().cpu().double() + eps for tensor in (before, after))
     return _largest_and_rms(new.log() - old.log())
 
 
@@ -116,17 +120,27 @@ def _dense(before: Tensor, after: Tensor, release: tuple[Release | None, Release
     same_dtype = before.dtype == after.dtype
     if same_dtype and _all_equal(before, after, release):
         return Amounts(equal=True)
+    for dtype in (before.dtype, after.dtype):
+        if not _converts(dtype):
+            why = f"torch cannot compute with {str(dtype).removeprefix('torch.')}"
+            if same_dtype:
+                return Amounts(False, None, 0, None, None, None, why)
+            raise NotComparable(why)
     sums = _Sums()
+    for x, y in _pieces(before, after, PIECE, release):
+        for a, b in zip(x.split(ELEMENTS), y.split(ELEMENTS), strict=True):
+            sums.add(a, b)
+    return sums.amounts(lambda: _pieces(before, after, PIECE, release))
+
+
+@cache
+def _converts(dtype: torch.dtype) -> bool:
+    """Whether torch can convert it to float64 or complex128; it cannot with 4-bit floats."""
     try:
-        for x, y in _pieces(before, after, PIECE, release):
-            for a, b in zip(x.split(ELEMENTS), y.split(ELEMENTS), strict=True):
-                sums.add(a, b)
-        return sums.amounts(lambda: _pieces(before, after, PIECE, release))
-    except (RuntimeError, NotImplementedError) as error:  # a dtype that torch cannot convert, as 4-bit floats
-        what = " and ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (before, after)))
-        if same_dtype:
-            return Amounts(False, None, 0, None, None, None, f"torch cannot compute with {what}")
-        raise NotComparable(f"torch cannot compute with {what}") from error
+        torch.empty(1, dtype=dtype).to(torch.complex128 if dtype.is_complex else torch.float64)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def _all_equal(before: Tensor, after: Tensor, release: tuple[Release | None, Release | None]) -> bool:
@@ -147,13 +161,13 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 def _pieces(
     before: Tensor, after: Tensor, nbytes: int, release: tuple[Release | None, Release | None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The values of both in contiguous vectors on one device, a piece at a time; of each one that has been used."""
+    """The values of both in contiguous vectors on one device, a piece at a time."""
     elements = max(1, nbytes // max(before.element_size(), after.element_size()))
     for x, y in _split(*_in_order_of_memory(before, after), elements):
-        flat = [_flat(x), _flat(y)]
-        if x.device != y.device:
-            flat = [flat[0].to(y.device), flat[1]]
-        yield flat[0], flat[1]
+        a, b = _flat(x), _flat(y)
+        if x.device != y.device or x.device.type in WITHOUT_FLOAT64:
+            a, b = a.cpu(), b.cpu()
+        yield a, b
         for piece, forget in zip((x, y), release, strict=True):
             if forget is not None:
                 forget(piece)
