@@ -30,6 +30,10 @@ from precisebn.models.selection import get_bn_modules
 from precisebn.recalibration.recalibrated import recalibrated
 from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
+from precisebn.state.compare import diff_state
+from precisebn.state.diff import StateDiff, TensorDiff
+from precisebn.state.snapshot import StateSnapshot, snapshot
+from precisebn.state.watch import watch_state
 from precisebn.statistics.estimator import PopulationEstimator
 from precisebn.statistics.moments import Moments
 from precisebn.tracking.accumulate import accumulate_statistics
@@ -47,6 +51,9 @@ __all__ = [
     "PopulationEstimator",
     "PreciseBNError",
     "RankFailedError",
+    "StateDiff",
+    "StateSnapshot",
+    "TensorDiff",
     "UndoError",
     "UpdateReport",
     "accumulate_statistics",
@@ -61,6 +68,7 @@ __all__ = [
     "convert_shared_head",
     "convert_sync_batchnorm",
     "convert_to_batchnorm",
+    "diff_state",
     "freeze",
     "frozen",
     "frozen_batch_norm",
@@ -68,7 +76,9 @@ __all__ = [
     "pause_tracking",
     "recalibrated",
     "replace_batchnorm",
+    "snapshot",
     "trainable_parameters",
     "unfreeze",
     "update_bn_stats",
+    "watch_state",
 ]

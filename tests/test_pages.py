@@ -65,7 +65,9 @@ def test_what_the_page_says_of_a_slice_is_so():
     assert type(model[3]) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "docs/migration.md", "docs/modules.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/api.md", "docs/migration.md", "docs/modules.md", "docs/design.md", "docs/state.md"]
+)
 def test_links_lead_somewhere(page):
     path = DOCS.parent / page
     links = re.findall(r"\]\(([^)]+)\)", path.read_text())

@@ -13,6 +13,7 @@ from precisebn.errors import InputError
 from precisebn.models.families import is_batch_norm, is_frozen
 
 __all__ = [
+    "WRAPPER_COMPONENTS",
     "ModuleSelection",
     "Selection",
     "get_bn_modules",
@@ -27,7 +28,7 @@ ModuleSelection = str | nn.Module | Iterable[str | nn.Module]
 
 # Path components that wrappers put between a layer's name and what the user calls it.
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
-_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def get_bn_modules(model: nn.Module) -> list[nn.Module]:
@@ -153,7 +154,7 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[t
             continue
         wraps, prefix = isinstance(module, _WRAPPERS), f"{name}." if name else ""
         children = [
-            (name if key in _WRAPPER_COMPONENTS or (wraps and key == "module") else prefix + key, child)
+            (name if key in WRAPPER_COMPONENTS or (wraps and key == "module") else prefix + key, child)
             for key, child in module._modules.items()
             if child is not None
         ]

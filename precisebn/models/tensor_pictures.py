@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from precisebn._torch import flattened
 
-__all__ = ["PLAIN_TENSORS", "TensorPicture", "TensorPictures", "memory_of", "same_bits"]
+__all__ = ["PLAIN_TENSORS", "TensorPicture", "TensorPictures", "dense_parts", "memory_of", "same_bits"]
 
 PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
 """The classes of tensors that do what torch's own do."""
@@ -182,17 +182,17 @@ def same_bits(a: Any, b: Any) -> bool:
     """Whether two tensors, or pieces of memory, are equal bit by bit: NaN equals NaN, 0 differs from -0."""
     if a is None or b is None:
         return a is b
-    pairs = [(_bytes(part), _bytes(other)) for part, other in zip(_parts(a), _parts(b), strict=True)]
+    pairs = [(_bytes(part), _bytes(other)) for part, other in zip(dense_parts(a), dense_parts(b), strict=True)]
     return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
 
 
-def _parts(tensor: Any) -> list[Any]:
+def dense_parts(tensor: Any) -> list[Any]:
     """The dense tensors that a tensor is made of."""
     if isinstance(tensor, torch.UntypedStorage):
         return [tensor]
     if hasattr(tensor, "__tensor_flatten__"):
         inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        return [part for item in inner if isinstance(item, Tensor) for part in _parts(item)]
+        return [part for item in inner if isinstance(item, Tensor) for part in dense_parts(item)]
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
