@@ -96,19 +96,27 @@ __device__ Partial merge_over_lanes(Partial part, int lanes) {
   return part;
 }
 
+// atomicInc, and in the same instruction a release of what has been written before and an acquire of what others have
+// released. That is one fence, in front; __threadfence on both sides would be two, each of the costlier kind.
+__device__ inline unsigned draw(unsigned* ticket, unsigned most) {
+  unsigned drawn;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(drawn)
+               : "l"(__cvta_generic_to_global(ticket)), "r"(most)
+               : "memory");
+  return drawn;
+}
+
 // True in all threads of the last of `blocks` blocks that draw this ticket, which then sees what the others have
-// written before. The fence of one thread covers the writes of its block, which happen before the barrier in front of
-// it.
+// written before. The release of one thread covers the writes of its block, which happen before the barrier in front of
+// it; its acquire, what the block reads behind the next barrier.
 __device__ inline bool is_last_of(int64_t blocks, unsigned* ticket) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
     last = true;
-    if (blocks > 1) {
-      __threadfence();
-      last = atomicInc(ticket, static_cast<unsigned>(blocks - 1)) == blocks - 1;
-      __threadfence();
-    }
+    const auto most = static_cast<unsigned>(blocks - 1);
+    if (blocks > 1) last = draw(ticket, most) == most;
   }
   __syncthreads();
   return last;

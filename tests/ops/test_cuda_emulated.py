@@ -4,6 +4,7 @@ And that it shows it: every defect in a list, put into a copy of the kernels, is
 that no kernel has. See tests/cuda_emulation/README.md.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ if emulated_library.why_not():
     pytest.skip(emulated_library.why_not(), allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
+NEW_DEVICES = itertools.count(1)  # that keep nothing yet for any stream
 moments_of = OPERATORS["moments"].fallback
 
 # Slabs of one cluster and of several, one block of columns and several, planes, rows and columns.
@@ -111,6 +113,29 @@ def reduce_while_capturing(device: Emulated) -> None:
         reduce(device)
 
 
+def reduce_beside_a_capture(device: Emulated) -> None:
+    """What is launched while another stream is captured allocates memory, and leaves the capture alone."""
+    before = device.statistics()
+    device.set(capturing="elsewhere", device=next(NEW_DEVICES))
+    for _ in range(2):
+        reduce(device)
+    after = device.statistics()
+    assert after.allocated == before.allocated + 1
+    assert after.invalidated == before.invalidated
+
+
+def reduce_on_many_streams(device: Emulated) -> None:
+    """A program may make a new stream for every step: what is kept for streams has an end."""
+    x, number = torch.randn(16, 8, 7, 7), next(NEW_DEVICES)
+    before = device.statistics()
+    for stream in range(100):
+        device.set(seed=stream, multiprocessors=16, stream=stream, device=number)
+        assert_moments(device.kernels.moments(x), x)
+        device.synchronize()  # torch's memory goes from one stream to the next, which its allocator would put in order
+    device.set()
+    assert device.statistics().allocated - before.allocated == 16
+
+
 class torch_fills_memory:
     """torch's fresh memory is NaN, or -1."""
 
@@ -132,6 +157,8 @@ EXERCISES = {
         reduce_misaligned,
         reduce_on_two_streams,
         reduce_while_capturing,
+        reduce_beside_a_capture,
+        reduce_on_many_streams,
     )
 }
 
@@ -142,15 +169,20 @@ REDUCE = "cuda/reduce.h"
 ENTRIES = "entries, partials + to * at.channels + first_channel);\n    "
 CAPTURE = ") STD_CUDA_CHECK(cudaMemsetAsync"
 WORKSPACE = "cuda/workspace.cu"
+RELAXED = "cudaStreamCaptureModeRelaxed"
+DRAW = """asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(drawn)
+               : "l"(__cvta_generic_to_global(ticket)), "r"(most)
+               : "memory");"""
 
 # By the exercise that finds them.
 DEFECTS = [
     ("reduce", Mutation("no barrier before the ticket", REDUCE, "  __shared__ bool last;\n  ", BARRIER, ";")),
     ("reduce", Mutation("no barrier behind the ticket", REDUCE, "  ", BARRIER, ";", "\n  return last;")),
-    ("reduce", Mutation("no fence before the ticket", REDUCE, "", "__threadfence();", ";", "\n      last = atomicInc")),
-    ("reduce", Mutation("no fence behind the ticket", REDUCE, "blocks - 1;\n      ", "__threadfence();", ";")),
-    ("reduce", Mutation("the ticket is not reset", REDUCE, "unsigned>(", "blocks - 1", "0xffffffff", ")) == ")),
-    ("reduce", Mutation("one block too few is waited for", REDUCE, ") == ", "blocks - 1", "blocks - 2", ";\n")),
+    ("reduce", Mutation("the ticket releases nothing", REDUCE, "drawn;\n  ", DRAW, DRAW.replace("acq_rel", "acquire"))),
+    ("reduce", Mutation("the ticket acquires nothing", REDUCE, "else { ", DRAW, DRAW.replace("acq_rel", "release"))),
+    ("reduce", Mutation("the ticket is not reset", REDUCE, "draw(ticket, ", "most", "0xffffffff", ") == ")),
+    ("reduce", Mutation("one block too few is waited for", REDUCE, ") == ", "most", "(most - 1)", ";\n")),
     (
         "accumulate",
         Mutation("the count comes too early", REDUCE, "now = ", "op.count_comes_last()", "false", " ? is_"),
@@ -164,7 +196,20 @@ DEFECTS = [
         "reduce_while_capturing",
         Mutation("tickets are left", WORKSPACE, "if (", "num_tickets > 0", "false", CAPTURE),
     ),
-    ("reduce_on_two_streams", Mutation("streams share tickets", WORKSPACE, "pair key(device, ", "id", "0ull", ");")),
+    (
+        "reduce_on_two_streams",
+        Mutation(
+            "streams share tickets", WORKSPACE, "", "cudaStreamGetId(stream, &id)", "(id = 0, cudaSuccess)", " != "
+        ),
+    ),
+    (
+        "reduce_beside_a_capture",
+        Mutation("captures are not allowed for", WORKSPACE, "mode_ = ", RELAXED, "cudaStreamCaptureModeGlobal"),
+    ),
+    (
+        "reduce_on_many_streams",
+        Mutation("every stream keeps memory", WORKSPACE, "buffers.size() >= ", "kMostBuffers", "1000u"),
+    ),
     ("track", Mutation("the number of batches is written too early", "cuda/track.cu", "", BARRIER, ";")),
     ("reduce_misaligned", Mutation("alignment is not looked at", "cuda/tensors.h", "(p) % ", "16", "1", " == 0")),
 ]
