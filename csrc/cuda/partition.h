@@ -9,6 +9,10 @@
 //                                 the same plane in every sample, so 7x7 planes cost no more than long ones
 //   planes   (NCHW, long planes)  a row is one vector of a plane; a block has a single column and a single channel
 //
+// A long plane need not begin or end where a vector may. Its rows are then as many whole vectors as each plane of this
+// length has, from the first place in the plane where one may begin; the few values before and behind them (`edge`, as
+// many for each plane) are read one by one.
+//
 // The first two differ only in how many adjacent values are of one channel (`inner`: 1 or the plane's length), the
 // third only in its strides. So there is one kernel, and the forms differ in the numbers below.
 //
@@ -65,11 +69,6 @@ struct Slabs {
             static_cast<int>(more_rows < rows_per_slab ? more_rows : rows_per_slab)};
   }
 
-  PRECISEBN_HOST_DEVICE int64_t rows_of(int64_t slab) const {
-    const Slab at = (*this)[slab];
-    return static_cast<int64_t>(at.samples) * at.rows;
-  }
-
   // The rows of all slabs before this one, which may be `count`.
   PRECISEBN_HOST_DEVICE int64_t rows_before(int64_t slab) const {
     if (slab >= count) return samples * rows;
@@ -86,20 +85,21 @@ inline Slabs cut_rows(int64_t samples, int64_t rows, int64_t wanted, int64_t mos
     slabs.rows_per_slab = (rows + slabs.parts - 1) / slabs.parts;
     slabs.parts = (rows + slabs.rows_per_slab - 1) / slabs.rows_per_slab;
   } else {
-    slabs.samples_per_slab = std::min({samples, most_samples, wanted / rows});
+    const int64_t most = std::min({samples, most_samples, wanted / rows}), least_slabs = (samples + most - 1) / most;
+    slabs.samples_per_slab = (samples + least_slabs - 1) / least_slabs;
   }
   slabs.count = (samples + slabs.samples_per_slab - 1) / slabs.samples_per_slab * slabs.parts;
   return slabs;
 }
 
 // Goes through the rows of a slab's samples in steps of `step` rows: a division and multiplications at the start, a few
-// additions on the way.
+// additions on the way. `origin`: the offset of row 0 of sample 0.
 class Walk {
  public:
-  PRECISEBN_HOST_DEVICE Walk(int start, int step, int rows, int64_t row_stride, int64_t sample_stride)
+  PRECISEBN_HOST_DEVICE Walk(int start, int step, int rows, int64_t row_stride, int64_t sample_stride, int64_t origin)
       : sample(start / rows),
         row(start % rows),
-        offset(sample * sample_stride + row * row_stride),
+        offset(origin + sample * sample_stride + row * row_stride),
         rows_(rows),
         sample_step_(step / rows),
         row_step_(step % rows),
@@ -118,7 +118,7 @@ class Walk {
   }
 
   int sample, row;
-  int64_t offset;  // elements from row 0 of sample 0
+  int64_t offset;
 
  private:
   int rows_, sample_step_, row_step_;
@@ -193,6 +193,7 @@ struct Geometry {
 struct ReductionPlan {
   Geometry geometry;
   Slabs slabs;
+  int edge;                  // values of each plane that are in none of its rows
   bool joined;               // all values of a thread are of one channel: they make one entry of the block's merge, not
                              // `vector` entries
   int lanes_per_channel;     // threads that merge one channel; a power of two, at most a warp
@@ -203,6 +204,18 @@ struct ReductionPlan {
   int64_t partials() const {
     const int64_t clusters_too = clusters > 1 ? clusters : 0;
     return (slots ? slabs.count * slots : slabs.count + clusters_too) * geometry.channels;
+  }
+
+  // How many values of each channel are in a slab but in none of its rows.
+  PRECISEBN_HOST_DEVICE int edges_of(const Slab& slab) const { return slab.first_row == 0 ? slab.samples * edge : 0; }
+  // How many are in all slabs before this one, which may be `count`.
+  PRECISEBN_HOST_DEVICE int64_t values_before(int64_t slab) const {
+    int64_t samples = slabs.samples;
+    if (slab < slabs.count) {
+      const Slab at = slabs[slab];
+      samples = at.first_sample + (at.first_row > 0);
+    }
+    return slabs.rows_before(slab) * geometry.inner + samples * edge;
   }
   int64_t tickets() const { return slots ? 0 : 1 + geometry.column_blocks * (1 + clusters); }
 
@@ -235,14 +248,15 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   const bool whole_vectors = view.length % vector == 0;
   const bool long_planes = whole_vectors && view.length / vector >= kLongPlane;
   if (view.planes && (long_planes || unit > kThreads)) {
-    at.vector = whole_vectors ? vector : 1;
+    at.vector = vector;
     at.row_stride = at.inner = at.vector;
     at.sample_stride = sample;
     at.block_stride = view.length;
     at.columns = at.column_blocks = view.channels;
     at.block_channels = 1;
     at.block = {1, kThreads, kThreads};
-    rows_per_sample = view.length / at.vector;
+    rows_per_sample = (view.length - (whole_vectors ? 0 : vector - 1)) / vector;
+    plan.edge = static_cast<int>(view.length - rows_per_sample * vector);
   } else {
     at.inner = view.planes ? static_cast<int>(view.length) : 1;
     at.row_stride = row;
@@ -271,7 +285,7 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
   plan.slabs = cut_rows(samples, rows_per_sample, wanted, grouped ? kMaxSlabSamples : samples);
 
-  plan.joined = at.inner % at.vector == 0;
+  plan.joined = at.inner % at.vector == 0;  // always where there are edges
   plan.lanes_per_channel = 1;
   while (plan.lanes_per_channel < 32 && 2 * plan.lanes_per_channel * at.block_channels <= at.block.threads) {
     plan.lanes_per_channel *= 2;

@@ -54,6 +54,7 @@ SHAPES = [
     (40, 96, 14, 14),
     (3, 20, 28, 28),
     (2, 3, 55, 55),
+    (3, 4, 35, 35),
     (1, 64, 56, 56),
     (2, 17, 56, 56),
     (9, 12, 112, 112),
@@ -180,6 +181,34 @@ def test_backward_reduce(shape, layout, dtype):
         sizes = fallback.backward_reduce(dy64.abs(), centered.abs(), torch.zeros_like(mean), group, k)
         for one, other, size in zip(actual, expected, sizes, strict=True):
             assert ((one.cpu() - other).abs() <= 5 * rtol_of(dtype) * size).all()
+
+
+ODD_PLANES = [(5, 3, 17, 17), (70, 2, 17, 17), (3, 4, 35, 35), (1, 3, 59, 59), (2, 2, 147, 147), (2, 1, 19, 23)]
+ODD_PLANES += [(3, 5, 1, 257), (4, 2, 13, 20), (3, 2, 18, 35)]
+
+
+def test_long_planes_that_begin_anywhere():
+    """Whose vectors begin at another value in each plane; some values are in none of them."""
+    for dtype, shape in itertools.product(DTYPES, ODD_PLANES):
+        x, dy = on_gpu(tensor(shape, dtype)), on_gpu(tensor(shape, dtype, mean=0.5, seed=1))
+        for group, k in ((None, 1), (groups_of(x), 3)):
+            on_device = None if group is None else group.to(DEVICE)
+            check_moments(raw.moments(x, on_device, k), x, group, k)
+            x64, dy64 = x.cpu().double(), dy.cpu().double()
+            _, mean, _ = fallback.moments(x64, group, k)
+            expected = fallback.backward_reduce(dy64, x64, mean, group, k)
+            sizes = fallback.backward_reduce(dy64.abs(), (x64 - per_sample(mean, x64, group)).abs(), 0 * mean, group, k)
+            actual = raw.backward_reduce(dy, x, mean.to(DEVICE), on_device, k)
+            for one, other, size in zip(actual, expected, sizes, strict=True):
+                assert ((one.cpu() - other).abs() <= 5 * rtol_of(dtype) * size).all()
+
+
+def test_the_edges_of_planes_overflow_alone():
+    """What is in no vector is summed in float64; vectors that overflow are done again, and merge with it."""
+    x = torch.ones(3, 2, 17, 17)
+    for value, places in ((3e38, [0, 288, 289, 577]), (1e30, range(0, 578, 3)), (1e-30, range(0, 578, 5))):
+        x.view(3, -1)[:, list(places)] = value
+        check_moments(raw.moments(on_gpu(x)), x)
 
 
 @pytest.mark.parametrize("statistic_dtype", DTYPES)

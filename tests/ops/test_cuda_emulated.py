@@ -191,7 +191,7 @@ DEFECTS = [
     ("reduce_groups", Mutation("entries are overwritten too early", REDUCE, ENTRIES, BARRIER, ";")),
     ("reduce_groups", Mutation("groups are ranked too early", REDUCE, "groups[first_sample + i];\n    ", BARRIER, ";")),
     ("reduce_groups", Mutation("the order is read too early", REDUCE, "group_of[i];\n    }\n    ", BARRIER, ";")),
-    ("reduce_groups", Mutation("pieces are merged too early", REDUCE, "parts[part][lane] = merged;\n  ", BARRIER, ";")),
+    ("reduce_groups", Mutation("pieces are merged too early", REDUCE, "parts[warp] = merged;\n  ", BARRIER, ";")),
     (
         "reduce_while_capturing",
         Mutation("tickets are left", WORKSPACE, "if (", "num_tickets > 0", "false", CAPTURE),

@@ -114,6 +114,7 @@ inline constexpr emulation::OneDimension<emulation::GridSize> gridDim;
     }                                                                 \
   }
 #define EMULATED_LIST(...) __VA_ARGS__
+EMULATED_VECTOR(int2, int, 8, EMULATED_LIST(x, y), (x = other.x, y = other.y));
 EMULATED_VECTOR(uint2, unsigned, 8, EMULATED_LIST(x, y), (x = other.x, y = other.y));
 EMULATED_VECTOR(uint4, unsigned, 16, EMULATED_LIST(x, y, z, w), (x = other.x, y = other.y, z = other.z, w = other.w));
 EMULATED_VECTOR(float2, float, 8, EMULATED_LIST(x, y), (x = other.x, y = other.y));
