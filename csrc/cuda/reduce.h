@@ -161,9 +161,8 @@ __device__ inline bool is_last_of(int64_t blocks, unsigned* ticket) {
   return last;
 }
 
-// What a block merges for a channel: at(i) are the two numbers of the i-th, count(i) is how many values it is of.
-// Several
-// (`at_once`) are read before the first is used, where that takes as long as hundreds of additions.
+// What a block merges for a channel: at(i) are the two numbers of the i-th part, of count(i) values. `at_once` are read
+// before the first is used: more than one where reading takes as long as hundreds of additions.
 template <int at_once, class At, class Count>
 struct Parts {
   At at;

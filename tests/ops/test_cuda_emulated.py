@@ -82,6 +82,16 @@ def track(device: Emulated) -> None:
     assert batches.tolist() == [2, 4]
 
 
+def backward_coefficients(device: Emulated) -> None:
+    """Over groups that share weight and bias: fewer than a channel has threads, and more."""
+    for groups in (1, 5, 70):
+        sums = [torch.rand(groups, 40).double() for _ in range(4)]
+        arguments = (torch.full((groups,), 9.0).double(), *sums, torch.rand(40).double(), 1e-3, True)
+        expected = OPERATORS["backward_coefficients"].fallback(*arguments)
+        for one, other in zip(device.kernels.backward_coefficients(*arguments), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def normalize(device: Emulated) -> None:
     for x in (torch.randn(9, 16, 7, 7), torch.randn(5, 33), misaligned(torch.randn(6, 8, 4, 4))):
         scale, group = torch.rand(2, x.shape[1]), torch.arange(len(x)) % 2
@@ -153,6 +163,7 @@ EXERCISES = {
         reduce_groups,
         accumulate,
         track,
+        backward_coefficients,
         normalize,
         reduce_misaligned,
         reduce_on_two_streams,
@@ -211,6 +222,10 @@ DEFECTS = [
         Mutation("every stream keeps memory", WORKSPACE, "buffers.size() >= ", "kMostBuffers", "1000u"),
     ),
     ("track", Mutation("the number of batches is written too early", "cuda/track.cu", "", BARRIER, ";")),
+    (
+        "backward_coefficients",
+        Mutation("sums are added too early", "cuda/backward_coefficients.cu", "", BARRIER, ";", "  // the next round"),
+    ),
     ("reduce_misaligned", Mutation("alignment is not looked at", "cuda/tensors.h", "(p) % ", "16", "1", " == 0")),
 ]
 
@@ -219,7 +234,7 @@ DEFECTS = [
 def mutants() -> Emulated:
     """All defects in one library, of which one at a time is active."""
     patches = tuple(mutation.patch(number) for number, (_, mutation) in enumerate(DEFECTS))
-    sources = ("moments", "accumulate", "track", "normalize", "workspace", "defects")
+    sources = ("moments", "accumulate", "track", "normalize", "backward_coefficients", "workspace", "defects")
     return emulated_library.load(patches=(*ONLY_FLOAT32, *patches), sources=sources)
 
 
