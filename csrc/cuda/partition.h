@@ -303,10 +303,14 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
 
 // ---- Maps: one value out for each value in --------------------------------------------------------------------------
 
+// A thread walks down a column of rows, samples of planes or positions, and needs the same coefficients in each. Few
+// samples have few rows: then it walks along the sample, whose rows are as wide as a block, and its coefficients change
+// where the next plane begins.
 struct MapPlan {
   Geometry geometry;
   int64_t rows, rows_per_slab, slabs;
   int64_t rows_per_sample;
+  bool along;  // slabs then hold rows of one sample; the last row of a sample may be short
 
   int64_t blocks() const { return geometry.column_blocks * slabs; }
 };
@@ -317,9 +321,23 @@ inline MapPlan plan_map(const View& view, int vector, int rows_at_once, int mult
   Geometry& at = plan.geometry;
   at.channels = view.channels;
   at.inner = 1;  // unused: planes may be longer than an int
-  at.row_stride = view.channels * (view.planes ? view.length : 1);
+  at.sample_stride = view.channels * view.length;
+  at.row_stride = view.planes ? at.sample_stride : view.channels;
   at.vector = at.row_stride % vector == 0 ? vector : 1;
   at.columns = at.row_stride / at.vector;
+  const int64_t wanted = static_cast<int64_t>(multiprocessors) * kBlocksWanted, span = int64_t{kThreads} * at.vector;
+  plan.along = view.planes && (view.batch == 1 || (view.batch < rows_at_once && view.length >= span));
+  if (plan.along) {
+    at.block = {kThreads, 1, kThreads};
+    at.row_stride = at.block_stride = span;
+    at.column_blocks = 1;
+    plan.rows_per_sample = (at.columns + kThreads - 1) / kThreads;
+    plan.rows = view.batch * plan.rows_per_sample;
+    const int64_t rows = std::clamp<int64_t>((plan.rows + wanted - 1) / wanted, 1, kMostRounds * rows_at_once);
+    plan.rows_per_slab = rows < rows_at_once ? rows : (rows + rows_at_once - 1) / rows_at_once * rows_at_once;
+    plan.slabs = (plan.rows_per_sample + plan.rows_per_slab - 1) / plan.rows_per_slab * view.batch;
+    return plan;
+  }
   at.block = cut_columns(at.columns, 1, std::min<int64_t>(at.columns, kThreads / 2), kThreads);
   at.block_stride = static_cast<int64_t>(at.block.columns) * at.vector;
   at.column_blocks = (at.columns + at.block.columns - 1) / at.block.columns;
@@ -327,7 +345,7 @@ inline MapPlan plan_map(const View& view, int vector, int rows_at_once, int mult
   plan.rows = view.batch * plan.rows_per_sample;
   const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once;
   const int64_t rounds = (plan.rows + round - 1) / round;
-  const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksWanted / at.column_blocks);
+  const int64_t slabs_wanted = std::max<int64_t>(1, wanted / at.column_blocks);
   plan.rows_per_slab = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
   plan.slabs = (plan.rows + plan.rows_per_slab - 1) / plan.rows_per_slab;
   return plan;

@@ -166,6 +166,23 @@ def test_normalize_and_backward_apply(shape, layout, dtype):
         )
 
 
+def test_maps_of_few_samples():
+    """A thread then walks along a sample, from plane to plane, on a device that has few blocks of them or many."""
+    shapes = [(1, 30, 7, 7), (1, 9, 17, 17), (2, 3, 60, 60), (3, 4, 40, 50), (1, 2, 150, 150), (1, 1, 20000)]
+    for number, (dtype, shape) in enumerate(itertools.product(DTYPES, shapes)):
+        set_up(f"{number}")
+        x = tensor(shape, dtype)
+        center, scale, shift = (tensor((3, shape[1]), torch.float64, mean=0, seed=s) for s in range(3))
+        for group, k in ((None, 1), (groups_of(x, 3), 3)):
+            on_device = None if group is None else group.to(DEVICE)
+            coefficients = [t[:k].to(compute_dtype(x)) for t in (center, scale, shift)]
+            y = raw.normalize(on_gpu(x), *(t.to(DEVICE) for t in coefficients), on_device)
+            c, a, b = (per_sample(t.double(), x.double(), group) for t in coefficients)
+            terms = a * (x.double() - c), b
+            eps = max(torch.finfo(dtype).eps, torch.finfo(compute_dtype(x)).eps)
+            assert ((y.cpu().double() - sum(terms)).abs() <= 2 * eps * sum(t.abs() for t in terms)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
