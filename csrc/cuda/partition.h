@@ -144,14 +144,17 @@ inline Block cut_columns(int64_t total, int64_t unit, int64_t least, int64_t mos
   Block best{};
   double best_use = -1;
   most = std::max(unit, std::min<int64_t>(most, kThreads));
-  for (int64_t columns = unit; columns <= most && columns < total + unit; columns += unit) {
-    if (columns < least && columns < total) continue;
-    const int64_t thread_rows = std::max<int64_t>(1, kThreads / columns);
-    const int64_t threads = (columns * thread_rows + 31) / 32 * 32;
+  most = std::min(most, total + unit - 1) / unit * unit;
+  // From the widest on, until there is one that no other can better. Divisions of 64 bits, most of the time that this
+  // takes, are left out where they cannot matter.
+  for (int64_t columns = most; columns > 0 && best_use < 1 && (columns >= least || columns >= total); columns -= unit) {
+    const int width = static_cast<int>(columns), thread_rows = std::max(1, kThreads / width);
+    const int threads = (width * thread_rows + 31) / 32 * 32;
+    if (width * thread_rows <= best_use * threads) continue;
     const int64_t blocks = (total + columns - 1) / columns;
-    const double use = static_cast<double>(total) / (blocks * columns) * (columns * thread_rows) / threads;
-    if (use >= best_use) {
-      best = {static_cast<int>(columns), static_cast<int>(thread_rows), static_cast<int>(threads)};
+    const double use = static_cast<double>(total) / (blocks * columns) * (width * thread_rows) / threads;
+    if (use > best_use) {
+      best = {width, thread_rows, threads};
       best_use = use;
     }
   }

@@ -69,7 +69,7 @@ class Statistics(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What a launch has done. Loads are those of global memory, of 16 bytes and of fewer, and of one thread at most."""
+    """What a launch has done: loads of 16 bytes and of fewer; the most by one thread, and those of partial results."""
 
     kernel: str
     blocks: int
@@ -78,6 +78,7 @@ class Launch(NamedTuple):
     wide_loads: int
     narrow_loads: int
     longest: int
+    longest_merge: int
 
 
 def why_not() -> str:

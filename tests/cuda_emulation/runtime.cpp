@@ -71,10 +71,11 @@ struct Statistics {
   int64_t launches, blocks, switches, barriers, shuffles, fences, atomics, accesses, allocated, freed, invalidated;
 } statistics;
 
-// What a launch has done. Loads: those that kernels ask for by __ldg and __ldcg.
+// What a launch has done. Loads: those that kernels ask for by __ldg, of what was there before, and by __ldcg, of what
+// other blocks have left; `longest`: most of them by one thread.
 struct Work {
   const char* kernel;
-  int64_t blocks, threads, fences, wide_loads, narrow_loads, longest;
+  int64_t blocks, threads, fences, wide_loads, narrow_loads, longest, longest_merge;
 };
 std::vector<Work> done, finished;
 
@@ -107,7 +108,7 @@ struct Fiber {
   uint64_t value;  // that a shuffle gives and takes
   Lane from;
   int argument;
-  int64_t loads;
+  int64_t loads, merge_loads;
 };
 
 struct Block {
@@ -150,7 +151,7 @@ Races races;
 class Launch {
  public:
   Launch(const Configuration& configuration, const char* kernel, const std::function<void()>& body)
-      : work{kernel, configuration.grid, configuration.block, 0, 0, 0, 0},
+      : work{kernel, configuration.grid, configuration.block},
         configuration_(configuration),
         kernel_(kernel),
         body_(body),
@@ -261,7 +262,7 @@ void Launch::start(unsigned index) {
   for (unsigned t = 0; t < threads(); ++t) {
     Fiber& fiber = block->fibers[t];
     fiber.state = Fiber::kReady;
-    fiber.loads = 0;
+    fiber.loads = fiber.merge_loads = 0;
     fiber.block = block.get();
     fiber.time.thread = static_cast<uint16_t>(t);
     fiber.stack = stacks() + (slot * kMostThreads + t) * kStack;
@@ -280,7 +281,10 @@ void Launch::start(unsigned index) {
 
 void Launch::finish(size_t slot) {
   Block& block = *resident_[slot];
-  for (const Fiber& one : block.fibers) work.longest = std::max(work.longest, one.loads);
+  for (const Fiber& one : block.fibers) {
+    work.longest = std::max(work.longest, one.loads);
+    work.longest_merge = std::max(work.longest_merge, one.merge_loads);
+  }
   size_t bytes = block.shared_bytes;
   races.release(reinterpret_cast<uintptr_t>(block.shared.get()), block.shared_bytes);
   for (const auto& variable : block.variables) {
@@ -485,7 +489,8 @@ __attribute__((noinline)) void check_constant(const void* p, size_t bytes, size_
 #endif
 }
 
-void count_load(size_t bytes) {
+void count_load(size_t bytes, bool of_other_blocks) {
+  current->fiber->merge_loads += of_other_blocks;
   ++(bytes == 16 ? current->work.wide_loads : current->work.narrow_loads);
   ++current->fiber->loads;
 }

@@ -5,6 +5,7 @@ that no kernel has. See tests/cuda_emulation/README.md.
 """
 
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import emulated_library
 import pytest
 import torch
 from cuda_machine import ONLY_FLOAT32, ONLY_FLOAT32_AND_BFLOAT16
-from emulated_library import Emulated, Mutation
+from emulated_library import Emulated, Launch, Mutation
 from torch import Tensor
 
 from precisebn.ops.grouping import per_sample
@@ -295,6 +296,64 @@ def test_every_access_is_seen_and_blocks_take_turns(mutants):
     assert min(done.blocks, done.barriers, done.shuffles) > 2 * done.launches
     assert min(done.fences, done.atomics) > done.launches
     assert done.switches > 100 * done.blocks
+
+
+# ---- What kernels cost, as far as it can be counted -----------------------------------------------------------------
+
+
+def cost(device: Emulated, kernel: str, call: Callable[[], object], multiprocessors: int = 132) -> Launch:
+    """What the launch of a kernel does; csrc/cuda/README.md says what these numbers were and what a GPU makes of them."""
+    with device.during(multiprocessors=multiprocessors):
+        (found,) = (launch for launch in device.launches(call) if launch.kernel == kernel)
+    print(found)
+    return found
+
+
+def test_long_planes_are_read_by_vectors(mutants):
+    for length, planes in ((17, 64), (35, 16), (55, 8), (147, 4)):
+        x = torch.randn(planes // 2, 2, length, length)
+        launch = cost(mutants, "reduce", lambda x=x: mutants.kernels.moments(x))
+        of_edges = 3 * 6 * planes  # each of at most 2 * 3 values a plane, read three times
+        assert launch.narrow_loads <= of_edges + planes * 6
+        assert abs(4 * launch.wide_loads - x.numel()) < 4 * launch.blocks * 300 + 6 * planes
+
+
+def test_pieces_of_groups_are_merged_by_many_threads(mutants):
+    x = torch.randn(8, 64, 56, 56).contiguous(memory_format=torch.channels_last)
+    launch = cost(mutants, "merge_pieces", lambda: mutants.kernels.moments(x, torch.arange(8) % 2, 2))
+    pieces = 8 * 25  # slabs of one sample each
+    warps = 2  # for a channel: more than 128 pieces
+    assert launch.blocks == 2 * 64 * warps // 8
+    assert launch.longest <= 2 * math.ceil(pieces / (32 * warps))  # who it is of, and where it is of the group, itself
+
+
+def test_partial_results_are_read_several_at_a_time(mutants):
+    x = torch.randn(16, 256, 14, 14).contiguous(memory_format=torch.channels_last)
+    launch = cost(mutants, "reduce", lambda: mutants.kernels.moments(x))
+    assert launch.blocks == 2 * 49
+    clusters = slabs_of_cluster = 7
+    lanes = 256 // 128  # of a channel
+    once = math.ceil(clusters / lanes) + math.ceil(slabs_of_cluster / lanes)  # at most 8 of each at once
+    assert launch.longest_merge <= 2 * once + 2  # for the mean, for m2, and the first of all as their origin
+
+
+def test_a_ticket_takes_one_fence(mutants):
+    x = torch.randn(64, 40, 7, 7)
+    before = mutants.statistics()
+    launch = cost(mutants, "reduce", lambda: mutants.kernels.moments(x))
+    assert launch.fences == mutants.statistics().atomics - before.atomics > launch.blocks - 1
+
+
+def test_maps_of_one_sample_take_few_blocks(mutants):
+    x = torch.randn(1, 16, 100, 100)
+    scale = torch.ones(1, 16)
+    launch = cost(mutants, "map", lambda: mutants.kernels.normalize(x, None, scale, None), multiprocessors=1)
+    vectors = x.numel() // 4
+    assert launch.blocks <= 16 < vectors / 256
+    assert launch.wide_loads == vectors
+    assert (
+        launch.narrow_loads <= 4 * 256 * launch.blocks * 16
+    )  # coefficients: again where a thread comes to a new plane
 
 
 # ---- The kernels, as a host sees them -------------------------------------------------------------------------------

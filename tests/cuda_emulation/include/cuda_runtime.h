@@ -49,7 +49,7 @@ void check_alignment(const void* p, size_t alignment, const char* what);
 // A load through the cache for what no thread of the launch writes.
 void check_constant(const void* p, size_t bytes, size_t alignment);
 // A load of global memory, for the count of them.
-void count_load(size_t bytes);
+void count_load(size_t bytes, bool of_other_blocks);
 
 // Whether the defect of this number, put in by a test, is the one to show.
 bool mutant(int number);
@@ -172,19 +172,19 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 
 template <class T>
 T __ldg(const T* p) {
-  emulation::count_load(sizeof(T));
+  emulation::count_load(sizeof(T), false);
   emulation::check_constant(p, sizeof(T), alignof(T));
   return *p;
 }
 template <class T>
 T __ldcg(const T* p) {
-  emulation::count_load(sizeof(T));
+  emulation::count_load(sizeof(T), true);
   emulation::check_alignment(p, alignof(T), "__ldcg");
   return *p;
 }
 template <class T>
 T __ldcs(const T* p) {
-  emulation::count_load(sizeof(T));
+  emulation::count_load(sizeof(T), false);
   emulation::check_alignment(p, alignof(T), "__ldcs");
   return *p;
 }
