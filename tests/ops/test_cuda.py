@@ -7,6 +7,7 @@ that the kernels are what is tested; the tests named ``sanitizer`` are few and s
 
 import copy
 import itertools
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -621,6 +622,27 @@ def test_cuda_graph_replays_beside_other_work(layout):
         expected = fallback.normalize(x, *coefficients[:3], group)
         torch.testing.assert_close(results[8], expected, rtol=1e-5, atol=1e-4)
     assert total[0].item() == 3 * 32 * 28 * 28
+
+
+@needs_gpu
+def test_a_stream_gets_memory_while_another_is_captured():
+    x, total = on_gpu(tensor((64, 40, 7, 7))), accumulators(40)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def on_its_stream() -> None:  # asks torch for no memory
+        with torch.cuda.stream(stream):
+            raw.accumulate(x, *total)
+
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = x + 1
+        thread = threading.Thread(target=on_its_stream)
+        thread.start()
+        thread.join()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, x + 1)
+    assert total[0].item() == 64 * 49
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device only")
