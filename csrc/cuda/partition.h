@@ -21,6 +21,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <numeric>
 
@@ -67,13 +68,6 @@ struct Slabs {
     const int64_t more_samples = samples - sample, more_rows = rows - row;
     return {sample, row, static_cast<int>(more_samples < samples_per_slab ? more_samples : samples_per_slab),
             static_cast<int>(more_rows < rows_per_slab ? more_rows : rows_per_slab)};
-  }
-
-  // The rows of all slabs before this one, which may be `count`.
-  PRECISEBN_HOST_DEVICE int64_t rows_before(int64_t slab) const {
-    if (slab >= count) return samples * rows;
-    const Slab at = (*this)[slab];
-    return at.first_sample * rows + at.samples * at.first_row;
   }
 };
 
@@ -196,11 +190,12 @@ struct Geometry {
 struct ReductionPlan {
   Geometry geometry;
   Slabs slabs;
-  int edge;                  // values of each plane that are in none of its rows
-  bool joined;               // all values of a thread are of one channel: they make one entry of the block's merge, not
-                             // `vector` entries
-  int lanes_per_channel;     // threads that merge one channel; a power of two, at most a warp
-  int slots;                 // groups: how many of them a slab can hold. 0: there are no groups
+  int edge;               // values of each plane that are in none of its rows
+  bool joined;            // all values of a thread are of one channel: they make one entry of the block's merge, not
+                          // `vector` entries
+  int lanes_per_channel;  // threads that merge one channel; a power of two, at most a warp
+  int slots;              // groups: how many of them a slab can hold. 0: there are no groups
+  double one_of_parts, values_of_samples, values_of_part, all_values;  // for values_before
   int64_t fan_in, clusters;  // slabs are merged `fan_in` at a time into clusters, and these into the result
 
   int64_t blocks() const { return geometry.column_blocks * slabs.count; }
@@ -209,16 +204,17 @@ struct ReductionPlan {
     return (slots ? slabs.count * slots : slabs.count + clusters_too) * geometry.channels;
   }
 
-  // How many values of each channel are in a slab but in none of its rows.
-  PRECISEBN_HOST_DEVICE int edges_of(const Slab& slab) const { return slab.first_row == 0 ? slab.samples * edge : 0; }
-  // How many are in all slabs before this one, which may be `count`.
-  PRECISEBN_HOST_DEVICE int64_t values_before(int64_t slab) const {
-    int64_t samples = slabs.samples;
-    if (slab < slabs.count) {
-      const Slab at = slabs[slab];
-      samples = at.first_sample + (at.first_row > 0);
-    }
-    return slabs.rows_before(slab) * geometry.inner + samples * edge;
+  // How many values of each channel are in `samples` samples of a slab but in none of its rows.
+  PRECISEBN_HOST_DEVICE int edges_of(const Slab& slab, int samples) const {
+    return slab.first_row == 0 ? samples * edge : 0;
+  }
+  // How many values of each channel are in all slabs before this one; of more slabs than there are, in all. In float64,
+  // which is exact here too, and by which dividing is multiplying: a block that merges asks for every part.
+  PRECISEBN_HOST_DEVICE double values_before(int64_t slab) const {
+    const auto number = static_cast<double>(slab);
+    const double whole = floor((number + 0.5) * one_of_parts), part = number - whole * static_cast<double>(slabs.parts);
+    const double values = whole * values_of_samples + part * values_of_part + (part > 0 ? edge : 0);
+    return values < all_values ? values : all_values;
   }
   int64_t tickets() const { return slots ? 0 : 1 + geometry.column_blocks * (1 + clusters); }
 
@@ -287,6 +283,14 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm * kWaves / at.column_blocks);
   const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
   plan.slabs = cut_rows(samples, rows_per_sample, wanted, grouped ? kMaxSlabSamples : samples);
+
+  const auto values_of = [&](int64_t samples, int64_t rows, int edge) {
+    return static_cast<double>(samples * (rows * at.inner + edge));
+  };
+  plan.one_of_parts = 1.0 / static_cast<double>(plan.slabs.parts);
+  plan.values_of_samples = values_of(plan.slabs.samples_per_slab, rows_per_sample, plan.edge);
+  plan.values_of_part = values_of(1, plan.slabs.rows_per_slab, 0);
+  plan.all_values = values_of(samples, rows_per_sample, plan.edge);
 
   plan.joined = at.inner % at.vector == 0;  // always where there are edges
   plan.lanes_per_channel = 1;

@@ -91,7 +91,7 @@ struct Edges {
         edge(plan.edge),
         vector(plan.geometry.vector),
         between(static_cast<int>(plan.slabs.rows) * vector),
-        total(slab.first_row == 0 ? samples * edge : 0),
+        total(plan.edges_of(slab, samples)),
         rows(rows_of_thread(total, static_cast<int>(threadIdx.x), kThreads)) {
 #pragma unroll
     for (int i = 0; i < Op::kInputs; ++i) inputs[i] = op.inputs[i];
@@ -332,7 +332,7 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
 
   const int width = plan.entry_width(), all_columns = plan.entry_columns();
   const int values_of_entry = plan.joined ? kSize : 1;
-  const int channels = at.channels_of_block(column_block), edges = slab.first_row == 0 ? samples * plan.edge : 0;
+  const int channels = at.channels_of_block(column_block), edges = plan.edges_of(slab, samples);
   for_each_channel(channels, plan.lanes_per_channel, [&](int channel, int lane) {
     const int n = channel < channels ? width * at.block.thread_rows : 0;
     const auto row_of = [&](int i) { return width == 1 ? i : i / width; };
@@ -357,9 +357,8 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
   const Geometry& at = plan.geometry;
   const int64_t first_channel = column_block * at.block_channels;
   const int channels = at.channels_of_block(column_block);
-  const auto all = static_cast<double>(plan.values_before(plan.slabs.count));
   const auto emit = [&](int channel, double2 merged) {
-    op.emit(0, first_channel + channel, {all, merged.x, merged.y});
+    op.emit(0, first_channel + channel, {plan.all_values, merged.x, merged.y});
   };
   double2* const cluster_results = partials + plan.slabs.count * at.channels + first_channel;
   unsigned *const final_tickets = tickets + 1, *const cluster_tickets = final_tickets + at.column_blocks;
@@ -381,7 +380,7 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
           Op::combine(channel < channels ? n : 0, lane, plan.lanes_per_channel, parts_of<8>(result_of, count));
       if (lane != 0 || channel >= channels) return;
       if (is_result) {
-        op.emit(0, first_channel + channel, {all, merged.x, merged.y});
+        op.emit(0, first_channel + channel, {plan.all_values, merged.x, merged.y});
       } else {
         cluster_results[cluster * at.channels + channel] = merged;
       }
@@ -391,7 +390,7 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
     begin = 0, step = plan.fan_in, n = static_cast<int>(plan.clusters), from = cluster_results;
   }
   const bool now = op.count_comes_last() ? is_last_of(at.column_blocks, tickets) : column_block == 0;
-  if (now && threadIdx.x == 0) op.emit_count(0, all);
+  if (now && threadIdx.x == 0) op.emit_count(0, plan.all_values);
 }
 
 template <class Op>
@@ -419,8 +418,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       if (group == Groups::kNone) break;
       for (last = first + 1; last < slab.samples && order.group[last] == group;) ++last;
       if (describes) {
-        const int edges = slab.first_row == 0 ? (last - first) * plan.edge : 0;
-        pieces[to] = {group, (last - first) * slab.rows * at.inner + edges};
+        const int samples = last - first;
+        pieces[to] = {group, samples * slab.rows * at.inner + plan.edges_of(slab, samples)};
       }
     }
     reduce_slab(op, plan, slab_index, column_block, group, grouped ? order.sample + first : nullptr, last - first,

@@ -58,6 +58,14 @@ def reduce(device: Emulated) -> None:
             assert_moments(device.kernels.moments(x), x)
 
 
+def reduce_odd_planes(device: Emulated) -> None:
+    for shape in [(7, 3, 17, 17), (2, 2, 99, 99)]:
+        x = torch.randn(shape) + 3 * torch.arange(shape[1])[:, None, None]
+        group = torch.arange(len(x)) % 2
+        assert_moments(device.kernels.moments(x), x)
+        assert_moments(device.kernels.moments(x, group, 2), x, group, 2)
+
+
 def reduce_groups(device: Emulated) -> None:
     for shape in [(64, 40, 7, 7), (129, 6), (20, 3, 60, 60)]:
         x = torch.randn(shape) + 3
@@ -98,6 +106,13 @@ def normalize(device: Emulated) -> None:
         scale, group = torch.rand(2, x.shape[1]), torch.arange(len(x)) % 2
         y = device.kernels.normalize(x, None, scale, None, group)
         torch.testing.assert_close(y, x * per_sample(scale, x, group))
+
+
+def normalize_few_samples(device: Emulated) -> None:
+    for x in (torch.randn(1, 16, 9, 9), torch.randn(2, 3, 40, 40)):
+        scale = torch.rand(1, x.shape[1])
+        device.set(seed=int(torch.randint(1000, ())), multiprocessors=1)
+        torch.testing.assert_close(device.kernels.normalize(x, None, scale, None), x * scale[0, :, None, None])
 
 
 def reduce_misaligned(device: Emulated) -> None:
@@ -161,11 +176,13 @@ EXERCISES = {
     f.__name__: f
     for f in (
         reduce,
+        reduce_odd_planes,
         reduce_groups,
         accumulate,
         track,
         backward_coefficients,
         normalize,
+        normalize_few_samples,
         reduce_misaligned,
         reduce_on_two_streams,
         reduce_while_capturing,
@@ -226,6 +243,25 @@ DEFECTS = [
     (
         "backward_coefficients",
         Mutation("sums are added too early", "cuda/backward_coefficients.cu", "", BARRIER, ";", "  // the next round"),
+    ),
+    (
+        "reduce_odd_planes",
+        Mutation("vectors begin anywhere", REDUCE, "return ", "offset & -static_cast<int64_t>(size)", "offset", ";"),
+    ),
+    ("reduce_odd_planes", Mutation("edges are left out", REDUCE, "    if (", "plan.edge > 0", "false", ") {")),
+    (
+        "reduce_odd_planes",
+        Mutation("edges are not counted", "cuda/partition.h", "values_of_part + ", "(part > 0 ? edge : 0)", "0", ";"),
+    ),
+    (
+        "reduce_odd_planes",
+        Mutation("pieces lack edges", REDUCE, "at.inner + ", "plan.edges_of(slab, samples)", "0", "};"),
+    ),
+    (
+        "normalize_few_samples",
+        Mutation(
+            "the next plane is not noticed", "cuda/map.h", "changed = ", "changed || left < kSize", "changed", ";"
+        ),
     ),
     ("reduce_misaligned", Mutation("alignment is not looked at", "cuda/tensors.h", "(p) % ", "16", "1", " == 0")),
 ]
@@ -296,6 +332,18 @@ def test_every_access_is_seen_and_blocks_take_turns(mutants):
     assert min(done.blocks, done.barriers, done.shuffles) > 2 * done.launches
     assert min(done.fences, done.atomics) > done.launches
     assert done.switches > 100 * done.blocks
+
+
+# ---- Plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_plans_hold_every_value_once_and_count_it(tmp_path):
+    source, program = ROOT / "tests" / "cuda_emulation" / "plans" / "plans.cpp", tmp_path / "plans"
+    command = ["-std=c++20", "-O2", "-Wall", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    emulated_library.run([str(emulated_library.compiler()), *command])
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert int(done.stderr.split()[0]) > 5000
 
 
 # ---- What kernels cost, as far as it can be counted -----------------------------------------------------------------
