@@ -109,7 +109,7 @@ def normalize(device: Emulated) -> None:
 
 
 def normalize_few_samples(device: Emulated) -> None:
-    for x in (torch.randn(1, 16, 9, 9), torch.randn(2, 3, 40, 40)):
+    for x in (torch.randn(1, 16, 60, 60), torch.randn(2, 9, 60, 60)):  # several vectors for a thread
         scale = torch.rand(1, x.shape[1])
         device.set(seed=int(torch.randint(1000, ())), multiprocessors=1)
         torch.testing.assert_close(device.kernels.normalize(x, None, scale, None), x * scale[0, :, None, None])
