@@ -1,5 +1,6 @@
 // backward_coefficients: the sums of backward_reduce as the coefficients of backward_apply, and the gradients of the
-// affine. A thread for each channel, which goes through the groups in order: their sum has the same bits every time.
+// affine. Up to 32 threads for each channel, which share the groups; where these share weight and bias, the threads'
+// sums meet in a tree. Who adds what depends on the number of groups alone, so sums have the same bits every time.
 #include "../arithmetic.h"
 #include "../operators.h"
 #include "rows.h"
@@ -14,12 +15,15 @@ struct Operands {
   bool summed;  // over the groups: they share weight and bias
 };
 
+// `threads`: of each channel, a power of two. Adjacent threads have adjacent channels.
 __global__ void __launch_bounds__(kRowThreads)
-    write_coefficients(const __grid_constant__ Operands of, double eps, bool wide, int64_t groups, int64_t channels) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-  if (i >= channels) return;
+    write_coefficients(const __grid_constant__ Operands of, double eps, bool wide, int threads, int64_t groups,
+                       int64_t channels) {
+  __shared__ double2 sums[kRowThreads];
+  const int block_channels = kRowThreads / threads, part = static_cast<int>(threadIdx.x) / block_channels;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * block_channels + threadIdx.x % block_channels;
   double to_weight = 0, to_bias = 0;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = part; g < groups && i < channels; g += threads) {
     const double share = of.count.data == nullptr ? 0.0 : 1.0 / of.count.divisor(g), sum_dy = of.sum_dy.read(g, i);
     const BackwardCoefficients to(share, of.mean.read(g, i), of.var.read(g, i) / of.divisor.divisor(g), sum_dy,
                                   of.sum_dy_xmu.read(g, i), of.weight.read_or(1.0, g, i), eps, wide);
@@ -27,13 +31,26 @@ __global__ void __launch_bounds__(kRowThreads)
     of.a.write(g, i, to.a);
     of.b.write(g, i, to.b);
     of.c.write(g, i, to.c);
-    to_weight = to.grad_weight + (of.summed ? to_weight : 0.0);
-    to_bias = sum_dy + (of.summed ? to_bias : 0.0);
-    if (!of.summed || g == groups - 1) {
-      of.grad_weight.write(g, i, to_weight);
-      of.grad_bias.write(g, i, to_bias);
+    to_weight += to.grad_weight;
+    to_bias += sum_dy;
+    if (!of.summed) {
+      of.grad_weight.write(g, i, to.grad_weight);
+      of.grad_bias.write(g, i, sum_dy);
     }
   }
+  if (!of.summed) return;
+  for (int left = threads / 2; left > 0; left /= 2) {
+    if (part < 2 * left) sums[threadIdx.x] = {to_weight, to_bias};
+    __syncthreads();  // the next round writes what none of this round reads
+    if (part < left) {
+      const double2 other = sums[threadIdx.x + left * block_channels];
+      to_weight += other.x;
+      to_bias += other.y;
+    }
+  }
+  if (part > 0 || i >= channels) return;
+  of.grad_weight.write(0, i, to_weight);
+  of.grad_bias.write(0, i, to_bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> of_variance(const std::optional<Tensor>& count,
@@ -84,7 +101,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_coefficients
   of.grad_weight = operand("grad_weight", grad_weight);
   of.grad_bias = operand("grad_bias", grad_bias);
   const OnDeviceOf where(mean);
-  write_coefficients<<<blocks_for(channels), kRowThreads, 0, where.stream>>>(of, eps, wide, groups, channels);
+  int threads = 1;
+  while (threads < 32 && threads < groups) threads *= 2;
+  write_coefficients<<<blocks_for(channels * threads), kRowThreads, 0, where.stream>>>(of, eps, wide, threads, groups,
+                                                                                       channels);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {center, a, b, c, grad_weight, grad_bias};
 }

@@ -81,7 +81,8 @@ struct BackwardOp {
   };
 
   // values [first, last) of each of the thread's rows, in float64.
-  __device__ double2 again(const Column<T>& column, int first, int last, int64_t channel, int group) const {
+  template <class Values>
+  __device__ double2 again(const Values& column, int first, int last, int64_t channel, int group) const {
     const T *dy = column.inputs[0], *x = column.inputs[1];
     const double center = mean_of(group, channel);
     double2 sum{0, 0};
@@ -93,14 +94,12 @@ struct BackwardOp {
     return sum;
   }
 
-  template <class Entry>
-  __device__ static double2 combine(int n, int lane, int lanes, Entry entry) {
+  template <class AllParts>
+  __device__ static double2 combine(int n, int lane, int lanes, const AllParts& parts) {
     double a = 0, b = 0;
-#pragma unroll 1
-    for (int i = lane; i < n; i += lanes) {
-      const Partial part = entry(i);
+    parts.visit(n, lane, lanes, [&](const Partial& part) {
       if (part.count > 0) a += part.first, b += part.second;
-    }
+    });
     return {sum_over_lanes(a, lanes), sum_over_lanes(b, lanes)};
   }
 

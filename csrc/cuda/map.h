@@ -2,9 +2,10 @@
 // `backward_apply`, which differ in the formula (an Op, see there).
 //
 // A thread owns one column of the rows of partition.h and walks down it, so its coefficients stay in registers; they
-// are loaded again only where the group changes. kRows independent 16-byte loads per input are in flight before the
-// first is used. In planes, a row is a whole sample, and adjacent threads still have adjacent vectors: every access is
-// coalesced, whatever the length of the planes, and a vector may hold the end of one plane and the start of the next.
+// are loaded again only where the group changes, or the channel where it walks along a sample. kRows independent
+// 16-byte loads per input are in flight before the first is used. In planes, a row is a whole sample, and adjacent
+// threads still have adjacent vectors: every access is coalesced, whatever the length of the planes, and a vector may
+// hold the end of one plane and the start of the next.
 #pragma once
 
 #include "partition.h"
@@ -20,27 +21,40 @@ __global__ void __launch_bounds__(kThreads)
   using Real = Compute<T>;
   constexpr int kSize = Op::kSize, kRows = Op::kRows;
   const Geometry& at = plan.geometry;
-  const int64_t column_block = blockIdx.x % at.column_blocks,
-                first_row = blockIdx.x / at.column_blocks * plan.rows_per_slab;
+  const int64_t column_block = blockIdx.x % at.column_blocks, slab = blockIdx.x / at.column_blocks;
   const int column = threadIdx.x % at.block.columns, thread_row = threadIdx.x / at.block.columns;
   if (thread_row >= at.block.thread_rows || column >= at.columns_of_block(column_block)) return;
 
-  const int total = static_cast<int>(min(plan.rows_per_slab, plan.rows - first_row));
-  const int rows = rows_of_thread(total, thread_row, at.block.thread_rows);
-  if (rows == 0) return;
-  const int64_t first_value = at.offset(column_block, column);  // within a row
-  int64_t row = first_row + thread_row;
-  int64_t sample = 0, row_of_sample = 0;
-  if (groups.ids != nullptr) sample = row / plan.rows_per_sample, row_of_sample = row % plan.rows_per_sample;
+  int64_t position = at.offset(column_block, column);  // of the next vector, within its row or along its sample
+  int64_t offset, sample = 0, row_of_sample = 0;
+  int rows;
+  if (plan.along) {
+    const int64_t slabs = (plan.rows_per_sample + plan.rows_per_slab - 1) / plan.rows_per_slab;
+    sample = slab / slabs;
+    row_of_sample = slab % slabs * plan.rows_per_slab;
+    position += row_of_sample * at.row_stride;
+    offset = sample * at.sample_stride + position;
+    rows = static_cast<int>(min(plan.rows_per_slab, (at.sample_stride - position - 1) / at.row_stride + 1));
+    if (position >= at.sample_stride) return;
+  } else {
+    const int64_t first_row = slab * plan.rows_per_slab, row = first_row + thread_row;
+    const int total = static_cast<int>(min(plan.rows_per_slab, plan.rows - first_row));
+    offset = row * at.row_stride + position;
+    rows = rows_of_thread(total, thread_row, at.block.thread_rows);
+    if (rows == 0) return;
+    if (groups.ids != nullptr) sample = row / plan.rows_per_sample, row_of_sample = row % plan.rows_per_sample;
+  }
 
   Real coefficients[Op::kCoefficients][kSize];
+  int64_t left;  // values from the position on of the same plane
   const auto load_coefficients = [&](int group) {
-    int64_t channel = first_value / inner;
-    int64_t left = inner - (first_value - channel * inner);
+    int64_t channel = position / inner;
+    left = inner - (position - channel * inner);
     channel += group * at.channels;
+    int64_t of_channel = left;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k, --left) {
-      if (left == 0) ++channel, left = inner;
+    for (int k = 0; k < kSize; ++k, --of_channel) {
+      if (of_channel == 0) ++channel, of_channel = inner;
 #pragma unroll
       for (int i = 0; i < Op::kCoefficients; ++i) {
         const Real* from = op.coefficients[i];
@@ -53,9 +67,9 @@ __global__ void __launch_bounds__(kThreads)
   int group = groups[sample];
   load_coefficients(group);
 
-  for (int done = 0; done < rows; done += kRows) {
+  const int64_t step = at.block.thread_rows * at.row_stride;
+  for (int done = 0; done < rows; done += kRows, offset += kRows * step) {
     Vec<T, kSize> x[Op::kInputs][kRows];
-    const int64_t offset = row * at.row_stride + first_value, step = at.block.thread_rows * at.row_stride;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (done + r >= rows) continue;
@@ -65,12 +79,20 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (done + r >= rows) continue;
+      bool changed = false;
       if (groups.ids != nullptr) {
         while (row_of_sample >= plan.rows_per_sample) row_of_sample -= plan.rows_per_sample, ++sample;
         const int now = groups[sample];
-        if (now != group) load_coefficients(group = now);
+        changed = now != group;
+        group = now;
         row_of_sample += at.block.thread_rows;
       }
+      if (plan.along && done + r > 0) {
+        position += step;
+        left -= step;
+        changed = changed || left < kSize;
+      }
+      if (changed) load_coefficients(group);
       Real y[kSize];
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
@@ -83,7 +105,6 @@ __global__ void __launch_bounds__(kThreads)
       }
       Vec<T, kSize>::from(y).store(op.output + offset + r * step);
     }
-    row += static_cast<int64_t>(kRows) * at.block.thread_rows;
   }
 }
 

@@ -140,11 +140,12 @@ struct MomentsOp {
   };
 
   // values [first, last) of each of the thread's rows, in float64.
-  __device__ double2 again(const Column<T>& column, int first, int last, int64_t, int) const {
+  template <class Values>
+  __device__ double2 again(const Values& column, int first, int last, int64_t, int) const {
     const T* x = column.inputs[0];
     const double n = static_cast<double>(column.rows) * (last - first);
     if (n == 0) return {0, 0};
-    const double shift = widen(__ldg(x + column.offset(column.walk()) + first));
+    const double shift = widen(__ldg(x + column.first() + first));
     double sum = 0, m2 = 0;
     column.visit(first, last, [&](int64_t i) { sum += widen(__ldg(x + i)) - shift; });
     const double mean = shift + sum / n;
@@ -152,27 +153,23 @@ struct MomentsOp {
     return {mean, m2};
   }
 
-  // The entries of a channel in two passes, without a division for each. Means are taken relative to the first one, so
-  // that those of a constant channel stay exactly equal; entry 0 always has values.
-  template <class Entry>
-  __device__ static double2 combine(int n, int lane, int lanes, Entry entry) {
-    const double origin = n > 0 ? entry(0).first : 0;
+  // The parts of a channel in two passes, without a division for each. Means are taken relative to the first one, so
+  // that those of a constant channel stay exactly equal; part 0 always has values.
+  template <class AllParts>
+  __device__ static double2 combine(int n, int lane, int lanes, const AllParts& parts) {
+    const double origin = n > 0 ? parts.at(0).x : 0;
     double count = 0, sum = 0;
-#pragma unroll 1
-    for (int i = lane; i < n; i += lanes) {
-      const Partial part = entry(i);
+    parts.visit(n, lane, lanes, [&](const Partial& part) {
       count += part.count;
       sum += part.count * (part.first - origin);
-    }
+    });
     count = sum_over_lanes(count, lanes);
     const double mean = origin + sum_over_lanes(sum, lanes) / (count > 0 ? count : 1);
     double m2 = 0;
-#pragma unroll 1
-    for (int i = lane; i < n; i += lanes) {
-      const Partial part = entry(i);
+    parts.visit(n, lane, lanes, [&](const Partial& part) {
       const double deviation = part.count > 0 ? part.first - mean : 0;
       m2 += part.second + part.count * deviation * deviation;
-    }
+    });
     return {mean, sum_over_lanes(m2, lanes)};
   }
 

@@ -9,6 +9,10 @@
 //                                 the same plane in every sample, so 7x7 planes cost no more than long ones
 //   planes   (NCHW, long planes)  a row is one vector of a plane; a block has a single column and a single channel
 //
+// A long plane need not begin or end where a vector may. Its rows are then as many whole vectors as each plane of this
+// length has, from the first place in the plane where one may begin; the few values before and behind them (`edge`, as
+// many for each plane) are read one by one.
+//
 // The first two differ only in how many adjacent values are of one channel (`inner`: 1 or the plane's length), the
 // third only in its strides. So there is one kernel, and the forms differ in the numbers below.
 //
@@ -17,6 +21,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <numeric>
 
@@ -64,18 +69,6 @@ struct Slabs {
     return {sample, row, static_cast<int>(more_samples < samples_per_slab ? more_samples : samples_per_slab),
             static_cast<int>(more_rows < rows_per_slab ? more_rows : rows_per_slab)};
   }
-
-  PRECISEBN_HOST_DEVICE int64_t rows_of(int64_t slab) const {
-    const Slab at = (*this)[slab];
-    return static_cast<int64_t>(at.samples) * at.rows;
-  }
-
-  // The rows of all slabs before this one, which may be `count`.
-  PRECISEBN_HOST_DEVICE int64_t rows_before(int64_t slab) const {
-    if (slab >= count) return samples * rows;
-    const Slab at = (*this)[slab];
-    return at.first_sample * rows + at.samples * at.first_row;
-  }
 };
 
 // `wanted`: rows of a slab, counted over its samples.
@@ -86,20 +79,21 @@ inline Slabs cut_rows(int64_t samples, int64_t rows, int64_t wanted, int64_t mos
     slabs.rows_per_slab = (rows + slabs.parts - 1) / slabs.parts;
     slabs.parts = (rows + slabs.rows_per_slab - 1) / slabs.rows_per_slab;
   } else {
-    slabs.samples_per_slab = std::min({samples, most_samples, wanted / rows});
+    const int64_t most = std::min({samples, most_samples, wanted / rows}), least_slabs = (samples + most - 1) / most;
+    slabs.samples_per_slab = (samples + least_slabs - 1) / least_slabs;
   }
   slabs.count = (samples + slabs.samples_per_slab - 1) / slabs.samples_per_slab * slabs.parts;
   return slabs;
 }
 
 // Goes through the rows of a slab's samples in steps of `step` rows: a division and multiplications at the start, a few
-// additions on the way.
+// additions on the way. `origin`: the offset of row 0 of sample 0.
 class Walk {
  public:
-  PRECISEBN_HOST_DEVICE Walk(int start, int step, int rows, int64_t row_stride, int64_t sample_stride)
+  PRECISEBN_HOST_DEVICE Walk(int start, int step, int rows, int64_t row_stride, int64_t sample_stride, int64_t origin)
       : sample(start / rows),
         row(start % rows),
-        offset(sample * sample_stride + row * row_stride),
+        offset(origin + sample * sample_stride + row * row_stride),
         rows_(rows),
         sample_step_(step / rows),
         row_step_(step % rows),
@@ -118,7 +112,7 @@ class Walk {
   }
 
   int sample, row;
-  int64_t offset;  // elements from row 0 of sample 0
+  int64_t offset;
 
  private:
   int rows_, sample_step_, row_step_;
@@ -144,14 +138,17 @@ inline Block cut_columns(int64_t total, int64_t unit, int64_t least, int64_t mos
   Block best{};
   double best_use = -1;
   most = std::max(unit, std::min<int64_t>(most, kThreads));
-  for (int64_t columns = unit; columns <= most && columns < total + unit; columns += unit) {
-    if (columns < least && columns < total) continue;
-    const int64_t thread_rows = std::max<int64_t>(1, kThreads / columns);
-    const int64_t threads = (columns * thread_rows + 31) / 32 * 32;
+  most = std::min(most, total + unit - 1) / unit * unit;
+  // From the widest on, until there is one that no other can better. Divisions of 64 bits, most of the time that this
+  // takes, are left out where they cannot matter.
+  for (int64_t columns = most; columns > 0 && best_use < 1 && (columns >= least || columns >= total); columns -= unit) {
+    const int width = static_cast<int>(columns), thread_rows = std::max(1, kThreads / width);
+    const int threads = (width * thread_rows + 31) / 32 * 32;
+    if (width * thread_rows <= best_use * threads) continue;
     const int64_t blocks = (total + columns - 1) / columns;
-    const double use = static_cast<double>(total) / (blocks * columns) * (columns * thread_rows) / threads;
-    if (use >= best_use) {
-      best = {static_cast<int>(columns), static_cast<int>(thread_rows), static_cast<int>(threads)};
+    const double use = static_cast<double>(total) / (blocks * columns) * (width * thread_rows) / threads;
+    if (use > best_use) {
+      best = {width, thread_rows, threads};
       best_use = use;
     }
   }
@@ -193,16 +190,31 @@ struct Geometry {
 struct ReductionPlan {
   Geometry geometry;
   Slabs slabs;
-  bool joined;               // all values of a thread are of one channel: they make one entry of the block's merge, not
-                             // `vector` entries
-  int lanes_per_channel;     // threads that merge one channel; a power of two, at most a warp
-  int slots;                 // groups: how many of them a slab can hold. 0: there are no groups
+  int edge;               // values of each plane that are in none of its rows
+  bool joined;            // all values of a thread are of one channel: they make one entry of the block's merge, not
+                          // `vector` entries
+  int lanes_per_channel;  // threads that merge one channel; a power of two, at most a warp
+  int slots;              // groups: how many of them a slab can hold. 0: there are no groups
+  double one_of_parts, values_of_samples, values_of_part, all_values;  // for values_before
   int64_t fan_in, clusters;  // slabs are merged `fan_in` at a time into clusters, and these into the result
 
   int64_t blocks() const { return geometry.column_blocks * slabs.count; }
   int64_t partials() const {
     const int64_t clusters_too = clusters > 1 ? clusters : 0;
     return (slots ? slabs.count * slots : slabs.count + clusters_too) * geometry.channels;
+  }
+
+  // How many values of each channel are in `samples` samples of a slab but in none of its rows.
+  PRECISEBN_HOST_DEVICE int edges_of(const Slab& slab, int samples) const {
+    return slab.first_row == 0 ? samples * edge : 0;
+  }
+  // How many values of each channel are in all slabs before this one; of more slabs than there are, in all. In float64,
+  // which is exact here too, and by which dividing is multiplying: a block that merges asks for every part.
+  PRECISEBN_HOST_DEVICE double values_before(int64_t slab) const {
+    const auto number = static_cast<double>(slab);
+    const double whole = floor((number + 0.5) * one_of_parts), part = number - whole * static_cast<double>(slabs.parts);
+    const double values = whole * values_of_samples + part * values_of_part + (part > 0 ? edge : 0);
+    return values < all_values ? values : all_values;
   }
   int64_t tickets() const { return slots ? 0 : 1 + geometry.column_blocks * (1 + clusters); }
 
@@ -235,14 +247,15 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   const bool whole_vectors = view.length % vector == 0;
   const bool long_planes = whole_vectors && view.length / vector >= kLongPlane;
   if (view.planes && (long_planes || unit > kThreads)) {
-    at.vector = whole_vectors ? vector : 1;
+    at.vector = vector;
     at.row_stride = at.inner = at.vector;
     at.sample_stride = sample;
     at.block_stride = view.length;
     at.columns = at.column_blocks = view.channels;
     at.block_channels = 1;
     at.block = {1, kThreads, kThreads};
-    rows_per_sample = view.length / at.vector;
+    rows_per_sample = (view.length - (whole_vectors ? 0 : vector - 1)) / vector;
+    plan.edge = static_cast<int>(view.length - rows_per_sample * vector);
   } else {
     at.inner = view.planes ? static_cast<int>(view.length) : 1;
     at.row_stride = row;
@@ -271,7 +284,15 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
   plan.slabs = cut_rows(samples, rows_per_sample, wanted, grouped ? kMaxSlabSamples : samples);
 
-  plan.joined = at.inner % at.vector == 0;
+  const auto values_of = [&](int64_t samples, int64_t rows, int edge) {
+    return static_cast<double>(samples * (rows * at.inner + edge));
+  };
+  plan.one_of_parts = 1.0 / static_cast<double>(plan.slabs.parts);
+  plan.values_of_samples = values_of(plan.slabs.samples_per_slab, rows_per_sample, plan.edge);
+  plan.values_of_part = values_of(1, plan.slabs.rows_per_slab, 0);
+  plan.all_values = values_of(samples, rows_per_sample, plan.edge);
+
+  plan.joined = at.inner % at.vector == 0;  // always where there are edges
   plan.lanes_per_channel = 1;
   while (plan.lanes_per_channel < 32 && 2 * plan.lanes_per_channel * at.block_channels <= at.block.threads) {
     plan.lanes_per_channel *= 2;
@@ -289,10 +310,14 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
 
 // ---- Maps: one value out for each value in --------------------------------------------------------------------------
 
+// A thread walks down a column of rows, samples of planes or positions, and needs the same coefficients in each. Few
+// samples have few rows: then it walks along the sample, whose rows are as wide as a block, and its coefficients change
+// where the next plane begins.
 struct MapPlan {
   Geometry geometry;
   int64_t rows, rows_per_slab, slabs;
   int64_t rows_per_sample;
+  bool along;  // slabs then hold rows of one sample; the last row of a sample may be short
 
   int64_t blocks() const { return geometry.column_blocks * slabs; }
 };
@@ -303,9 +328,23 @@ inline MapPlan plan_map(const View& view, int vector, int rows_at_once, int mult
   Geometry& at = plan.geometry;
   at.channels = view.channels;
   at.inner = 1;  // unused: planes may be longer than an int
-  at.row_stride = view.channels * (view.planes ? view.length : 1);
+  at.sample_stride = view.channels * view.length;
+  at.row_stride = view.planes ? at.sample_stride : view.channels;
   at.vector = at.row_stride % vector == 0 ? vector : 1;
   at.columns = at.row_stride / at.vector;
+  const int64_t wanted = static_cast<int64_t>(multiprocessors) * kBlocksWanted, span = int64_t{kThreads} * at.vector;
+  plan.along = view.planes && (view.batch == 1 || (view.batch < rows_at_once && view.length >= span));
+  if (plan.along) {
+    at.block = {kThreads, 1, kThreads};
+    at.row_stride = at.block_stride = span;
+    at.column_blocks = 1;
+    plan.rows_per_sample = (at.columns + kThreads - 1) / kThreads;
+    plan.rows = view.batch * plan.rows_per_sample;
+    const int64_t rows = std::clamp<int64_t>((plan.rows + wanted - 1) / wanted, 1, kMostRounds * rows_at_once);
+    plan.rows_per_slab = rows < rows_at_once ? rows : (rows + rows_at_once - 1) / rows_at_once * rows_at_once;
+    plan.slabs = (plan.rows_per_sample + plan.rows_per_slab - 1) / plan.rows_per_slab * view.batch;
+    return plan;
+  }
   at.block = cut_columns(at.columns, 1, std::min<int64_t>(at.columns, kThreads / 2), kThreads);
   at.block_stride = static_cast<int64_t>(at.block.columns) * at.vector;
   at.column_blocks = (at.columns + at.block.columns - 1) / at.block.columns;
@@ -313,7 +352,7 @@ inline MapPlan plan_map(const View& view, int vector, int rows_at_once, int mult
   plan.rows = view.batch * plan.rows_per_sample;
   const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once;
   const int64_t rounds = (plan.rows + round - 1) / round;
-  const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksWanted / at.column_blocks);
+  const int64_t slabs_wanted = std::max<int64_t>(1, wanted / at.column_blocks);
   plan.rows_per_slab = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
   plan.slabs = (plan.rows + plan.rows_per_slab - 1) / plan.rows_per_slab;
   return plan;

@@ -11,7 +11,7 @@
 //
 // With groups, samples of any order may be of any group, and only the device knows. A block orders the samples of its
 // slab by group, reduces one group after the other, and leaves a piece for each; a second, small kernel merges the
-// pieces of each group. A slab has few samples, so there are few pieces.
+// pieces of each group. A slab has few samples, so there are few pieces for each thread of that kernel.
 #pragma once
 
 #include "partition.h"
@@ -26,12 +26,12 @@ struct Partial {
   double count, first, second;
 };
 
-// Where the values of one thread lie.
-template <class T>
+// Where the vectors of one thread lie, of `size` values each.
+template <class T, int size>
 struct Column {
   const T* inputs[2];
   const int* order;  // the samples to go through, relative to the slab's first; null: all, as they are
-  int64_t row_stride, sample_stride;
+  int64_t row_stride, sample_stride, origin;
   int start, step, slab_rows, rows;  // rows: how many there are for this thread
 
   template <class Op>
@@ -44,23 +44,23 @@ struct Column {
         step(at.block.thread_rows),
         slab_rows(slab.rows),
         rows(rows_of_thread(samples * slab.rows, start, step)) {
-    const int64_t origin = at.offset(column_block, threadIdx.x % at.block.columns) + slab.first_sample * sample_stride +
-                           slab.first_row * row_stride;
+    origin = at.offset(column_block, threadIdx.x % at.block.columns) + slab.first_sample * sample_stride +
+             slab.first_row * row_stride + size - 1;
 #pragma unroll
-    for (int i = 0; i < Op::kInputs; ++i) {
-      inputs[i] = op.inputs[i] + origin;
+    for (int i = 0; i < Op::kInputs; ++i) inputs[i] = op.inputs[i];
 #ifdef __CUDA_ARCH__
-      // Else the compiler computes it anew, in twenty instructions, for each row. It hides what memory this points to;
-      // all loads are by __ldg, which says so.
-      asm("" : "+l"(inputs[i]));
+    asm("" : "+l"(origin));  // else the compiler computes it anew, in twenty instructions, for each row
 #endif
-    }
   }
 
-  __device__ Walk walk() const { return {start, step, slab_rows, row_stride, sample_stride}; }
+  __device__ Walk walk() const { return {start, step, slab_rows, row_stride, sample_stride, origin}; }
+  // At a multiple of a vector, from which it differs where a plane has edges: the origin is too large by size - 1.
   __device__ int64_t offset(const Walk& at) const {
-    return order == nullptr ? at.offset : order[at.sample] * sample_stride + at.row * row_stride;
+    const int64_t offset =
+        order == nullptr ? at.offset : origin + order[at.sample] * sample_stride + at.row * row_stride;
+    return offset & -static_cast<int64_t>(size);
   }
+  __device__ int64_t first() const { return offset(walk()); }
 
   // Value by value, slowly.
   template <class F>
@@ -71,6 +71,45 @@ struct Column {
 #pragma unroll 1
       for (int k = first; k < last; ++k) f(offset(at) + k);
     }
+  }
+};
+
+// Where the values of one thread lie that are at the edges of planes.
+template <class T>
+struct Edges {
+  const T* inputs[2];
+  const int* order;
+  int64_t sample_stride, origin;
+  int edge, vector, between, total, rows;  // rows: how many values there are for this thread
+
+  template <class Op>
+  __device__ Edges(const Op& op, const ReductionPlan& plan, const Slab& slab, int64_t column_block, const int* order,
+                   int samples)
+      : order(order),
+        sample_stride(plan.geometry.sample_stride),
+        origin(plan.geometry.offset(column_block, 0) + slab.first_sample * sample_stride),
+        edge(plan.edge),
+        vector(plan.geometry.vector),
+        between(static_cast<int>(plan.slabs.rows) * vector),
+        total(plan.edges_of(slab, samples)),
+        rows(rows_of_thread(total, static_cast<int>(threadIdx.x), kThreads)) {
+#pragma unroll
+    for (int i = 0; i < Op::kInputs; ++i) inputs[i] = op.inputs[i];
+  }
+
+  // Of the i-th, over all samples: those before the first whole vector of a plane, then those behind the last.
+  __device__ int64_t offset(int i) const {
+    const int sample = i / edge, of_plane = i - sample * edge;
+    const int64_t plane = origin + (order == nullptr ? sample : order[sample]) * sample_stride;
+    const int before = static_cast<int>(-plane & (vector - 1));
+    return plane + of_plane + (of_plane < before ? 0 : between);
+  }
+  __device__ int64_t first() const { return offset(static_cast<int>(threadIdx.x)); }
+
+  template <class F>
+  __device__ void visit(int, int, F f) const {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < total; i += kThreads) f(offset(i));
   }
 };
 
@@ -96,22 +135,61 @@ __device__ Partial merge_over_lanes(Partial part, int lanes) {
   return part;
 }
 
+// atomicInc, and in the same instruction a release of what has been written before and an acquire of what others have
+// released. That is one fence, in front; __threadfence on both sides would be two, each of the costlier kind.
+__device__ inline unsigned draw(unsigned* ticket, unsigned most) {
+  unsigned drawn;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(drawn)
+               : "l"(__cvta_generic_to_global(ticket)), "r"(most)
+               : "memory");
+  return drawn;
+}
+
 // True in all threads of the last of `blocks` blocks that draw this ticket, which then sees what the others have
-// written before. The fence of one thread covers the writes of its block, which happen before the barrier in front of
-// it.
+// written before. The release of one thread covers the writes of its block, which happen before the barrier in front of
+// it; its acquire, what the block reads behind the next barrier.
 __device__ inline bool is_last_of(int64_t blocks, unsigned* ticket) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
     last = true;
-    if (blocks > 1) {
-      __threadfence();
-      last = atomicInc(ticket, static_cast<unsigned>(blocks - 1)) == blocks - 1;
-      __threadfence();
-    }
+    const auto most = static_cast<unsigned>(blocks - 1);
+    if (blocks > 1) last = draw(ticket, most) == most;
   }
   __syncthreads();
   return last;
+}
+
+// What a block merges for a channel: at(i) are the two numbers of the i-th part, of count(i) values. `at_once` are read
+// before the first is used: more than one where reading takes as long as hundreds of additions.
+template <int at_once, class At, class Count>
+struct Parts {
+  At at;
+  Count count;
+
+  // Calls f(part) for every part lane, lane + lanes, ... below n.
+  template <class F>
+  __device__ void visit(int n, int lane, int lanes, F f) const {
+#pragma unroll 1
+    for (int first = lane; first < n; first += at_once * lanes) {
+      double2 values[at_once];
+#pragma unroll
+      for (int k = 0; k < at_once; ++k) {
+        if (first + k * lanes < n) values[k] = at(first + k * lanes);
+      }
+#pragma unroll
+      for (int k = 0; k < at_once; ++k) {
+        const int i = first + k * lanes;
+        if (i < n) f(Partial{static_cast<double>(count(i)), values[k].x, values[k].y});
+      }
+    }
+  }
+};
+
+template <int at_once, class At, class Count>
+__device__ Parts<at_once, At, Count> parts_of(At at, Count count) {
+  return {at, count};
 }
 
 // Calls f(i, lane) for i < n, each with `lanes` adjacent threads; with i >= n too, in threads whose warp still has
@@ -128,13 +206,15 @@ struct Entries {
 
   PRECISEBN_HOST_DEVICE static int place(int i) { return i + i / 8; }
   PRECISEBN_HOST_DEVICE static int places(int n) { return place(n) + 1; }
+  __device__ double2 get(int i) const { return {first[place(i)], second[place(i)]}; }
   __device__ void set(int i, double2 value) const { first[place(i)] = value.x, second[place(i)] = value.y; }
 };
 
 // ---- The kernel ----------------------------------------------------------------------------------------------------
 
-struct Piece {
-  int group, rows;
+// Of a group: how many values of each channel are in it.
+struct alignas(8) Piece {
+  int group, values;
 };
 
 // The samples of a slab, ordered by group: those of no group last.
@@ -167,8 +247,22 @@ template <class Op>
 __device__ inline double2 reduce_again(const Op& op, const Geometry& at, const Slabs& slabs, int64_t slab,
                                        int64_t column_block, int group, const int* order, int samples, int first,
                                        int last) {
-  const Column<typename Op::Type> values(op, at, slabs[slab], column_block, order, samples);
+  const Column<typename Op::Type, Op::kSize> values(op, at, slabs[slab], column_block, order, samples);
   return op.again(values, first, last, at.channel(column_block, threadIdx.x % at.block.columns, first), group);
+}
+
+// Adds the thread's share of the edges to its result, in the Op's careful way too: they are few.
+template <class Op>
+__device__ inline void add_edges(const Op& op, const ReductionPlan& plan, int64_t slab, int64_t column_block, int group,
+                                 const int* order, int samples, double2& result) {
+  const Slab rows = plan.slabs[slab];
+  const Edges<typename Op::Type> edges(op, plan, rows, column_block, order, samples);
+  if (edges.rows == 0) return;
+  const int own_rows = rows_of_thread(samples * rows.rows, static_cast<int>(threadIdx.x), kThreads);
+  Partial all{static_cast<double>(own_rows) * Op::kSize, result.x, result.y};
+  const double2 of_edges = op.again(edges, 0, 1, column_block, group);
+  Op::merge(all, {static_cast<double>(edges.rows), of_edges.x, of_edges.y});
+  result = {all.first, all.second};
 }
 
 // Reduces the values of one group in the block's slab: the result of channel c of the block goes to to[c].
@@ -182,7 +276,7 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
   const int total = samples * slab.rows;
 
   if (thread_row < at.block.thread_rows && column < at.columns_of_block(column_block)) {
-    const Column<typename Op::Type> values(op, at, slab, column_block, order, samples);
+    const Column<typename Op::Type, kSize> values(op, at, slab, column_block, order, samples);
     typename Op::Lanes lanes(op, at, column_block, column, group);
     Walk walk = values.walk();
 #pragma unroll 1
@@ -228,41 +322,31 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
       entries.set(entry + k, result);
       failed = plan.joined ? 0 : failed & (failed - 1);
     }
+    if (plan.edge > 0) {
+      double2 result = entries.get(entry);
+      add_edges(op, plan, slab_index, column_block, group, order, samples, result);
+      entries.set(entry, result);
+    }
   }
   __syncthreads();
 
   const int width = plan.entry_width(), all_columns = plan.entry_columns();
   const int values_of_entry = plan.joined ? kSize : 1;
-  const int channels = at.channels_of_block(column_block);
+  const int channels = at.channels_of_block(column_block), edges = plan.edges_of(slab, samples);
   for_each_channel(channels, plan.lanes_per_channel, [&](int channel, int lane) {
     const int n = channel < channels ? width * at.block.thread_rows : 0;
-    const auto entry = [&](int i) -> Partial {
-      const int row = width == 1 ? i : i / width;
-      const int place = Entries::place(row * all_columns + channel * width + (i - row * width));
-      const int count = rows_of_thread(total, row, at.block.thread_rows) * values_of_entry;
-      return {static_cast<double>(count), entries.first[place], entries.second[place]};
+    const auto row_of = [&](int i) { return width == 1 ? i : i / width; };
+    const auto at_entry = [&](int i) -> double2 {
+      const int row = row_of(i);
+      return entries.get(row * all_columns + channel * width + (i - row * width));
     };
-    const double2 result = Op::combine(n, lane, plan.lanes_per_channel, entry);
+    const auto count = [&](int i) {
+      const int row = row_of(i);
+      return rows_of_thread(total, row, at.block.thread_rows) * values_of_entry +
+             rows_of_thread(edges, row, at.block.thread_rows);
+    };
+    const double2 result = Op::combine(n, lane, plan.lanes_per_channel, parts_of<1>(at_entry, count));
     if (lane == 0 && channel < channels) to[channel] = result;
-  });
-}
-
-// Merges `n` partial results of each channel of a block, the i-th of which lie at from[i * stride + channel].
-template <class Op, class Count, class Result>
-__device__ void merge_partials(int channels, int lanes, const double2* from, int64_t stride, int64_t n, Count count,
-                               Result result) {
-  for_each_channel(channels, lanes, [&](int channel, int lane) {
-    Partial merged{0, 0, 0};
-    if (channel < channels) {
-      const int64_t begin = n * lane / lanes, end = n * (lane + 1) / lanes;
-#pragma unroll 1
-      for (int64_t i = begin; i < end; ++i) {
-        const double2 part = __ldcg(from + i * stride + channel);  // another block's: not from this one's L1
-        Op::merge(merged, {count(i), part.x, part.y});
-      }
-    }
-    merged = merge_over_lanes<Op>(merged, lanes);
-    if (lane == 0 && channel < channels) result(channel, merged);
   });
 }
 
@@ -273,31 +357,40 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
   const Geometry& at = plan.geometry;
   const int64_t first_channel = column_block * at.block_channels;
   const int channels = at.channels_of_block(column_block);
-  const auto values_before = [&](int64_t i) { return static_cast<double>(plan.slabs.rows_before(i) * at.inner); };
-  const auto emit = [&](int channel, const Partial& merged) { op.emit(0, first_channel + channel, merged); };
-  const int64_t cluster = slab_index / plan.fan_in, begin = cluster * plan.fan_in;
-  const int64_t size = min(plan.fan_in, plan.slabs.count - begin);
+  const auto emit = [&](int channel, double2 merged) {
+    op.emit(0, first_channel + channel, {plan.all_values, merged.x, merged.y});
+  };
+  double2* const cluster_results = partials + plan.slabs.count * at.channels + first_channel;
   unsigned *const final_tickets = tickets + 1, *const cluster_tickets = final_tickets + at.column_blocks;
-  if (!is_last_of(size, cluster_tickets + column_block * plan.clusters + cluster)) return;
-  const auto count_of_slab = [&](int64_t i) { return static_cast<double>(plan.slabs.rows_of(begin + i) * at.inner); };
-  const double2* const slab_results = partials + begin * at.channels + first_channel;
-  if (plan.clusters == 1) {
-    merge_partials<Op>(channels, plan.lanes_per_channel, slab_results, at.channels, size, count_of_slab, emit);
-  } else {
-    double2* const cluster_results = partials + plan.slabs.count * at.channels + first_channel;
-    merge_partials<Op>(channels, plan.lanes_per_channel, slab_results, at.channels, size, count_of_slab,
-                       [&](int channel, const Partial& merged) {
-                         cluster_results[cluster * at.channels + channel] = {merged.first, merged.second};
-                       });
+  const int64_t cluster = slab_index / plan.fan_in;
+  // Merges n results from the begin-th on, of `step` slabs each: first slabs, then clusters.
+  int64_t begin = cluster * plan.fan_in, step = 1;
+  int n = static_cast<int>(min(plan.fan_in, plan.slabs.count - begin));
+  const double2* from = partials + begin * at.channels + first_channel;
+  if (!is_last_of(n, cluster_tickets + column_block * plan.clusters + cluster)) return;
+#pragma unroll 1
+  for (;;) {
+    const bool is_result = plan.clusters == 1 || step > 1;
+    for_each_channel(channels, plan.lanes_per_channel, [&](int channel, int lane) {
+      const auto result_of = [&](int i) { return __ldcg(from + i * at.channels + channel); };  // not from this one's L1
+      const auto count = [&](int i) {
+        return plan.values_before(begin + (i + 1) * step) - plan.values_before(begin + i * step);
+      };
+      const double2 merged =
+          Op::combine(channel < channels ? n : 0, lane, plan.lanes_per_channel, parts_of<8>(result_of, count));
+      if (lane != 0 || channel >= channels) return;
+      if (is_result) {
+        op.emit(0, first_channel + channel, {plan.all_values, merged.x, merged.y});
+      } else {
+        cluster_results[cluster * at.channels + channel] = merged;
+      }
+    });
+    if (is_result) break;
     if (!is_last_of(plan.clusters, final_tickets + column_block)) return;
-    const auto count_of_cluster = [&](int64_t i) {
-      return values_before((i + 1) * plan.fan_in) - values_before(i * plan.fan_in);
-    };
-    merge_partials<Op>(channels, plan.lanes_per_channel, cluster_results, at.channels, plan.clusters, count_of_cluster,
-                       emit);
+    begin = 0, step = plan.fan_in, n = static_cast<int>(plan.clusters), from = cluster_results;
   }
   const bool now = op.count_comes_last() ? is_last_of(at.column_blocks, tickets) : column_block == 0;
-  if (now && threadIdx.x == 0) op.emit_count(0, values_before(plan.slabs.count));
+  if (now && threadIdx.x == 0) op.emit_count(0, plan.all_values);
 }
 
 template <class Op>
@@ -324,7 +417,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       group = order.group[first];
       if (group == Groups::kNone) break;
       for (last = first + 1; last < slab.samples && order.group[last] == group;) ++last;
-      if (describes) pieces[to] = {group, (last - first) * slab.rows};
+      if (describes) {
+        const int samples = last - first;
+        pieces[to] = {group, samples * slab.rows * at.inner + plan.edges_of(slab, samples)};
+      }
     }
     reduce_slab(op, plan, slab_index, column_block, group, grouped ? order.sample + first : nullptr, last - first,
                 entries, partials + to * at.channels + first_channel);
@@ -339,28 +435,51 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   merge_slabs(op, plan, slab_index, column_block, partials, tickets);
 }
 
-// The pieces that blocks have left, merged: a block has 32 channels of one group, and 8 threads for each.
+// The pieces that blocks have left, merged: several warps for each channel of a group, a block for adjacent channels.
+// A thread has every so-many-th piece of all, and skips those of other groups; then those of threads are merged in a
+// tree, and those of warps.
 template <class Op>
-__global__ void __launch_bounds__(256) merge_pieces(const __grid_constant__ Op op, int64_t channels, int64_t inner,
-                                                    int64_t num_pieces, const double2* partials, const Piece* pieces) {
-  constexpr int kParts = 8;
-  __shared__ Partial parts[kParts][32];
-  const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
-  const int64_t blocks = (channels + 31) / 32, channel = blockIdx.x % blocks * 32 + lane;
+__global__ void __launch_bounds__(kThreads)
+    merge_pieces(const __grid_constant__ Op op, int64_t channels, int warps_per_channel, int num_pieces,
+                 const double2* partials, const Piece* pieces) {
+  constexpr int kWarp = 32, kWarps = kThreads / kWarp, kAtOnce = 4;
+  __shared__ Partial parts[kWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, channels_here = kWarps / warps_per_channel;
+  const int64_t blocks = (channels + channels_here - 1) / channels_here;
+  const int64_t first_channel = blockIdx.x % blocks * channels_here, channel = first_channel + warp / warps_per_channel;
   const int group = static_cast<int>(blockIdx.x / blocks);
+
   Partial merged{0, 0, 0};
-  for (int64_t i = num_pieces * part / kParts, end = num_pieces * (part + 1) / kParts; i < end; ++i) {
-    const Piece piece = pieces[i];
-    if (piece.group != group || channel >= channels) continue;
-    const double2 values = partials[i * channels + channel];
-    Op::merge(merged, {static_cast<double>(piece.rows * inner), values.x, values.y});
+  const int threads = warps_per_channel * kWarp, end = channel < channels ? num_pieces : 0;
+#pragma unroll 1
+  for (int first = warp % warps_per_channel * kWarp + lane; first < end; first += kAtOnce * threads) {
+    int values[kAtOnce];
+    double2 results[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int i = min(first + k * threads, end - 1);
+      const int2 piece = __ldg(reinterpret_cast<const int2*>(pieces) + i);
+      values[k] = first + k * threads < end && piece.x == group ? piece.y : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (values[k] > 0) results[k] = __ldg(partials + (first + k * threads) * channels + channel);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (values[k] > 0) Op::merge(merged, {static_cast<double>(values[k]), results[k].x, results[k].y});
+    }
   }
-  parts[part][lane] = merged;
+  merged = merge_over_lanes<Op>(merged, kWarp);
+  if (lane == 0) parts[warp] = merged;
   __syncthreads();
-  if (part != 0 || channel >= channels) return;
-  for (int i = 1; i < kParts; ++i) Op::merge(merged, parts[i][lane]);
-  op.emit(group, channel, merged);
-  if (channel == 0) op.emit_count(group, merged.count);
+  if (warp > 0) return;
+  merged = merge_over_lanes<Op>(parts[lane % kWarps], warps_per_channel);
+  if (lane >= kWarps || lane % warps_per_channel != 0) return;
+  const int64_t own = first_channel + lane / warps_per_channel;
+  if (own >= channels) return;
+  op.emit(group, own, merged);
+  if (own == 0) op.emit_count(group, merged.count);
 }
 
 // ---- The launch ----------------------------------------------------------------------------------------------------
@@ -381,10 +500,14 @@ void launch_reduction(const OnDeviceOf& where, const Tensor& x, const View& view
       op, plan, groups, workspace.partials, pieces, workspace.tickets);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (plan.slots == 0) return;
-  const int64_t blocks = (view.channels + 31) / 32 * groups.count;
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "precisebn: there are too many groups");
-  merge_pieces<<<static_cast<unsigned>(blocks), 256, 0, where.stream>>>(op, view.channels, plan.geometry.inner,
-                                                                        num_pieces, workspace.partials, pieces);
+  const auto blocks_with = [&](int warps) { return (view.channels * warps + 7) / 8 * groups.count; };
+  int warps =
+      1;  // for each channel: more while threads have more pieces than they read at once, and multiprocessors no work
+  while (warps < 8 && warps * 128 < num_pieces && blocks_with(warps) < where.multiprocessors) warps *= 2;
+  STD_TORCH_CHECK(blocks_with(warps) < (int64_t{1} << 31) && num_pieces < (int64_t{1} << 30),
+                  "precisebn: there are too many groups");
+  merge_pieces<<<static_cast<unsigned>(blocks_with(warps)), kThreads, 0, where.stream>>>(
+      op, view.channels, warps, static_cast<int>(num_pieces), workspace.partials, pieces);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -2,7 +2,6 @@
 
 #include <map>
 #include <mutex>
-#include <utility>
 
 namespace precisebn::cuda {
 namespace {
@@ -10,9 +9,25 @@ namespace {
 constexpr int64_t kPartials = 4 << 20 >> 4;  // 4 MiB hold every layer of a ResNet-50
 constexpr int64_t kTickets = 16 << 10;
 constexpr size_t kBytes = kPartials * sizeof(double2) + kTickets * sizeof(unsigned);
+constexpr size_t kMostBuffers = 16;  // of a device: 65 MiB
+
+// While any thread captures a stream in the default mode, CUDA forbids others what is not captured and may be unsafe,
+// as allocations are, and a forbidden call would fail and spoil the capture. These are not unsafe: nothing that is
+// captured depends on the memory. See cudaThreadExchangeStreamCaptureMode.
+class BesideCaptures {
+ public:
+  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 // A new buffer, its tickets 0, or null where there is no memory. What is allocated before a step that fails goes back.
 void* new_buffer(cudaStream_t stream) {
+  const BesideCaptures allowed;
   // Not from torch's allocator: what is taken from it during the warm-up of a CUDA graph must not outlive that.
   void* buffer = nullptr;
   if (cudaMallocAsync(&buffer, kBytes, stream) != cudaSuccess) {
@@ -30,17 +45,18 @@ void* new_buffer(cudaStream_t stream) {
 // Null where there can be none now; the caller then does without, and the next one tries again.
 void* buffer_of(int32_t device, cudaStream_t stream) {
   static std::mutex mutex;
-  static auto& buffers = *new std::map<std::pair<int32_t, unsigned long long>, void*>;  // CUDA goes first at exit
+  static auto& of_devices = *new std::map<int32_t, std::map<unsigned long long, void*>>;  // CUDA goes first at exit
   unsigned long long id;
   if (cudaStreamGetId(stream, &id) != cudaSuccess) {
     cudaGetLastError();
     return nullptr;
   }
   const std::lock_guard lock(mutex);
-  const std::pair key(device, id);
-  if (const auto known = buffers.find(key); known != buffers.end()) return known->second;
+  auto& buffers = of_devices[device];
+  if (const auto known = buffers.find(id); known != buffers.end()) return known->second;
+  if (buffers.size() >= kMostBuffers) return nullptr;
   void* const buffer = new_buffer(stream);
-  if (buffer != nullptr) buffers.emplace(key, buffer);
+  if (buffer != nullptr) buffers.emplace(id, buffer);
   return buffer;
 }
 

@@ -12,6 +12,10 @@
 // graph lives, and zeroes its tickets by a memset node in front of it. A graph runs only once at a time. The same is
 // done for the rare reduction that needs more than a stream's buffer holds; and for those that need no tickets because
 // they are two launches, between which another thread may launch something else on the same stream.
+//
+// Buffers are kept for as long as the process lives: nothing says when a stream ends, and to free one, or to hand it to
+// another stream, would mean to wait for kernels of a stream that may be gone. So there are few: the first 16 streams
+// of a device that reduce anything have one, streams after them do as captured kernels do, and pay for the memset.
 #pragma once
 
 #include <cstdint>

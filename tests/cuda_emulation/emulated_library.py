@@ -8,13 +8,13 @@ import re
 import runpy
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -65,6 +65,20 @@ class Statistics(NamedTuple):
     accesses: int
     allocated: int
     freed: int
+    invalidated: int
+
+
+class Launch(NamedTuple):
+    """What a launch has done: loads of 16 bytes and of fewer; the most by one thread, and those of partial results."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    fences: int
+    wide_loads: int
+    narrow_loads: int
+    longest: int
+    longest_merge: int
 
 
 def why_not() -> str:
@@ -97,12 +111,18 @@ class Emulated:
         self.set()
 
     def set(
-        self, seed: int = 0, multiprocessors: int = 132, resident: int = 4, capturing: bool = False, stream: int = 0
+        self,
+        seed: int = 0,
+        multiprocessors: int = 132,
+        resident: int = 4,
+        capturing: bool | Literal["elsewhere"] = False,
+        stream: int = 0,
+        device: int = 0,
     ) -> None:
-        """Set the device up for the launches that follow."""
-        self._handle.emulation_set(
-            ctypes.c_uint64(seed), multiprocessors, resident, int(capturing), ctypes.c_uint64(stream)
-        )
+        """Set up device number ``device`` for the launches that follow; ``capturing``: their stream, or another."""
+        what = 2 if capturing == "elsewhere" else int(capturing)
+        numbers = (multiprocessors, resident, what, ctypes.c_uint64(stream), device)
+        self._handle.emulation_set(ctypes.c_uint64(seed), *numbers)
 
     def fail(self, allocations: int = 0, memsets: int = 0) -> None:
         """Let the next so many allocations or memsets of the device fail."""
@@ -133,6 +153,16 @@ class Emulated:
         counts = (ctypes.c_int64 * len(Statistics._fields))()
         self._handle.emulation_statistics(counts)
         return Statistics(*counts)
+
+    def launches(self, call: Callable[[], object]) -> list[Launch]:
+        """What ``call`` launches, in order."""
+        self._handle.emulation_launches()
+        call()
+        work = (ctypes.c_int64 * (len(Launch._fields) - 1))()
+        launch = self._handle.emulation_launch
+        launch.restype = ctypes.c_char_p
+        number = self._handle.emulation_launches()
+        return [Launch(launch(ctypes.c_int64(i), work).decode(), *work) for i in range(number)]
 
     @contextmanager
     def during(self, **settings: Any) -> Iterator[None]:
@@ -251,6 +281,13 @@ def transformed(path: str, text: str) -> str:
         text,
         flags=re.DOTALL,
     )
-    if left := re.search(r"__shared__|<<<", text):
+    # The one instruction of PTX that kernels use, an atomic that says what it orders.
+    text = re.sub(
+        r'asm volatile\("atom\.(\w+)\.gpu\.global\.inc\.u32 %0, \[%1\], %2;"\s*: "=r"\((\w+)\)\s*'
+        r': "l"\(__cvta_generic_to_global\((\w+)\)\), "r"\((\w+)\)\s*: "memory"\);',
+        r"\2 = atomicInc(\3, \4, emulation::Order::\1);",
+        text,
+    )
+    if left := re.search(r"__shared__|<<<|asm volatile", text):
         raise ValueError(f"{path}: {left[0]} in a form that the emulation does not know")
     return text

@@ -42,18 +42,28 @@ void Races::barrier(BlockTime& block, const std::vector<ThreadTime*>& threads) {
 }
 
 void Races::fence(const BlockTime& block, ThreadTime& thread) {
+  acquire(thread);
+  release(block, thread);
+}
+
+void Races::acquire(ThreadTime& thread) {
   thread.known.join(thread.read);
   thread.read.clear();
+}
+
+void Races::release(const BlockTime& block, ThreadTime& thread) {
   ++thread.step;
   thread.released = block.known;
   thread.released.join(thread.known);
   thread.released.know({block.block, block.phase, thread.thread, thread.step});
 }
 
-void Races::atomic(const void* p, ThreadTime& thread) {
+void Races::atomic(const void* p, const BlockTime& block, ThreadTime& thread, bool acquires, bool releases) {
+  if (releases) release(block, thread);
   Clock& left = atomics_[p];
   thread.read.join(left);
   left.join(thread.released);
+  if (acquires) acquire(thread);
 }
 
 // ---- Memory ---------------------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ class Races {
 
   void barrier(BlockTime& block, const std::vector<ThreadTime*>& threads);
   void fence(const BlockTime& block, ThreadTime& thread);
-  void atomic(const void* p, ThreadTime& thread);
+  // An atomic may itself be the fence: acquire is one behind it, release one before it.
+  void atomic(const void* p, const BlockTime& block, ThreadTime& thread, bool acquires, bool releases);
 
   // Returns what is wrong, or nothing.
   std::string access(const BlockTime& block, const ThreadTime& thread, uintptr_t address, size_t bytes, bool write);
@@ -104,6 +105,9 @@ class Races {
     Page* page = nullptr;
   } recent_[256];
   std::vector<std::vector<Stamp>> reads_{1};  // 0: none
+  static void acquire(ThreadTime& thread);
+  static void release(const BlockTime& block, ThreadTime& thread);
+
   std::map<const void*, Clock> atomics_;
   uint32_t next_block_ = 1, first_block_ = 1, oldest_block_ = 1;  // of the launch; of launches that still count
   uint64_t stream_ = 0;

@@ -61,14 +61,23 @@ constexpr size_t kStack = 128 << 10, kMostShared = 48 << 10;
 struct Settings {
   uint64_t seed = 0;
   int multiprocessors = 132, resident = kMostResident;
-  bool capturing = false;
+  bool capturing = false, captured_elsewhere = false;
   uint64_t stream = 0;
+  int device = 0;
   int failing_allocations = 0, failing_memsets = 0;
 } settings;
 
 struct Statistics {
-  int64_t launches, blocks, switches, barriers, shuffles, fences, atomics, accesses, allocated, freed;
+  int64_t launches, blocks, switches, barriers, shuffles, fences, atomics, accesses, allocated, freed, invalidated;
 } statistics;
+
+// What a launch has done. Loads: those that kernels ask for by __ldg, of what was there before, and by __ldcg, of what
+// other blocks have left; `longest`: most of them by one thread.
+struct Work {
+  const char* kernel;
+  int64_t blocks, threads, fences, wide_loads, narrow_loads, longest, longest_merge;
+};
+std::vector<Work> done, finished;
 
 class Random {
  public:
@@ -99,6 +108,7 @@ struct Fiber {
   uint64_t value;  // that a shuffle gives and takes
   Lane from;
   int argument;
+  int64_t loads, merge_loads;
 };
 
 struct Block {
@@ -141,7 +151,11 @@ Races races;
 class Launch {
  public:
   Launch(const Configuration& configuration, const char* kernel, const std::function<void()>& body)
-      : configuration_(configuration), kernel_(kernel), body_(body), random_(settings.seed + statistics.launches) {}
+      : work{kernel, configuration.grid, configuration.block},
+        configuration_(configuration),
+        kernel_(kernel),
+        body_(body),
+        random_(settings.seed + statistics.launches) {}
 
   void run();
   [[noreturn]] void fail(const std::string& why, void* where = nullptr);
@@ -149,6 +163,7 @@ class Launch {
 
   Fiber* fiber = nullptr;  // that runs
   std::string failure;
+  Work work;
   const std::function<void()>& body() const { return body_; }
   unsigned threads() const { return static_cast<unsigned>(configuration_.block); }
   unsigned blocks() const { return static_cast<unsigned>(configuration_.grid); }
@@ -247,6 +262,7 @@ void Launch::start(unsigned index) {
   for (unsigned t = 0; t < threads(); ++t) {
     Fiber& fiber = block->fibers[t];
     fiber.state = Fiber::kReady;
+    fiber.loads = fiber.merge_loads = 0;
     fiber.block = block.get();
     fiber.time.thread = static_cast<uint16_t>(t);
     fiber.stack = stacks() + (slot * kMostThreads + t) * kStack;
@@ -265,6 +281,10 @@ void Launch::start(unsigned index) {
 
 void Launch::finish(size_t slot) {
   Block& block = *resident_[slot];
+  for (const Fiber& one : block.fibers) {
+    work.longest = std::max(work.longest, one.loads);
+    work.longest_merge = std::max(work.longest_merge, one.merge_loads);
+  }
   size_t bytes = block.shared_bytes;
   races.release(reinterpret_cast<uintptr_t>(block.shared.get()), block.shared_bytes);
   for (const auto& variable : block.variables) {
@@ -383,6 +403,7 @@ void Launch::run() {
   }
   while (!failure.empty() && !resident_.empty()) finish(0);
   ++statistics.launches;
+  done.push_back(work);
   if (!failure.empty()) throw std::runtime_error("emulation: " + failure);
 }
 
@@ -410,15 +431,21 @@ void barrier() { current->wait(Fiber::kAtBarrier); }
 
 void fence() {
   ++statistics.fences;
+  ++current->work.fences;
   current->wait(Fiber::kReady);
   races.fence(current->fiber->block->time, current->fiber->time);
 }
 
-unsigned atomic(unsigned* p, Change change, unsigned argument) {
+unsigned atomic(unsigned* p, Change change, unsigned argument, Order order) {
   ++statistics.atomics;
   check_alignment(p, alignof(unsigned), "an atomic");
+  if (order != Order::relaxed) {  // a fence is made for it
+    ++statistics.fences;
+    ++current->work.fences;
+  }
   current->wait(Fiber::kReady);
-  races.atomic(p, current->fiber->time);
+  races.atomic(p, current->fiber->block->time, current->fiber->time, order == Order::acquire || order == Order::acq_rel,
+               order == Order::release || order == Order::acq_rel);
   const unsigned old = *p;
   *p = change(old, argument);
   return old;
@@ -461,6 +488,14 @@ __attribute__((noinline)) void check_constant(const void* p, size_t bytes, size_
   static_cast<void>(bytes);
 #endif
 }
+
+void count_load(size_t bytes, bool of_other_blocks) {
+  current->fiber->merge_loads += of_other_blocks;
+  ++(bytes == 16 ? current->work.wide_loads : current->work.narrow_loads);
+  ++current->fiber->loads;
+}
+
+int device_index() { return settings.device; }
 
 static int active_mutant = -1;
 bool mutant(int number) { return number == active_mutant; }
@@ -537,12 +572,28 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
   return cudaSuccess;
 }
 
+static cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return cudaSuccess;
+}
+
+// What is not itself captured and may be unsafe: while another stream is captured it fails, and the capture with it.
+static bool is_prohibited() {
+  if (!settings.captured_elsewhere || capture_mode == cudaStreamCaptureModeRelaxed) return false;
+  ++statistics.invalidated;
+  last_error = cudaErrorStreamCaptureUnsupported;
+  return true;
+}
+
 cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
   *id = 7 + settings.stream;
   return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** p, size_t bytes) {
+  if (is_prohibited()) return last_error;
   if (settings.failing_allocations > 0) {
     --settings.failing_allocations;
     return last_error = cudaErrorMemoryAllocation;
@@ -556,6 +607,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
 cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return cudaMalloc(p, bytes); }
 
 cudaError_t cudaFree(void* p) {
+  if (is_prohibited()) return last_error;
   if (p != nullptr && allocations.erase(p) == 0)
     throw std::runtime_error("emulation: cudaFree of what was not allocated");
   statistics.freed += p != nullptr;
@@ -597,13 +649,16 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 
 #define EXPORTED __attribute__((visibility("default")))
 
-// resident: blocks that run at once, at most. stream: that is current.
-EXPORTED void emulation_set(uint64_t seed, int multiprocessors, int resident, int capturing, uint64_t stream) {
+// resident: blocks that run at once, at most. capturing: 1, the current stream; 2, another. stream: that is current.
+EXPORTED void emulation_set(uint64_t seed, int multiprocessors, int resident, int capturing, uint64_t stream,
+                            int device) {
   settings.seed = seed;
   settings.multiprocessors = multiprocessors;
   settings.resident = std::min<int>(resident, emulation::kMostResident);
-  settings.capturing = capturing != 0;
+  settings.capturing = capturing == 1;
+  settings.captured_elsewhere = capturing == 2;
   settings.stream = stream;
+  settings.device = device;
 }
 
 EXPORTED void emulation_fail(int allocations, int memsets) {
@@ -620,6 +675,17 @@ EXPORTED void emulation_synchronize() { emulation::races.forget(); }
 EXPORTED void emulation_reset() {
   for (const auto& [p, bytes] : allocations) std::memset(p, 0, bytes);
   emulation::races.forget();
+}
+
+// The launches since this was called last: how many, and one of them.
+EXPORTED int64_t emulation_launches() {
+  emulation::finished = std::exchange(emulation::done, {});
+  return static_cast<int64_t>(emulation::finished.size());
+}
+EXPORTED const char* emulation_launch(int64_t i, int64_t* to) {
+  const emulation::Work& work = emulation::finished[static_cast<size_t>(i)];
+  std::memcpy(to, &work.blocks, sizeof work - offsetof(emulation::Work, blocks));
+  return work.kernel;
 }
 
 EXPORTED void emulation_statistics(int64_t* to) { std::memcpy(to, &statistics, sizeof statistics); }

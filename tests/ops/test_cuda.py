@@ -7,6 +7,7 @@ that the kernels are what is tested; the tests named ``sanitizer`` are few and s
 
 import copy
 import itertools
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,7 @@ SHAPES = [
     (40, 96, 14, 14),
     (3, 20, 28, 28),
     (2, 3, 55, 55),
+    (3, 4, 35, 35),
     (1, 64, 56, 56),
     (2, 17, 56, 56),
     (9, 12, 112, 112),
@@ -165,6 +167,23 @@ def test_normalize_and_backward_apply(shape, layout, dtype):
         )
 
 
+def test_maps_of_few_samples():
+    """A thread then walks along a sample, from plane to plane, on a device that has few blocks of them or many."""
+    shapes = [(1, 30, 7, 7), (1, 9, 17, 17), (2, 3, 60, 60), (3, 4, 40, 50), (1, 2, 150, 150), (1, 1, 20000)]
+    for number, (dtype, shape) in enumerate(itertools.product(DTYPES, shapes)):
+        set_up(f"{number}")
+        x = tensor(shape, dtype)
+        center, scale, shift = (tensor((3, shape[1]), torch.float64, mean=0, seed=s) for s in range(3))
+        for group, k in ((None, 1), (groups_of(x, 3), 3)):
+            on_device = None if group is None else group.to(DEVICE)
+            coefficients = [t[:k].to(compute_dtype(x)) for t in (center, scale, shift)]
+            y = raw.normalize(on_gpu(x), *(t.to(DEVICE) for t in coefficients), on_device)
+            c, a, b = (per_sample(t.double(), x.double(), group) for t in coefficients)
+            terms = a * (x.double() - c), b
+            eps = max(torch.finfo(dtype).eps, torch.finfo(compute_dtype(x)).eps)
+            assert ((y.cpu().double() - sum(terms)).abs() <= 2 * eps * sum(t.abs() for t in terms)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -180,6 +199,34 @@ def test_backward_reduce(shape, layout, dtype):
         sizes = fallback.backward_reduce(dy64.abs(), centered.abs(), torch.zeros_like(mean), group, k)
         for one, other, size in zip(actual, expected, sizes, strict=True):
             assert ((one.cpu() - other).abs() <= 5 * rtol_of(dtype) * size).all()
+
+
+ODD_PLANES = [(5, 3, 17, 17), (70, 2, 17, 17), (3, 4, 35, 35), (1, 3, 59, 59), (2, 2, 147, 147), (2, 1, 19, 23)]
+ODD_PLANES += [(3, 5, 1, 257), (4, 2, 13, 20), (3, 2, 18, 35)]
+
+
+def test_long_planes_that_begin_anywhere():
+    """Whose vectors begin at another value in each plane; some values are in none of them."""
+    for dtype, shape in itertools.product(DTYPES, ODD_PLANES):
+        x, dy = on_gpu(tensor(shape, dtype)), on_gpu(tensor(shape, dtype, mean=0.5, seed=1))
+        for group, k in ((None, 1), (groups_of(x), 3)):
+            on_device = None if group is None else group.to(DEVICE)
+            check_moments(raw.moments(x, on_device, k), x, group, k)
+            x64, dy64 = x.cpu().double(), dy.cpu().double()
+            _, mean, _ = fallback.moments(x64, group, k)
+            expected = fallback.backward_reduce(dy64, x64, mean, group, k)
+            sizes = fallback.backward_reduce(dy64.abs(), (x64 - per_sample(mean, x64, group)).abs(), 0 * mean, group, k)
+            actual = raw.backward_reduce(dy, x, mean.to(DEVICE), on_device, k)
+            for one, other, size in zip(actual, expected, sizes, strict=True):
+                assert ((one.cpu() - other).abs() <= 5 * rtol_of(dtype) * size).all()
+
+
+def test_the_edges_of_planes_overflow_alone():
+    """What is in no vector is summed in float64; vectors that overflow are done again, and merge with it."""
+    x = torch.ones(3, 2, 17, 17)
+    for value, places in ((3e38, [0, 288, 289, 577]), (1e30, range(0, 578, 3)), (1e-30, range(0, 578, 5))):
+        x.view(3, -1)[:, list(places)] = value
+        check_moments(raw.moments(on_gpu(x)), x)
 
 
 @pytest.mark.parametrize("statistic_dtype", DTYPES)
@@ -575,6 +622,27 @@ def test_cuda_graph_replays_beside_other_work(layout):
         expected = fallback.normalize(x, *coefficients[:3], group)
         torch.testing.assert_close(results[8], expected, rtol=1e-5, atol=1e-4)
     assert total[0].item() == 3 * 32 * 28 * 28
+
+
+@needs_gpu
+def test_a_stream_gets_memory_while_another_is_captured():
+    x, total = on_gpu(tensor((64, 40, 7, 7))), accumulators(40)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def on_its_stream() -> None:  # asks torch for no memory
+        with torch.cuda.stream(stream):
+            raw.accumulate(x, *total)
+
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = x + 1
+        thread = threading.Thread(target=on_its_stream)
+        thread.start()
+        thread.join()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, x + 1)
+    assert total[0].item() == 64 * 49
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device only")

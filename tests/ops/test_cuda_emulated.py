@@ -4,6 +4,8 @@ And that it shows it: every defect in a list, put into a copy of the kernels, is
 that no kernel has. See tests/cuda_emulation/README.md.
 """
 
+import itertools
+import math
 import re
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import emulated_library
 import pytest
 import torch
 from cuda_machine import ONLY_FLOAT32, ONLY_FLOAT32_AND_BFLOAT16
-from emulated_library import Emulated, Mutation
+from emulated_library import Emulated, Launch, Mutation
 from torch import Tensor
 
 from precisebn.ops.grouping import per_sample
@@ -24,6 +26,7 @@ if emulated_library.why_not():
     pytest.skip(emulated_library.why_not(), allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
+NEW_DEVICES = itertools.count(1)  # that keep nothing yet for any stream
 moments_of = OPERATORS["moments"].fallback
 
 # Slabs of one cluster and of several, one block of columns and several, planes, rows and columns.
@@ -55,6 +58,14 @@ def reduce(device: Emulated) -> None:
             assert_moments(device.kernels.moments(x), x)
 
 
+def reduce_odd_planes(device: Emulated) -> None:
+    for shape in [(7, 3, 17, 17), (2, 2, 99, 99)]:
+        x = torch.randn(shape) + 3 * torch.arange(shape[1])[:, None, None]
+        group = torch.arange(len(x)) % 2
+        assert_moments(device.kernels.moments(x), x)
+        assert_moments(device.kernels.moments(x, group, 2), x, group, 2)
+
+
 def reduce_groups(device: Emulated) -> None:
     for shape in [(64, 40, 7, 7), (129, 6), (20, 3, 60, 60)]:
         x = torch.randn(shape) + 3
@@ -80,11 +91,28 @@ def track(device: Emulated) -> None:
     assert batches.tolist() == [2, 4]
 
 
+def backward_coefficients(device: Emulated) -> None:
+    """Over groups that share weight and bias: fewer than a channel has threads, and more."""
+    for groups in (1, 5, 70):
+        sums = [torch.rand(groups, 40).double() for _ in range(4)]
+        arguments = (torch.full((groups,), 9.0).double(), *sums, torch.rand(40).double(), 1e-3, True)
+        expected = OPERATORS["backward_coefficients"].fallback(*arguments)
+        for one, other in zip(device.kernels.backward_coefficients(*arguments), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def normalize(device: Emulated) -> None:
     for x in (torch.randn(9, 16, 7, 7), torch.randn(5, 33), misaligned(torch.randn(6, 8, 4, 4))):
         scale, group = torch.rand(2, x.shape[1]), torch.arange(len(x)) % 2
         y = device.kernels.normalize(x, None, scale, None, group)
         torch.testing.assert_close(y, x * per_sample(scale, x, group))
+
+
+def normalize_few_samples(device: Emulated) -> None:
+    for x in (torch.randn(1, 16, 60, 60), torch.randn(2, 9, 60, 60)):  # several vectors for a thread
+        scale = torch.rand(1, x.shape[1])
+        device.set(seed=int(torch.randint(1000, ())), multiprocessors=1)
+        torch.testing.assert_close(device.kernels.normalize(x, None, scale, None), x * scale[0, :, None, None])
 
 
 def reduce_misaligned(device: Emulated) -> None:
@@ -111,6 +139,29 @@ def reduce_while_capturing(device: Emulated) -> None:
         reduce(device)
 
 
+def reduce_beside_a_capture(device: Emulated) -> None:
+    """What is launched while another stream is captured allocates memory, and leaves the capture alone."""
+    before = device.statistics()
+    device.set(capturing="elsewhere", device=next(NEW_DEVICES))
+    for _ in range(2):
+        reduce(device)
+    after = device.statistics()
+    assert after.allocated == before.allocated + 1
+    assert after.invalidated == before.invalidated
+
+
+def reduce_on_many_streams(device: Emulated) -> None:
+    """A program may make a new stream for every step: what is kept for streams has an end."""
+    x, number = torch.randn(16, 8, 7, 7), next(NEW_DEVICES)
+    before = device.statistics()
+    for stream in range(100):
+        device.set(seed=stream, multiprocessors=16, stream=stream, device=number)
+        assert_moments(device.kernels.moments(x), x)
+        device.synchronize()  # torch's memory goes from one stream to the next, which its allocator would put in order
+    device.set()
+    assert device.statistics().allocated - before.allocated == 16
+
+
 class torch_fills_memory:
     """torch's fresh memory is NaN, or -1."""
 
@@ -125,13 +176,18 @@ EXERCISES = {
     f.__name__: f
     for f in (
         reduce,
+        reduce_odd_planes,
         reduce_groups,
         accumulate,
         track,
+        backward_coefficients,
         normalize,
+        normalize_few_samples,
         reduce_misaligned,
         reduce_on_two_streams,
         reduce_while_capturing,
+        reduce_beside_a_capture,
+        reduce_on_many_streams,
     )
 }
 
@@ -142,15 +198,20 @@ REDUCE = "cuda/reduce.h"
 ENTRIES = "entries, partials + to * at.channels + first_channel);\n    "
 CAPTURE = ") STD_CUDA_CHECK(cudaMemsetAsync"
 WORKSPACE = "cuda/workspace.cu"
+RELAXED = "cudaStreamCaptureModeRelaxed"
+DRAW = """asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(drawn)
+               : "l"(__cvta_generic_to_global(ticket)), "r"(most)
+               : "memory");"""
 
 # By the exercise that finds them.
 DEFECTS = [
     ("reduce", Mutation("no barrier before the ticket", REDUCE, "  __shared__ bool last;\n  ", BARRIER, ";")),
     ("reduce", Mutation("no barrier behind the ticket", REDUCE, "  ", BARRIER, ";", "\n  return last;")),
-    ("reduce", Mutation("no fence before the ticket", REDUCE, "", "__threadfence();", ";", "\n      last = atomicInc")),
-    ("reduce", Mutation("no fence behind the ticket", REDUCE, "blocks - 1;\n      ", "__threadfence();", ";")),
-    ("reduce", Mutation("the ticket is not reset", REDUCE, "unsigned>(", "blocks - 1", "0xffffffff", ")) == ")),
-    ("reduce", Mutation("one block too few is waited for", REDUCE, ") == ", "blocks - 1", "blocks - 2", ";\n")),
+    ("reduce", Mutation("the ticket releases nothing", REDUCE, "drawn;\n  ", DRAW, DRAW.replace("acq_rel", "acquire"))),
+    ("reduce", Mutation("the ticket acquires nothing", REDUCE, "else { ", DRAW, DRAW.replace("acq_rel", "release"))),
+    ("reduce", Mutation("the ticket is not reset", REDUCE, "draw(ticket, ", "most", "0xffffffff", ") == ")),
+    ("reduce", Mutation("one block too few is waited for", REDUCE, ") == ", "most", "(most - 1)", ";\n")),
     (
         "accumulate",
         Mutation("the count comes too early", REDUCE, "now = ", "op.count_comes_last()", "false", " ? is_"),
@@ -159,13 +220,49 @@ DEFECTS = [
     ("reduce_groups", Mutation("entries are overwritten too early", REDUCE, ENTRIES, BARRIER, ";")),
     ("reduce_groups", Mutation("groups are ranked too early", REDUCE, "groups[first_sample + i];\n    ", BARRIER, ";")),
     ("reduce_groups", Mutation("the order is read too early", REDUCE, "group_of[i];\n    }\n    ", BARRIER, ";")),
-    ("reduce_groups", Mutation("pieces are merged too early", REDUCE, "parts[part][lane] = merged;\n  ", BARRIER, ";")),
+    ("reduce_groups", Mutation("pieces are merged too early", REDUCE, "parts[warp] = merged;\n  ", BARRIER, ";")),
     (
         "reduce_while_capturing",
         Mutation("tickets are left", WORKSPACE, "if (", "num_tickets > 0", "false", CAPTURE),
     ),
-    ("reduce_on_two_streams", Mutation("streams share tickets", WORKSPACE, "pair key(device, ", "id", "0ull", ");")),
+    (
+        "reduce_on_two_streams",
+        Mutation(
+            "streams share tickets", WORKSPACE, "", "cudaStreamGetId(stream, &id)", "(id = 0, cudaSuccess)", " != "
+        ),
+    ),
+    (
+        "reduce_beside_a_capture",
+        Mutation("captures are not allowed for", WORKSPACE, "mode_ = ", RELAXED, "cudaStreamCaptureModeGlobal"),
+    ),
+    (
+        "reduce_on_many_streams",
+        Mutation("every stream keeps memory", WORKSPACE, "buffers.size() >= ", "kMostBuffers", "1000u"),
+    ),
     ("track", Mutation("the number of batches is written too early", "cuda/track.cu", "", BARRIER, ";")),
+    (
+        "backward_coefficients",
+        Mutation("sums are added too early", "cuda/backward_coefficients.cu", "", BARRIER, ";", "  // the next round"),
+    ),
+    (
+        "reduce_odd_planes",
+        Mutation("vectors begin anywhere", REDUCE, "return ", "offset & -static_cast<int64_t>(size)", "offset", ";"),
+    ),
+    ("reduce_odd_planes", Mutation("edges are left out", REDUCE, "    if (", "plan.edge > 0", "false", ") {")),
+    (
+        "reduce_odd_planes",
+        Mutation("edges are not counted", "cuda/partition.h", "values_of_part + ", "(part > 0 ? edge : 0)", "0", ";"),
+    ),
+    (
+        "reduce_odd_planes",
+        Mutation("pieces lack edges", REDUCE, "at.inner + ", "plan.edges_of(slab, samples)", "0", "};"),
+    ),
+    (
+        "normalize_few_samples",
+        Mutation(
+            "the next plane is not noticed", "cuda/map.h", "changed = ", "changed || left < kSize", "changed", ";"
+        ),
+    ),
     ("reduce_misaligned", Mutation("alignment is not looked at", "cuda/tensors.h", "(p) % ", "16", "1", " == 0")),
 ]
 
@@ -174,7 +271,7 @@ DEFECTS = [
 def mutants() -> Emulated:
     """All defects in one library, of which one at a time is active."""
     patches = tuple(mutation.patch(number) for number, (_, mutation) in enumerate(DEFECTS))
-    sources = ("moments", "accumulate", "track", "normalize", "workspace", "defects")
+    sources = ("moments", "accumulate", "track", "normalize", "backward_coefficients", "workspace", "defects")
     return emulated_library.load(patches=(*ONLY_FLOAT32, *patches), sources=sources)
 
 
@@ -235,6 +332,75 @@ def test_every_access_is_seen_and_blocks_take_turns(mutants):
     assert min(done.blocks, done.barriers, done.shuffles) > 2 * done.launches
     assert min(done.fences, done.atomics) > done.launches
     assert done.switches > 100 * done.blocks
+
+
+# ---- Plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_plans_hold_every_value_once_and_count_it(tmp_path):
+    source, program = ROOT / "tests" / "cuda_emulation" / "plans" / "plans.cpp", tmp_path / "plans"
+    command = ["-std=c++20", "-O2", "-Wall", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    emulated_library.run([str(emulated_library.compiler()), *command])
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert int(done.stderr.split()[0]) > 5000
+
+
+# ---- What kernels cost, as far as it can be counted -----------------------------------------------------------------
+
+
+def cost(device: Emulated, kernel: str, call: Callable[[], object], multiprocessors: int = 132) -> Launch:
+    """What the launch of a kernel does. csrc/cuda/README.md says what that was once, and what to expect of a GPU."""
+    with device.during(multiprocessors=multiprocessors):
+        (found,) = (launch for launch in device.launches(call) if launch.kernel == kernel)
+    print(found)
+    return found
+
+
+def test_long_planes_are_read_by_vectors(mutants):
+    for length, planes in ((17, 64), (35, 16), (55, 8), (147, 4)):
+        x = torch.randn(planes // 2, 2, length, length)
+        launch = cost(mutants, "reduce", lambda x=x: mutants.kernels.moments(x))
+        edges = length**2 - (length**2 - 3) // 4 * 4  # of a plane, in no vector
+        assert launch.narrow_loads == 4 * edges * planes  # one a thread: as the first, for the mean, and twice for m2
+        of_partials = 1 + 2 * launch.blocks  # by each of 32 threads at most
+        assert 0 <= launch.wide_loads - (x.numel() - edges * planes) // 4 <= 32 * of_partials
+
+
+def test_pieces_of_groups_are_merged_by_many_threads(mutants):
+    x = torch.randn(8, 64, 56, 56).contiguous(memory_format=torch.channels_last)
+    launch = cost(mutants, "merge_pieces", lambda: mutants.kernels.moments(x, torch.arange(8) % 2, 2))
+    pieces = 8 * 25  # slabs of one sample each
+    warps = 2  # for a channel: more than 128 pieces
+    assert launch.blocks == 2 * 64 * warps // 8
+    assert launch.longest <= 2 * math.ceil(pieces / (32 * warps))  # who it is of, and where it is of the group, itself
+
+
+def test_partial_results_are_read_several_at_a_time(mutants):
+    x = torch.randn(16, 256, 14, 14).contiguous(memory_format=torch.channels_last)
+    launch = cost(mutants, "reduce", lambda: mutants.kernels.moments(x))
+    assert launch.blocks == 2 * 49
+    clusters = slabs_of_cluster = 7
+    lanes = 256 // 128  # of a channel
+    once = math.ceil(clusters / lanes) + math.ceil(slabs_of_cluster / lanes)  # at most 8 of each at once
+    assert launch.longest_merge <= 2 * once + 2  # for the mean, for m2, and the first of all as their origin
+
+
+def test_a_ticket_takes_one_fence(mutants):
+    x = torch.randn(64, 40, 7, 7)
+    before = mutants.statistics()
+    launch = cost(mutants, "reduce", lambda: mutants.kernels.moments(x))
+    assert launch.fences == mutants.statistics().atomics - before.atomics > launch.blocks - 1
+
+
+def test_maps_of_one_sample_take_few_blocks(mutants):
+    x = torch.randn(1, 16, 100, 100)
+    scale = torch.ones(1, 16)
+    launch = cost(mutants, "map", lambda: mutants.kernels.normalize(x, None, scale, None), multiprocessors=1)
+    vectors = x.numel() // 4
+    assert launch.blocks <= 16 < vectors / 256
+    assert launch.wide_loads == vectors
+    assert launch.narrow_loads < vectors  # of coefficients: again only where a thread comes to a new plane
 
 
 # ---- The kernels, as a host sees them -------------------------------------------------------------------------------

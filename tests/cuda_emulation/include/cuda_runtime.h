@@ -35,8 +35,10 @@ void fence();
 enum class Lane { kXor, kDown, kUp, kIndex };  // from which lane a shuffle takes its value
 uint64_t shuffle(unsigned mask, uint64_t value, Lane from, int argument);
 
+// What is ordered around an atomic by the atomic itself, as PTX names it.
+enum class Order { relaxed, acquire, release, acq_rel };
 using Change = unsigned (*)(unsigned old, unsigned argument);
-unsigned atomic(unsigned* p, Change change, unsigned argument);
+unsigned atomic(unsigned* p, Change change, unsigned argument, Order order = Order::relaxed);
 
 // The memory of the block that runs, NaN where nothing has been written.
 void* dynamic_shared();
@@ -46,6 +48,8 @@ void* static_shared(const void* site, size_t bytes);
 void check_alignment(const void* p, size_t alignment, const char* what);
 // A load through the cache for what no thread of the launch writes.
 void check_constant(const void* p, size_t bytes, size_t alignment);
+// A load of global memory, for the count of them.
+void count_load(size_t bytes, bool of_other_blocks);
 
 // Whether the defect of this number, put in by a test, is the one to show.
 bool mutant(int number);
@@ -110,6 +114,7 @@ inline constexpr emulation::OneDimension<emulation::GridSize> gridDim;
     }                                                                 \
   }
 #define EMULATED_LIST(...) __VA_ARGS__
+EMULATED_VECTOR(int2, int, 8, EMULATED_LIST(x, y), (x = other.x, y = other.y));
 EMULATED_VECTOR(uint2, unsigned, 8, EMULATED_LIST(x, y), (x = other.x, y = other.y));
 EMULATED_VECTOR(uint4, unsigned, 16, EMULATED_LIST(x, y, z, w), (x = other.x, y = other.y, z = other.z, w = other.w));
 EMULATED_VECTOR(float2, float, 8, EMULATED_LIST(x, y), (x = other.x, y = other.y));
@@ -126,8 +131,8 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline void __syncthreads() { emulation::barrier(); }
 inline void __threadfence() { emulation::fence(); }
 
-inline unsigned atomicInc(unsigned* p, unsigned limit) {
-  return emulation::atomic(p, [](unsigned old, unsigned most) { return old >= most ? 0 : old + 1; }, limit);
+inline unsigned atomicInc(unsigned* p, unsigned limit, emulation::Order order = emulation::Order::relaxed) {
+  return emulation::atomic(p, [](unsigned old, unsigned most) { return old >= most ? 0 : old + 1; }, limit, order);
 }
 inline unsigned atomicAdd(unsigned* p, unsigned value) {
   return emulation::atomic(p, [](unsigned old, unsigned more) { return old + more; }, value);
@@ -167,16 +172,19 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 
 template <class T>
 T __ldg(const T* p) {
+  emulation::count_load(sizeof(T), false);
   emulation::check_constant(p, sizeof(T), alignof(T));
   return *p;
 }
 template <class T>
 T __ldcg(const T* p) {
+  emulation::count_load(sizeof(T), true);
   emulation::check_alignment(p, alignof(T), "__ldcg");
   return *p;
 }
 template <class T>
 T __ldcs(const T* p) {
+  emulation::count_load(sizeof(T), false);
   emulation::check_alignment(p, alignof(T), "__ldcs");
   return *p;
 }
@@ -234,10 +242,16 @@ using std::sqrt;
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorStreamCaptureUnsupported = 900 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 cudaError_t cudaGetLastError();
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id);
 cudaError_t cudaMalloc(void** p, size_t bytes);
 cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t stream);

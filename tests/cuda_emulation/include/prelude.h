@@ -5,7 +5,12 @@
 #include "../torch.h"  // of csrc: this file lies beside the copies of csrc/cuda
 
 #define is_cuda is_cpu
+#define get_device_index() is_cpu() * emulation::device_index()
 #define DeviceGuard EmulatedDeviceGuard
+
+namespace emulation {
+int device_index();
+}
 
 namespace torch::stable::accelerator {
 struct EmulatedDeviceGuard {
