@@ -44,7 +44,7 @@ OMP_NUM_THREADS=2 stage tests 110 "${pytest[@]}" "${workers[@]}" -k "not sanitiz
 
 if command -v compute-sanitizer >/dev/null; then
     # Without torch's cache every tensor is an allocation of its own, whose ends are then watched.
-    for tool in memcheck racecheck; do
+    for tool in memcheck racecheck synccheck initcheck; do
         OMP_NUM_THREADS=2 LINES_SHOWN=8 PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 40 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 "${pytest[@]}" -k sanitizer -o timeout=0
     done

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_machine import DEVICE, EMULATED, needs_gpu, raw, set_up, why_not
+from opcheck_arguments import OPCHECK_ARGUMENTS, opcheck_arguments
 from torch import Tensor, nn
 
 from precisebn import functional, ops, update_bn_stats
@@ -711,31 +712,12 @@ def test_half_a_warp_of_blocks_over_the_end_of_the_grid():
 # ---- torch around it ------------------------------------------------------------------------------------------------
 
 
-OPERATORS = ["moments", "normalize", "backward_reduce", "backward_apply", "accumulate"]
-OPERATORS += ["fold", "track", "backward_fold", "normalize_batch", "backward_batch"]
-
-
 @needs_gpu
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", OPCHECK_ARGUMENTS)
 @pytest.mark.filterwarnings("ignore")
 def test_opcheck(name):
-    x = torch.randn(4, 3, 2, 3, dtype=torch.float64, device="cuda", requires_grad=True)
-    dy, group = torch.randn_like(x, requires_grad=False), torch.tensor([0, 1, 1, 0]).cuda()
-    a = torch.randn(2, 3, dtype=torch.float64, device="cuda")
-    on_device = torch.zeros(3).cuda(), torch.ones(3).cuda()
-    args = {
-        "moments": (x, group, 2),
-        "normalize": (x, a, a, group),
-        "backward_reduce": (dy, x, a, group, 2),
-        "backward_apply": (dy, x, a, a, a, group),
-        "accumulate": (x.detach(), *accumulators(3), torch.zeros(3).cuda(), torch.zeros(3).cuda()),
-        "fold": (a[:, 0] ** 2, a, a**2, a[0].float(), None, 1e-3, False),
-        "track": (a[0, 0] ** 2 + 2, a[0], a[0] ** 2, *on_device, torch.tensor(0).cuda(), 0.1),
-        "backward_fold": (a[:, 0] ** 2, a, a**2, a, a, a[0].bfloat16(), 1e-3, True),
-        "normalize_batch": (x.detach(), a, None, 1e-3, group, 2),
-        "backward_batch": (dy, x.detach(), None, a, a**2, a.float(), 1e-3, group),
-    }[name]
-    torch.library.opcheck(getattr(torch.ops.precisebn, name).default, args)
+    for args in opcheck_arguments(name, lambda x: x.cuda()):
+        torch.library.opcheck(getattr(torch.ops.precisebn, name).default, args)
 
 
 @needs_gpu

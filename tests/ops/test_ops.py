@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opcheck_arguments import OPCHECK_ARGUMENTS, opcheck_arguments
 from torch import Tensor
 
 from precisebn import Moments, ops
@@ -590,49 +591,10 @@ def test_exports():
     assert torch.equal(program.module()(x), batch_norm(x))
 
 
-OPCHECK_INPUTS = {
-    "moments": [lambda x, d, g, a: (x,), lambda x, d, g, a: (x, g, 2)],
-    "normalize": [lambda x, d, g, a: (x, None, a[:1], a[:1]), lambda x, d, g, a: (x, a, a, None, g)],
-    "backward_reduce": [lambda x, d, g, a: (d, x, a[:1]), lambda x, d, g, a: (d, x, a, g, 2)],
-    "backward_apply": [lambda x, d, g, a: (d, x, *[a[:1]] * 4), lambda x, d, g, a: (d, x, a, a, a, a, g)],
-    "accumulate": [
-        lambda x, d, g, a: (x.detach(), *accumulators(3)),
-        lambda x, d, g, a: (x.detach(), *accumulators(3), torch.zeros(3), torch.zeros(3)),
-    ],
-    "coefficients": [
-        lambda x, d, g, a: (a[0], a[0] ** 2, None, a, 1e-3, False),
-        lambda x, d, g, a: (a, a**2, a[0].float(), None, 1e-3, True),
-    ],
-    "track": [
-        lambda x, d, g, a: (a[0, 0] ** 2 + 2, a[0], a[0] ** 2, torch.zeros(3), torch.ones(3), torch.tensor(0), None),
-        lambda x, d, g, a: (a[:, 0] ** 2, a, a**2, torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2).long(), 0.1),
-    ],
-    "backward_coefficients": [
-        lambda x, d, g, a: (None, a[0], a[0] ** 2, a[0], a[0], None, 1e-3, False),
-        lambda x, d, g, a: (a[:, 0] ** 2, a, a**2, a, a, a[0].bfloat16(), 1e-3, True),
-    ],
-    "normalize_batch": [
-        lambda x, d, g, a: (x.detach(), None, a[0].float(), 1e-3),
-        lambda x, d, g, a: (x.detach(), a, None, 1e-3, g, 2),
-    ],
-    "backward_batch": [
-        lambda x, d, g, a: (d.detach(), x.detach(), a[0, 0] ** 2, a[0], a[0] ** 2, None, 1e-3),
-        lambda x, d, g, a: (d.detach(), x.detach(), a[:, 0] ** 2, a, a**2, a.float(), 1e-3, g),
-    ],
-    "backward_frozen": [
-        lambda x, d, g, a: (d.detach(), x.detach(), a[0], a[0] ** 2, None, 1e-3),
-        lambda x, d, g, a: (d.detach(), x.detach(), a, a**2, a.float(), 1e-3, g),
-    ],
-}
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("name", OPCHECK_INPUTS)
+@pytest.mark.parametrize("name", OPCHECK_ARGUMENTS)
 def test_opcheck(name, layout):
-    x = laid_out(double(4, 3, 2, 3, requires_grad=False), layout).requires_grad_()
-    group = torch.tensor([0, 1, 1, 0])
-    for make in OPCHECK_INPUTS[name]:
-        args = make(x, double(4, 3, 2, 3, seed=1), group, double(2, 3, requires_grad=False))
+    for args in opcheck_arguments(name, lambda x: laid_out(x, layout)):
         torch.library.opcheck(getattr(torch.ops.precisebn, name).default, args)
 
 
@@ -665,10 +627,10 @@ def test_every_operator_has_a_file_and_every_file_of_an_operator_is_registered()
 def operands(name: str) -> tuple[object, ...]:
     """Of a call with groups."""
     x = double(4, 3, 2, 3, requires_grad=False)
-    return OPCHECK_INPUTS[name][1](x, x.flip(0), torch.tensor([0, 1, 1, 0]), double(2, 3, requires_grad=False))
+    return OPCHECK_ARGUMENTS[name][1](x, x.flip(0), torch.tensor([0, 1, 1, 0]), double(2, 3, requires_grad=False))
 
 
-@pytest.mark.parametrize("name", OPCHECK_INPUTS)
+@pytest.mark.parametrize("name", OPCHECK_ARGUMENTS)
 def test_operators_of_meta_tensors_give_meta_tensors_of_the_right_shape(name):
     args = operands(name)
     on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
@@ -679,7 +641,7 @@ def test_operators_of_meta_tensors_give_meta_tensors_of_the_right_shape(name):
         assert (result.shape, result.dtype, result.stride()) == (like.shape, like.dtype, like.stride())
 
 
-@pytest.mark.parametrize("name", OPCHECK_INPUTS)
+@pytest.mark.parametrize("name", OPCHECK_ARGUMENTS)
 def test_one_meta_operand_among_others_is_an_error_and_not_memory_that_nobody_wrote(name):
     args = operands(name)
     wrappers = [getattr(ops, name)] if name in ops.__all__ else []
