@@ -22,12 +22,15 @@ from precisebn.errors import (
     PreciseBNError,
     RankFailedError,
     UndoError,
+    RanksDifferError,
 )
 from precisebn.freezing.freeze import freeze, frozen, unfreeze
 from precisebn.freezing.parameters import trainable_parameters
 from precisebn.functional import batch_norm, frozen_batch_norm
 from precisebn.models.selection import get_bn_modules
 from precisebn.recalibration.recalibrated import recalibrated
+from precisebn.ranks.check import check_ranks
+from precisebn.ranks.report import RankReport
 from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
 from precisebn.state.compare import diff_state
@@ -55,10 +58,13 @@ __all__ = [
     "StateSnapshot",
     "TensorDiff",
     "UndoError",
+    "RankReport",
+    "RanksDifferError",
     "UpdateReport",
     "accumulate_statistics",
     "adapt_bn_stats",
     "batch_norm",
+    "check_ranks",
     "convert_batch_stat",
     "convert_concat_shared",
     "convert_cycle",

@@ -440,7 +440,7 @@ def test_a_rank_that_is_killed_ends_the_others_within_the_timeout(scenario, vict
 def test_a_rank_that_calls_alone_is_told_what_it_waits_for(survivors):
     results = survivors.of(rank_0_calls_alone)
     alone, *late = [result["alone"] for result in results]
-    note = "waiting for the other ranks to call update_bn_stats; process_group=False updates this rank alone"
+    note = "waiting for the other ranks to call update_bn_stats; process_group=False is for this rank alone"
     (warning,) = results[0]["warnings"]
     assert warning.startswith(note)
     assert f"rank(s) 1, 2 of {WORLD}" in warning
