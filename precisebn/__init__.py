@@ -30,6 +30,8 @@ from precisebn.functional import batch_norm, frozen_batch_norm
 from precisebn.models.selection import get_bn_modules
 from precisebn.recalibration.recalibrated import recalibrated
 from precisebn.ranks.check import check_ranks
+from precisebn.ranks.merge import merge_rank_statistics
+from precisebn.ranks.merge_report import MergeReport
 from precisebn.ranks.report import RankReport
 from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
@@ -49,6 +51,7 @@ __all__ = [
     "InputError",
     "InsufficientDataError",
     "LayerReport",
+    "MergeReport",
     "Moments",
     "NonFiniteStatisticsError",
     "PopulationEstimator",
@@ -79,6 +82,7 @@ __all__ = [
     "frozen",
     "frozen_batch_norm",
     "get_bn_modules",
+    "merge_rank_statistics",
     "pause_tracking",
     "recalibrated",
     "replace_batchnorm",

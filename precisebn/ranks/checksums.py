@@ -54,8 +54,9 @@ def checksums(parts: Iterable[Sequence[Tensor] | None]) -> list[str | None]:
 
 def _fold(total: Tensor, flat: Tensor, keys: dict[torch.device, Tensor]) -> Tensor:
     """The checksum of what came before and of some more bytes, whose number counts too."""
-    if flat.device not in keys:
-        keys[flat.device] = _mix(torch.arange(1, CHUNK + 1, device=flat.device).mul_(_signed(_GOLDEN)))
+    number = min(-(-flat.numel() // 8), CHUNK)
+    if flat.device not in keys or keys[flat.device].numel() < number:
+        keys[flat.device] = _mix(torch.arange(1, number + 1, device=flat.device).mul_(_signed(_GOLDEN)))
     total = _mix(total ^ flat.numel())
     for chunk in flat.split(8 * CHUNK):
         padded = chunk.new_zeros(-(-chunk.numel() // 8) * 8)

@@ -69,14 +69,14 @@ class Facts:
         for prefix, module in modules:
             found["training", prefix] = Fact("training", prefix, "training" if module.training else "eval mode")
             for name, kind, tensor in _tensors(prefix, module):
-                shared_with = first_names.setdefault(id(tensor), name)
-                if shared_with != name:
-                    found[kind, name] = Fact(kind, name, f"the same tensor as {shared_with}")
-                    continue
-                found[kind, name] = self._describe(kind, name, tensor, id(tensor) in in_pieces)
                 if kind == "parameter":
-                    grad = "trained" if tensor.requires_grad else "frozen"
-                    found["requires_grad", name] = Fact("requires_grad", name, grad)
+                    trained = "trained" if tensor.requires_grad else "frozen"
+                    found["requires_grad", name] = Fact("requires_grad", name, trained)
+                first = first_names.setdefault(id(tensor), name)
+                if first == name:
+                    found[kind, name] = self._describe(kind, name, tensor, id(tensor) in in_pieces)
+                else:
+                    found[kind, name] = Fact(kind, name, f"the same tensor as {first}")
             self._note_scales(prefix, module)
         sums = dict(zip(self.tensors, checksums(map(_bytes_of, self.tensors.values())), strict=True))
         self.by_key = {key: _completed(fact, sums) for key, fact in found.items()}
