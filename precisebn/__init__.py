@@ -33,6 +33,7 @@ from precisebn.ranks.check import check_ranks
 from precisebn.ranks.merge import merge_rank_statistics
 from precisebn.ranks.merge_report import MergeReport
 from precisebn.ranks.report import RankReport
+from precisebn.ranks.shard import shard_batchnorm
 from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
 from precisebn.state.compare import diff_state
@@ -87,6 +88,7 @@ __all__ = [
     "recalibrated",
     "replace_batchnorm",
     "snapshot",
+    "shard_batchnorm",
     "trainable_parameters",
     "unfreeze",
     "update_bn_stats",

@@ -8,13 +8,22 @@ bits. docs/design.md, "Ranks", has the protocol as a whole.
 from precisebn.distributed.groups import ProcessGroup, sync_group
 from precisebn.distributed.ranks import Ranks, Tally
 from precisebn.distributed.shuffling import Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
-from precisebn.distributed.sharding import describe_shards, is_sharded, reshard, shard_unit, sharded_flat, whole_of
+from precisebn.distributed.sharding import (
+    communicates,
+    describe_shards,
+    is_sharded,
+    reshard,
+    shard_unit,
+    sharded_flat,
+    whole_of,
+)
 
 __all__ = [
     "ProcessGroup",
     "Ranks",
     "Shuffle",
     "Tally",
+    "communicates",
     "describe_shards",
     "has_others",
     "is_sharded",

@@ -10,7 +10,15 @@ from torch import Tensor
 from precisebn.distributed.groups import ProcessGroup
 from precisebn.errors import InputError
 
-__all__ = ["describe_shards", "is_sharded", "reshard", "shard_unit", "sharded_flat", "whole_of"]
+__all__ = [
+    "communicates",
+    "describe_shards",
+    "is_sharded",
+    "reshard",
+    "shard_unit",
+    "sharded_flat",
+    "whole_of",
+]
 
 
 def is_sharded(tensor: object) -> bool:
@@ -20,6 +28,15 @@ def is_sharded(tensor: object) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def communicates(modules: Iterable[torch.nn.Module]) -> bool:
+    """Whether the forward of any of some modules waits for other ranks, to gather sharded parameters."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules)
 
 
 def reshard(modules: Iterable[torch.nn.Module]) -> None:

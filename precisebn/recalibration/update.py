@@ -99,9 +99,9 @@ def update_bn_stats(
             torch.distributed is initialized; all of them must call. False: this process alone. Ranks may have different
             numbers of mini-batches, or none (with ``num_iters=None`` or ``tolerance``); all end with the same
             statistics, bit for bit, and with the same ``num_batches_tracked``: the largest of any rank before, and the
-            mini-batches of all. SyncBatchNorm layers normalize with the mini-batch of their rank. A model whose forward
-            communicates by itself (FSDP, a layer of your own with an all-reduce in it) needs the same number of
-            mini-batches on every rank.
+            mini-batches of all. SyncBatchNorm layers normalize with the mini-batch of their rank. A sharded model
+            (FSDP), whose forward waits for other ranks, needs the same number of mini-batches on every rank, and all
+            ranks raise where it is not; a layer of your own with an all-reduce in it needs that too, and would hang.
         early_exit: leave every forward but the first behind the last layer that is recalibrated: worth it where that
             comes early (``modules="backbone.*"``). It is for models whose mini-batches all go through the same layers,
             and whose code behind that layer does nothing that matters here. Where a mini-batch goes through other

@@ -1,6 +1,8 @@
 """merge_rank_statistics on several ranks: real processes over gloo, held against one process and the law."""
 
+import datetime
 import math
+import time
 from unittest import mock
 
 import processes
@@ -203,10 +205,23 @@ def uncounted_batches(rank: int, world: int) -> Result:
     return attempt(model, weights="batches") | {"equal": result(drifted(rank, model))["equal"]}
 
 
+def other_version(rank: int, world: int) -> Result:
+    with mock.patch("precisebn.distributed.ranks.__version__", "0.0.1" if rank == 1 else precisebn.__version__):
+        return attempt(drifted(rank, net()))
+
+
+def rank_1_comes_too_late(rank: int, world: int) -> Result:
+    group = dist.new_group(timeout=datetime.timedelta(seconds=1.5))
+    if rank == 1:
+        time.sleep(4)
+    late = attempt(drifted(rank, net()), process_group=group)
+    return late | {"together": result(drifted(rank, net()))["equal"]}
+
+
 SCENARIOS = [
     statistics_of_the_data, by_batches, no_batches_anywhere, rank_0s, equal_before, of_every_kind, some_layers,
     some_ranks, nan_on_rank_1, unwritable_on_rank_2, overflow, ctrl_c_on_rank_0_after_writing, other_layers,
-    other_arguments, uncounted_batches,
+    other_arguments, uncounted_batches, other_version, rank_1_comes_too_late,
 ]  # fmt: skip
 
 
@@ -368,6 +383,8 @@ def test_a_rank_that_fails_leaves_all_models_as_they_were(ranks, scenario):
         (overflow, "NonFiniteStatisticsError", "layer '1' overflow its torch.float16 buffers"),
         (other_layers, "InputError", "layer '1' is not there on rank 0, but 6 channels in float64"),
         (other_arguments, "InputError", "reduce= is False on rank 0, but True on rank 1"),
+        (other_version, "InputError", "the version of precisebn is"),
+        (rank_1_comes_too_late, "RankFailedError", "rank(s) 1 of 3 did not come in the 1.5 s that ranks wait"),
         (uncounted_batches, "InputError", "layer '1' does not count its mini-batches"),
     ],
 )
@@ -377,6 +394,7 @@ def test_what_cannot_be_merged_is_an_error_on_all_ranks(ranks, scenario, error, 
         assert outcome["error"][0] == error
         assert message in outcome["error"][1]
         assert outcome.get("equal", True)
+        assert outcome.get("together", True)
 
 
 # ---- One process ----------------------------------------------------------------------------------------------------
