@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import precisebn
@@ -67,6 +68,19 @@ def test_what_the_page_says_of_a_slice_is_so():
 
 @pytest.mark.parametrize(
     "page", ["README.md", "docs/api.md", "docs/migration.md", "docs/modules.md", "docs/design.md", "docs/state.md"]
+def test_the_code_of_the_page_of_many_ranks_runs(tmp_path):
+    """On one rank, which stands for the first of many."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        namespace: dict[str, object] = {}
+        for block in blocks(DOCS / "distributed.md"):
+            exec(compile(block, "docs/distributed.md", "exec"), namespace)
+    finally:
+        dist.destroy_process_group()
+
+
+    "page",
+    ["README.md", "docs/api.md", "docs/migration.md", "docs/modules.md", "docs/design.md", "docs/distributed.md"],
 )
 def test_links_lead_somewhere(page):
     path = DOCS.parent / page
