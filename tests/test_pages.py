@@ -85,12 +85,15 @@ def test_the_code_of_the_page_of_many_ranks_runs(tmp_path):
 def test_links_lead_somewhere(page):
     path = DOCS.parent / page
     links = re.findall(r"\]\(([^)]+)\)", path.read_text())
-    headings = {re.sub(r"[^\w ]", "", line.lower()).strip().replace(" ", "-") for line in path.read_text().splitlines()}
-    for link in links:
-        if link.startswith("#"):
-            assert link[1:] in headings
-        elif not link.startswith("https://"):
-            assert (path.parent / link).exists(), link
+    for link in (link for link in links if not link.startswith("https://")):
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+def headings(page: Path) -> set[str]:
+    return {re.sub(r"[^\w ]", "", line.lower()).strip().replace(" ", "-") for line in page.read_text().splitlines()}
 
 
 # ---- docs/migration.md ----------------------------------------------------------------------------------------------

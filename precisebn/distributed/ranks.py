@@ -89,7 +89,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         else:
             self._steps.leave()
 
-    def agree(self, description: Mapping[str, object], advice: str) -> None:
+    def agree(self, description: Mapping[str, object], advice: str = "") -> None:
         """The first step: make sure that all ranks are about to do the same, with the same version of this library.
 
         Args:

@@ -7,7 +7,7 @@ checksum of every tensor, and only of those that differ are values sent.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -73,115 +73,118 @@ def check_ranks(
 
 
 def _compare(facts: Facts, ranks: Ranks) -> RankReport:
-    kinds = _Kinds(ranks.gather(facts.digest(), _kinds))
-    first = ranks.rank in kinds.first_ranks
-    found: dict[str, Any] = ranks.gather(
-        list(facts.by_key.values()) if first else None, lambda bring: _differing(bring, kinds)
+    camps = _Camps(ranks.gather(facts.digest(), _camps))
+    speaks = ranks.rank in camps.first_ranks
+    rows, skipped, num_tensors = ranks.gather(
+        list(facts.by_key.values()) if speaks else None, lambda bring: _differing(bring, camps)
     )
-    differing: list[dict[str, Any]] = found["differing"]
+    differing = [_Differing(*row) for row in rows]
     comparable = [
-        Comparable(number, each["name"], each["size"])
-        for number, each in enumerate(differing)
-        if any(_is_comparable(each, kind) for kind in range(len(each["texts"])))
+        Comparable(number, one.name, one.size)
+        for number, one in enumerate(differing)
+        if one.size is not None and any(map(one.is_comparable, range(len(one.texts))))
     ]
-    numbers = differences_of_values(comparable, facts, ranks, kinds.reference)
-    mine = {
-        one.number: numbers[one.number]
-        for one in comparable
-        if one.number in numbers and _speaks(differing[one.number], ranks.rank, kinds)
-    }
-    told: dict[str, Numbers] = ranks.gather(list(mine.items()), _by_tensor_and_rank)
+    numbers = differences_of_values(comparable, facts, ranks, camps.reference)
+    told: dict[str, Numbers] = ranks.gather(
+        [(number, own) for number, own in numbers.items() if differing[number].is_told_by(ranks.rank, camps)],
+        _by_tensor_and_rank,
+    )
     return RankReport(
         world_size=ranks.size,
-        reference=kinds.reference,
-        differences=tuple(_difference(number, each, kinds, told) for number, each in enumerate(differing)),
-        skipped=found["skipped"],
-        num_tensors=found["num_tensors"],
+        reference=camps.reference,
+        differences=tuple(_difference(number, one, camps, told) for number, one in enumerate(differing)),
+        skipped=skipped,
+        num_tensors=num_tensors,
     )
 
 
-class _Kinds:
-    """Ranks that agree in everything are of one kind.
+class _Camps:
+    """Ranks that agree in everything are one camp.
 
     Attributes:
-        of_rank: the kind of each rank; kinds are numbered in the order of their first ranks.
-        first_ranks: the first rank of each kind, who speaks for it.
-        reference: the first rank of the kind with the most ranks.
+        of_rank: the camp of each rank; camps are numbered in the order of their first ranks.
+        first_ranks: the first rank of each camp, who speaks for it.
+        reference: the first rank of the camp with the most ranks.
     """
 
     def __init__(self, of_rank: list[int]) -> None:
         self.of_rank = of_rank
-        self.first_ranks = [of_rank.index(kind) for kind in range(max(of_rank) + 1)]
-        largest = max(range(len(self.first_ranks)), key=lambda kind: (of_rank.count(kind), -kind))
+        self.first_ranks = [of_rank.index(camp) for camp in range(max(of_rank) + 1)]
+        largest = max(range(len(self.first_ranks)), key=lambda camp: (of_rank.count(camp), -camp))
         self.reference = self.first_ranks[largest]
-        self.order = [largest, *(kind for kind in range(len(self.first_ranks)) if kind != largest)]
-        """The kinds, the reference's first."""
+        self.order = [largest, *(camp for camp in range(len(self.first_ranks)) if camp != largest)]
+        """The camps, the reference's first."""
 
-    def ranks_of(self, kinds: list[int]) -> tuple[int, ...]:
-        """The ranks of some kinds."""
-        return tuple(rank for rank, kind in enumerate(self.of_rank) if kind in kinds)
+    def ranks_of(self, camps: list[int]) -> tuple[int, ...]:
+        """The ranks of some camps."""
+        return tuple(rank for rank, camp in enumerate(self.of_rank) if camp in camps)
 
 
-def _kinds(digests: list[str]) -> list[int]:
+def _camps(digests: list[str]) -> list[int]:
     numbers: dict[str, int] = {}
     return [numbers.setdefault(digest, len(numbers)) for digest in digests]
 
 
-# What ranks send each other, in terms of JSON. Of each fact that differs: "kind" and "name" of it, the "size" that
-# the reference has of it; and of every variant, the reference's first: "texts", and in "kinds" which kinds hold it.
+class _Differing(NamedTuple):
+    """A fact that differs; made of what JSON knows.
+
+    Attributes:
+        kind: of the fact.
+        name: of the tensor or the module.
+        size: bytes of the reference's values, where they can be sent.
+        texts: what ranks hold, in words; of the reference first.
+        camps: of each of these, who holds it.
+    """
+
+    kind: str
+    name: str
+    size: int | None
+    texts: list[str]
+    camps: list[list[int]]
+
+    def is_comparable(self, variant: int) -> bool:
+        """Whether a variant can be compared with the reference's by its values: it has the same dtype and shape."""
+        return variant > 0 and self.size is not None and self.texts[variant] == self.texts[0]
+
+    def is_told_by(self, rank: int, camps: _Camps) -> bool:
+        """Whether a rank tells by how much a variant differs: it is the first of those that hold it."""
+        return any(
+            self.is_comparable(variant) and rank == camps.ranks_of(own)[0] for variant, own in enumerate(self.camps)
+        )
 
 
-def _differing(bring: list[list[list[Any]] | None], kinds: _Kinds) -> dict[str, Any]:
-    """What is not the same everywhere, of the facts that one rank of each kind has brought."""
-    of_kind: dict[int, dict[tuple[str, str], Fact]] = {}
-    for kind in kinds.order:
-        facts = [Fact(*row) for row in bring[kinds.first_ranks[kind]] or ()]
-        of_kind[kind] = {(fact.kind, fact.name): fact for fact in facts}
-    keys = {key: None for facts_of in of_kind.values() for key in facts_of}
+def _differing(bring: list[list[list[Any]] | None], camps: _Camps) -> tuple[list[_Differing], dict[str, str], int]:
+    """What is not the same everywhere, of the facts that the first rank of each camp has brought.
+
+    Returns:
+        This; which tensors are not compared, and why; and how many the reference has that are.
+    """
+    of_camp: dict[int, dict[tuple[str, str], Fact]] = {}
+    for camp in camps.order:
+        facts = [Fact(*row) for row in bring[camps.first_ranks[camp]] or ()]
+        of_camp[camp] = {(fact.kind, fact.name): fact for fact in facts}
+    reference = of_camp[camps.order[0]]
     differing, skipped = [], {}
-    for key in keys:
-        variants: dict[tuple[str, str | None] | None, list[int]] = {}
-        for kind, facts_of in of_kind.items():
-            fact = facts_of.get(key)
-            variants.setdefault(None if fact is None else (fact.text, fact.checksum), []).append(kind)
-            if fact is not None and fact.skipped:
+    for key in dict.fromkeys(key for facts_of in of_camp.values() for key in facts_of):
+        variants: dict[tuple[str, str | None], list[int]] = {}
+        for camp, facts_of in of_camp.items():
+            fact = facts_of.get(key, Fact(*key, NOT_THERE))
+            variants.setdefault((fact.text, fact.checksum), []).append(camp)
+            if fact.skipped:
                 skipped[fact.name] = fact.skipped
         if len(variants) > 1:
-            fact = of_kind[kinds.order[0]].get(key)
-            differing.append(
-                {
-                    "kind": key[0],
-                    "name": key[1],
-                    "size": None if fact is None else fact.size,
-                    "texts": [NOT_THERE if variant is None else variant[0] for variant in variants],
-                    "kinds": list(variants.values()),
-                }
-            )
-    reference = of_kind[kinds.order[0]].values()
-    compared = sum(fact.checksum is not None for fact in reference)
-    return {"differing": differing, "skipped": skipped, "num_tensors": compared}
-
-
-def _is_comparable(each: Mapping[str, Any], variant: int) -> bool:
-    """Whether a variant can be compared with the reference's by its values: of the same dtype and shape."""
-    return variant > 0 and each["size"] is not None and each["texts"][variant] == each["texts"][0]
-
-
-def _speaks(each: Mapping[str, Any], rank: int, kinds: _Kinds) -> bool:
-    """Whether a rank tells by how much a variant differs: it is the first of those that hold it."""
-    return any(
-        _is_comparable(each, variant) and rank == kinds.ranks_of(of_variant)[0]
-        for variant, of_variant in enumerate(each["kinds"])
-    )
+            size = reference[key].size if key in reference else None
+            differing.append(_Differing(*key, size, [text for text, _ in variants], list(variants.values())))
+    return differing, skipped, sum(fact.checksum is not None for fact in reference.values())
 
 
 def _by_tensor_and_rank(bring: list[list[tuple[int, list[float]]]]) -> dict[str, list[float]]:
     return {f"{number} {rank}": numbers for rank, own in enumerate(bring) for number, numbers in own}
 
 
-def _difference(number: int, each: Mapping[str, Any], kinds: _Kinds, told: Mapping[str, Any]) -> Difference:
+def _difference(number: int, one: _Differing, camps: _Camps, told: Mapping[str, Numbers]) -> Difference:
     variants = []
-    for text, of_variant in zip(each["texts"], each["kinds"], strict=True):
-        ranks = kinds.ranks_of(of_variant)
+    for text, of_variant in zip(one.texts, one.camps, strict=True):
+        ranks = camps.ranks_of(of_variant)
         variants.append(Variant(ranks, text, *told.get(f"{number} {ranks[0]}", ())))
-    return Difference(each["name"], each["kind"], tuple(variants))
+    return Difference(one.name, one.kind, tuple(variants))

@@ -67,6 +67,18 @@ def test_what_has_no_values_is_listed():
     assert "2 tensors not compared: on the meta device, where nothing has values: 1.weight, 1.bias" in str(report)
 
 
+def test_what_the_first_version_of_fsdp_has_cut_is_listed():
+    """Put together by hand, as its constructor demands a GPU; what it holds are plain parameters of any size."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    wrapper = fsdp.FullyShardedDataParallel.__new__(fsdp.FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.training_state = None
+    wrapper._modules["_fsdp_wrapped_module"] = net()
+    report = check_ranks(nn.Sequential(wrapper, nn.Linear(2, 2)))
+    assert set(report.skipped) == {"0.0.weight", "0.0.bias", "0.1.weight", "0.1.bias"}
+    assert report.num_tensors == 3 + 2  # running statistics, which are whole on every rank, and the rest
+
+
 def test_running_statistics_of_any_kind_are_known_with_their_scale():
     model = convert_domain_specific(net(), num_domains=2)
     facts = Facts(nn.Sequential(model, GhostBN(4, 2), nn.InstanceNorm2d(3, track_running_stats=True)))
