@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,7 @@ class Facts:
                     found[kind, name] = Fact(kind, name, f"the same tensor as {first}")
             self._note_scales(prefix, module)
         sums = dict(zip(self.tensors, checksums(map(_bytes_of, self.tensors.values())), strict=True))
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if sums[name] is not None}
         self.by_key = {key: _completed(fact, sums) for key, fact in found.items()}
 
     def digest(self) -> str:
@@ -101,7 +103,7 @@ class Facts:
                 kind, name, f"{text} on the meta device", skipped="on the meta device, where nothing has values"
             )
         self.tensors[name] = whole
-        plain = type(whole) in PLAIN_TENSORS and whole.layout is torch.strided and not whole.is_quantized
+        plain = type(whole) in PLAIN_TENSORS and whole.layout is torch.strided and _is_number(whole.dtype)
         return Fact(kind, name, text, size=whole.numel() * whole.element_size() if plain else None)
 
     def _note_scales(self, prefix: str, module: nn.Module) -> None:
@@ -133,6 +135,18 @@ def _tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, str, Tensor]
         yield _joined(prefix, name), "running statistics" if is_statistics else "buffer", buffer
 
 
+@cache
+def _is_number(dtype: torch.dtype) -> bool:
+    """Whether values of a dtype can be subtracted: not those that are packed or quantized."""
+    if dtype.is_complex:
+        return True
+    try:
+        torch.zeros(16, dtype=torch.uint8).view(dtype).double()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
 def _memory_of_populations(module: nn.Module) -> set[Any]:
     """Where the running statistics lie that a module declares; a buffer without memory lies nowhere."""
     if not module._buffers:
@@ -155,7 +169,7 @@ def _completed(fact: Fact, sums: Mapping[str, str | None]) -> Fact:
         return fact
     checksum = sums[fact.name]
     unknown = "of a kind whose bits torch does not show"
-    return fact._replace(checksum=checksum, skipped="" if checksum is not None else unknown)
+    return fact._replace(checksum=checksum) if checksum is not None else fact._replace(size=None, skipped=unknown)
 
 
 def _joined(prefix: str, name: str) -> str:

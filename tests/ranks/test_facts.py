@@ -96,11 +96,13 @@ def test_odd_tensors_are_compared_or_listed():
     model.register_buffer("complex", torch.ones(3, dtype=torch.complex64))
     model.register_buffer("expanded", torch.ones(1).expand(5))
     model.register_buffer("empty", torch.empty(0))
+    model.register_buffer("packed", torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
     model.register_buffer("conjugate", torch.ones(3, dtype=torch.complex64).conj())
     report = check_ranks(model)
     assert report.equal
     assert report.skipped == {"conjugate": "of a kind whose bits torch does not show"}
-    assert report.num_tensors == 4
+    assert report.num_tensors == 5
+    assert [fact.name for fact in Facts(model).by_key.values() if fact.size] == ["complex", "expanded"]
 
 
 def test_one_process_is_equal_to_itself_and_nothing_changes():
