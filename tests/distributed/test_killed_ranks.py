@@ -23,7 +23,7 @@ from precisebn import check_ranks, merge_rank_statistics, update_bn_stats
 from precisebn.distributed.ranks import Ranks
 from precisebn.recalibration.commit import Commit
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 8.0
 SURVIVORS = (0, 1)
 
 
@@ -115,7 +115,7 @@ def killed_at_every_moment(rank: int, world: int) -> Result:
 @pytest.fixture(scope="module")
 def survivors(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     processes.skip_without_gloo()
-    return Outcome([killed_at_every_moment], WORLD, tmp_path_factory.mktemp("killed"), init_method="tcp")
+    return Outcome([killed_at_every_moment], WORLD, tmp_path_factory.mktemp("killed"), limit_s=240.0, init_method="tcp")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

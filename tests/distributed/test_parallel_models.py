@@ -37,7 +37,7 @@ from precisebn.nn import use_domain
 
 WORLD = 3
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-SHORT_TIMEOUT_S = 4.0
+SHORT_TIMEOUT_S = 6.0
 
 
 def net() -> nn.Sequential:
@@ -195,6 +195,7 @@ def fsdp_forward_that_fails(rank: int, world: int) -> Result:
     model = net()
     model[0].append(FailsOnRank1())
     sharded(model, mesh=mesh)
+    dist.barrier()
     before, start = values_of_whole(model), time.monotonic()
     error = raised(lambda: update_bn_stats(model, share(rank), None, process_group=group))
     return {
@@ -334,7 +335,7 @@ SCENARIOS = [
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     processes.skip_without_gloo()
-    return Outcome(SCENARIOS, WORLD, tmp_path_factory.mktemp("parallel"))
+    return Outcome(SCENARIOS, WORLD, tmp_path_factory.mktemp("parallel"), limit_s=240.0)
 
 
 # ---- Tests: FSDP2 ---------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ SCENARIOS = [
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     processes.skip_without_gloo()
-    return Outcome(SCENARIOS, WORLD, tmp_path_factory.mktemp("check"), init_method="tcp")
+    return Outcome(SCENARIOS, WORLD, tmp_path_factory.mktemp("check"), limit_s=240.0, init_method="tcp")
 
 
 # ---- Tests ----------------------------------------------------------------------------------------------------------
