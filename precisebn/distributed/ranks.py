@@ -164,10 +164,11 @@ class Ranks(AbstractContextManager["Ranks"]):
         Raises:
             RankFailedError: another rank has failed; or has ended while ranks were adding up.
         """
-        reduction = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
-        self._collective(
-            flat, lambda tensor: dist.all_reduce(tensor, reduction, group=self.group), "merging the statistics of"
-        )
+
+        def reduce(tensor: Tensor) -> None:  # not before: a torch without torch.distributed has no ReduceOp
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=self.group)
+
+        self._collective(flat, reduce, "merging the statistics of")
 
     def _collective(self, flat: Tensor, collective: Callable[[Tensor], object], doing: str) -> None:
         """Run a collective of torch.distributed that writes into a tensor, when all ranks stand before it."""

@@ -576,6 +576,17 @@ def test_one_process_without_torch_distributed_is_one_rank():
     assert torch.equal(flat, torch.ones(3))
 
 
+def test_one_rank_asks_nothing_of_torch_distributed():
+    """As where torch was built without it."""
+    with mock.patch("precisebn.distributed.ranks.dist", None):
+        alone = Ranks(False)
+        alone.agree({"anything": 1})
+        alone.all_reduce(torch.ones(3), "max")
+        alone.broadcast(torch.ones(3), 0)
+        assert alone.gather((1, "two"), list) == [[1, "two"]]
+        alone.commit()
+
+
 @pytest.mark.parametrize(
     ("config", "device", "accelerator", "expected"),
     [
