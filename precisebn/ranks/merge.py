@@ -49,9 +49,6 @@ def merge_rank_statistics(
     train together count the same steps. Ranks that are equal already keep every bit. If anything is raised on
     any rank, no rank has changed its model.
 
-    Returns:
-        Of every layer, how far the means of the ranks lay apart: :class:`MergeReport`.
-
     Args:
         model: the model, the same on all ranks but for values.
         process_group: ranks to merge: a group or a DeviceMesh of one dimension. None: all ranks, where
@@ -62,9 +59,12 @@ def merge_rank_statistics(
             ``"batches"``: as much as it has tracked mini-batches (``num_batches_tracked``), a rank without any not at
             all, and all the same where none has any. A running average with a momentum forgets: what it has seen long
             ago counts for little, however many mini-batches that was.
-        modules: which layers: ``"all"``, ``"training"``, or modules, names and patterns. Frozen layers are taken only
-            by name; as are ``"training"`` and ``"all"`` those of :func:`precisebn.update_bn_stats`.
+        modules: which layers, as in :func:`precisebn.update_bn_stats`: ``"all"``, ``"training"``, or modules, names and
+            patterns, which alone take frozen layers too.
         exclude: which of them not.
+
+    Returns:
+        Of every layer, how far the means of the ranks lay apart: :class:`MergeReport`.
 
     Raises:
         NonFiniteStatisticsError: NaN or Inf in the running statistics of a rank (those of the others raise
