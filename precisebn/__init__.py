@@ -21,19 +21,19 @@ from precisebn.errors import (
     NonFiniteStatisticsError,
     PreciseBNError,
     RankFailedError,
-    UndoError,
     RanksDifferError,
+    UndoError,
 )
 from precisebn.freezing.freeze import freeze, frozen, unfreeze
 from precisebn.freezing.parameters import trainable_parameters
 from precisebn.functional import batch_norm, frozen_batch_norm
 from precisebn.models.selection import get_bn_modules
-from precisebn.recalibration.recalibrated import recalibrated
 from precisebn.ranks.check import check_ranks
 from precisebn.ranks.merge import merge_rank_statistics
 from precisebn.ranks.merge_report import MergeReport
 from precisebn.ranks.report import RankReport
 from precisebn.ranks.shard import shard_batchnorm
+from precisebn.recalibration.recalibrated import recalibrated
 from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
 from precisebn.state.compare import diff_state

@@ -7,7 +7,6 @@ bits. docs/design.md, "Ranks", has the protocol as a whole.
 
 from precisebn.distributed.groups import ProcessGroup, sync_group
 from precisebn.distributed.ranks import Ranks, Tally
-from precisebn.distributed.shuffling import Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
 from precisebn.distributed.sharding import (
     communicates,
     describe_shards,
@@ -17,6 +16,7 @@ from precisebn.distributed.sharding import (
     sharded_flat,
     whole_of,
 )
+from precisebn.distributed.shuffling import Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
 
 __all__ = [
     "ProcessGroup",

@@ -545,6 +545,8 @@ def test_a_group_without_a_store_is_refused(ranks):
 
 def test_each_rank_puts_its_own_statistics_back(ranks):
     assert ranks.of(undone_on_each_rank) == [{"changed": True, "is back": True}] * ranks.world
+
+
 def test_a_number_is_no_group(ranks):
     for result in ranks.of(no_group):
         assert result["error"][0] == "InputError"
