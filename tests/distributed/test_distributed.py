@@ -300,8 +300,7 @@ SCENARIOS: list[Scenario] = [
     wrong_argument_on_rank_1, other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only,
     other_lengths_with_tolerance, other_version, other_dtype_of_buffers, other_eps, other_prior, other_order_of_layers,
     counted_differently_before, own_forward_reached_on_rank_1_only, device_mesh, group_without_rank_0,
-    group_without_a_store, undone_on_each_rank, ranks_meet_again_after_failures,
-    group_without_a_store, no_group, ranks_meet_again_after_failures,
+    group_without_a_store, no_group, undone_on_each_rank, ranks_meet_again_after_failures,
 ]  # fmt: skip
 
 
