@@ -21,12 +21,18 @@ from precisebn.errors import (
     NonFiniteStatisticsError,
     PreciseBNError,
     RankFailedError,
+    RanksDifferError,
     UndoError,
 )
 from precisebn.freezing.freeze import freeze, frozen, unfreeze
 from precisebn.freezing.parameters import trainable_parameters
 from precisebn.functional import batch_norm, frozen_batch_norm
 from precisebn.models.selection import get_bn_modules
+from precisebn.ranks.check import check_ranks
+from precisebn.ranks.merge import merge_rank_statistics
+from precisebn.ranks.merge_report import MergeReport
+from precisebn.ranks.report import RankReport
+from precisebn.ranks.shard import shard_batchnorm
 from precisebn.recalibration.recalibrated import recalibrated
 from precisebn.recalibration.report import LayerReport, UpdateReport
 from precisebn.recalibration.update import adapt_bn_stats, update_bn_stats
@@ -46,6 +52,7 @@ __all__ = [
     "InputError",
     "InsufficientDataError",
     "LayerReport",
+    "MergeReport",
     "Moments",
     "NonFiniteStatisticsError",
     "PopulationEstimator",
@@ -55,10 +62,13 @@ __all__ = [
     "StateSnapshot",
     "TensorDiff",
     "UndoError",
+    "RankReport",
+    "RanksDifferError",
     "UpdateReport",
     "accumulate_statistics",
     "adapt_bn_stats",
     "batch_norm",
+    "check_ranks",
     "convert_batch_stat",
     "convert_concat_shared",
     "convert_cycle",
@@ -73,10 +83,12 @@ __all__ = [
     "frozen",
     "frozen_batch_norm",
     "get_bn_modules",
+    "merge_rank_statistics",
     "pause_tracking",
     "recalibrated",
     "replace_batchnorm",
     "snapshot",
+    "shard_batchnorm",
     "trainable_parameters",
     "unfreeze",
     "update_bn_stats",

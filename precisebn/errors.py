@@ -10,6 +10,7 @@ __all__ = [
     "InsufficientDataError",
     "NonFiniteStatisticsError",
     "RankFailedError",
+    "RanksDifferError",
     "BatchFormatError",
     "CycleError",
     "UndoError",
@@ -42,6 +43,10 @@ class NonFiniteStatisticsError(PreciseBNError, ArithmeticError):
 
 class RankFailedError(PreciseBNError, RuntimeError):
     """Another rank failed, or did not come in time. A recalibration has then changed no rank's model."""
+
+
+class RanksDifferError(PreciseBNError, RuntimeError):
+    """Ranks do not hold the same model."""
 
 
 class CycleError(PreciseBNError, RuntimeError):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import precisebn
@@ -65,18 +66,33 @@ def test_what_the_page_says_of_a_slice_is_so():
     assert type(model[3]) is nn.BatchNorm2d
 
 
+def test_the_code_of_the_page_of_many_ranks_runs(tmp_path):
+    """On one rank, which stands for the first of many."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        namespace: dict[str, object] = {}
+        for block in blocks(DOCS / "distributed.md"):
+            exec(compile(block, "docs/distributed.md", "exec"), namespace)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/api.md", "docs/migration.md", "docs/modules.md", "docs/design.md", "docs/state.md"]
+    "page",
+    ["README.md", *(f"docs/{name}.md" for name in ("api", "design", "distributed", "migration", "modules", "state"))],
 )
 def test_links_lead_somewhere(page):
     path = DOCS.parent / page
     links = re.findall(r"\]\(([^)]+)\)", path.read_text())
-    headings = {re.sub(r"[^\w ]", "", line.lower()).strip().replace(" ", "-") for line in path.read_text().splitlines()}
-    for link in links:
-        if link.startswith("#"):
-            assert link[1:] in headings
-        elif not link.startswith("https://"):
-            assert (path.parent / link).exists(), link
+    for link in (link for link in links if not link.startswith("https://")):
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+def headings(page: Path) -> set[str]:
+    return {re.sub(r"[^\w ]", "", line.lower()).strip().replace(" ", "-") for line in page.read_text().splitlines()}
 
 
 # ---- docs/migration.md ----------------------------------------------------------------------------------------------

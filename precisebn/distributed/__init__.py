@@ -7,7 +7,15 @@ bits. docs/design.md, "Ranks", has the protocol as a whole.
 
 from precisebn.distributed.groups import ProcessGroup, sync_group
 from precisebn.distributed.ranks import Ranks, Tally
-from precisebn.distributed.sharding import is_sharded, reshard
+from precisebn.distributed.sharding import (
+    communicates,
+    describe_shards,
+    is_sharded,
+    reshard,
+    shard_unit,
+    sharded_flat,
+    whole_of,
+)
 from precisebn.distributed.shuffling import Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
 
 __all__ = [
@@ -15,11 +23,16 @@ __all__ = [
     "Ranks",
     "Shuffle",
     "Tally",
+    "communicates",
+    "describe_shards",
     "has_others",
     "is_sharded",
     "local_shuffle",
     "permutation_of",
     "reshard",
+    "shard_unit",
+    "sharded_flat",
     "shuffle_over_ranks",
     "sync_group",
+    "whole_of",
 ]

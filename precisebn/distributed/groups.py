@@ -33,6 +33,11 @@ def group_of(process_group: ProcessGroup | Literal[False] | None) -> ProcessGrou
         if group.ndim != 1:
             raise InputError(f"process_group is a DeviceMesh of {group.ndim} dimensions; pass one of them: mesh['dp']")
         group = None if group.get_coordinate() is None else group.get_group()
+    if group is not None and not isinstance(group, dist.ProcessGroup) and group != dist.GroupMember.NON_GROUP_MEMBER:
+        raise InputError(
+            f"process_group={process_group!r} must be a process group, a DeviceMesh of one dimension, None for all "
+            "ranks, or False for this process alone"
+        )
     if group is None or dist.get_rank(group) < 0:
         raise InputError("this rank does not belong to the process_group it was given; call only on its members")
     return group

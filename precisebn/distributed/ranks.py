@@ -1,5 +1,6 @@
 """Ranks: those that work on one set of statistics, and the steps that they take together."""
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -42,6 +43,7 @@ class Ranks(AbstractContextManager["Ranks"]):
             DeviceMesh of one dimension.
         let_through: gives the context in which this rank waits for others. With
             :meth:`precisebn.models.interrupts.HeldBack.let_through` Ctrl-C ends a wait, and interrupts nothing else.
+        call: what every rank is to call, for messages; :meth:`agree` makes sure that all have called the same.
 
     Raises:
         InputError: a group that this process does not belong to, or that has no store.
@@ -52,8 +54,10 @@ class Ranks(AbstractContextManager["Ranks"]):
         process_group: ProcessGroup | Literal[False] | None = None,
         *,
         let_through: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        call: str = "update_bn_stats",
     ) -> None:
         self.group = group_of(process_group)
+        self._call = call
         self.device: torch.device | None = None
         """An accelerator of this rank, for backends that reduce nothing else; whoever knows the model sets it."""
         self.size, self.rank = 1, 0
@@ -72,7 +76,7 @@ class Ranks(AbstractContextManager["Ranks"]):
                 )
             self._steps = Steps(
                 PrefixStore("precisebn", store), self.rank, self.size,
-                timeout_s=group_timeout(self.group, store), let_through=let_through,
+                timeout_s=group_timeout(self.group, store), let_through=let_through, call=call,
             )  # fmt: skip
 
     def __exit__(
@@ -85,11 +89,12 @@ class Ranks(AbstractContextManager["Ranks"]):
         else:
             self._steps.leave()
 
-    def agree(self, description: Mapping[str, object]) -> None:
+    def agree(self, description: Mapping[str, object], advice: str = "") -> None:
         """The first step: make sure that all ranks are about to do the same, with the same version of this library.
 
         Args:
             description: what must be the same on all ranks, in words, by what it is of; the order counts too.
+            advice: what to tell the user where it is not.
 
         Raises:
             InputError: on every rank, naming what differs.
@@ -97,13 +102,16 @@ class Ranks(AbstractContextManager["Ranks"]):
         """
         if self._steps is None:
             return
-        own = {"the version of precisebn": __version__, **{key: str(value) for key, value in description.items()}}
+        own = {
+            "the call": self._call,
+            "the version of precisebn": __version__,
+            **{key: str(value) for key, value in description.items()},
+        }
         difference = self._steps.take(own, _difference)
         if difference is not None:
             raise InputError(
                 f"ranks chose different BatchNorm layers, or have different arguments or versions: {difference}. "
-                "Every rank must pass the same model in the same mode, and the same estimator=, prior=, tolerance= "
-                "and, with a tolerance, num_iters="
+                + advice
             )
 
     def tally(self, own: Tally) -> tuple[Tally, Tally]:
@@ -120,12 +128,50 @@ class Ranks(AbstractContextManager["Ranks"]):
         total, most = self._steps.take(own, _sums_and_maxima)
         return Tally(*total), Tally(*most)
 
+    def gather(self, payload: object, combine: Callable[[list[Any]], Any]) -> Any:
+        """A step at which every rank brings something small, and all get what one of them makes of it.
+
+        It goes through the store, which takes some MiB from each rank.
+
+        Args:
+            payload: what this rank brings, made of what JSON knows.
+            combine: makes one result of what all bring, in the order of the ranks.
+
+        Raises:
+            RankFailedError: another rank has failed.
+        """
+        if self._steps is None:
+            return json.loads(json.dumps(combine([payload])))  # as it comes out of the store
+        return self._steps.take(payload, combine)
+
+    def broadcast(self, flat: Tensor, source: int) -> None:
+        """Make a flat tensor what it is on one rank, bit for bit, in place, wherever it lives.
+
+        Args:
+            flat: of the same size and dtype on all ranks.
+            source: the rank, as the group counts.
+
+        Raises:
+            RankFailedError: another rank has failed; or has ended meanwhile.
+        """
+        self._collective(
+            flat, lambda tensor: dist.broadcast(tensor, group=self.group, group_src=source), "sending values to"
+        )
+
     def all_reduce(self, flat: Tensor, operation: Literal["sum", "max"] = "sum") -> None:
         """Add a flat tensor up over all ranks, or take the maxima, in place, wherever it lives.
 
         Raises:
             RankFailedError: another rank has failed; or has ended while ranks were adding up.
         """
+
+        def reduce(tensor: Tensor) -> None:  # not before: a torch without torch.distributed has no ReduceOp
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=self.group)
+
+        self._collective(flat, reduce, "merging the statistics of")
+
+    def _collective(self, flat: Tensor, collective: Callable[[Tensor], object], doing: str) -> None:
+        """Run a collective of torch.distributed that writes into a tensor, when all ranks stand before it."""
         if self._steps is None:
             return
         on_wire = flat.to(wire_device(str(dist.get_backend_config(self.group)), flat.device, self.device))
@@ -134,11 +180,11 @@ class Ranks(AbstractContextManager["Ranks"]):
             raise InputError(f"ranks cannot merge statistics of different sizes: {', '.join(sizes)}")
         # All ranks stand here, and nothing that could fail lies between their saying so and this call.
         try:
-            dist.all_reduce(on_wire, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=self.group)
+            collective(on_wire)
         except Exception as error:
             raise RankFailedError(
-                f"merging the statistics of {self.size} ranks failed, as it does where a process has ended; this "
-                f"rank's model is as it was: {error}"
+                f"{doing} {self.size} ranks failed, as it does where a process has ended; this rank's model is as it "
+                f"was: {error}"
             ) from error
         if on_wire is not flat:
             flat.copy_(on_wire)

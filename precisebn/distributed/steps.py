@@ -5,9 +5,11 @@ in the store, where a notice can meet nothing else; and a collective is entered 
 So a failure anywhere becomes an exception everywhere, never a hang, and the group stays fit for use.
 """
 
+import base64
 import json
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from precisebn._warnings import warn
-from precisebn.errors import RankFailedError, add_note
+from precisebn.errors import InputError, RankFailedError, add_note
 
 __all__ = ["Steps"]
 
@@ -28,10 +30,10 @@ FAREWELL_S = 10.0
 """So long rank 0, whose process may keep the store, stays at the end until all others have read the last decision."""
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-4, 2e-2
+_PLAIN_TEXT, _LONGEST_TEXT = 2**14, 2**23 - 2**10  # beyond 8 MiB torch's TCPStore closes the connection
+
 _CHECKS_A_SECOND = 20_000
 """What a store answers easily: the pauses of many ranks are longer, so that all of them together ask no more often."""
-
-_ALONE = "waiting for the other ranks to call update_bn_stats; process_group=False updates this rank alone"
 
 
 class Steps:
@@ -51,6 +53,7 @@ class Steps:
         size: how many there are.
         timeout_s: how long to wait for a rank.
         let_through: the context to wait in: an interrupt may come in it.
+        call: what the others are to call, for messages.
     """
 
     def __init__(
@@ -61,11 +64,13 @@ class Steps:
         *,
         timeout_s: float,
         let_through: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        call: str = "update_bn_stats",
     ) -> None:
         self._store = store
         self._rank, self._size = rank, size
         self._timeout_s = timeout_s
         self._let_through = let_through
+        self._alone = f"waiting for the other ranks to call {call}; process_group=False is for this rank alone"
         self._longest_pause_s = max(_LONGEST_PAUSE_S, size / _CHECKS_A_SECOND)
         self._step = 0
         self._late: BaseException | None = None
@@ -134,11 +139,11 @@ class Steps:
 
     def _come(self, payload: object, combine: Callable[[list[Any]], Any]) -> dict[str, Any]:
         """Bring a payload to the step; the last to come decides, the others wait for that."""
-        self._store.set(self._key(self._rank), json.dumps(payload))
+        self._store.set(self._key(self._rank), _packed(payload))
         if self._store.add(self._key("here"), 1) < self._size:
             return self._wait()
         payloads = self._store.multi_get([self._key(rank) for rank in range(self._size)])
-        decision = self._decide({"go": combine([json.loads(text) for text in payloads])})
+        decision = self._decide({"go": combine([_unpacked(text) for text in payloads])})
         if self._step > 0:  # whoever is here has read what was decided before
             self._sweep(self._step - 1)
         return decision
@@ -155,16 +160,16 @@ class Steps:
             if quiet and waited > WAIT_WARNING_S:
                 quiet = False
                 names = ", ".join(map(str, self._missing()))
-                warn(f"{_ALONE} (not here after {waited:.0f} s: rank(s) {names} of {self._size})")
+                warn(f"{self._alone} (not here after {waited:.0f} s: rank(s) {names} of {self._size})")
             with self._let_through():
                 time.sleep(pause)
             pause = min(2.0 * pause, self._longest_pause_s)
-        decision: dict[str, Any] = json.loads(self._store.get(self._key("decision")))
+        decision: dict[str, Any] = _unpacked(self._store.get(self._key("decision")))
         return decision
 
     def _decide(self, proposal: dict[str, Any]) -> dict[str, Any]:
         """What is decided for this step: the proposal, unless another was there before it."""
-        decision: dict[str, Any] = json.loads(self._store.compare_set(self._key("decision"), "", json.dumps(proposal)))
+        decision: dict[str, Any] = _unpacked(self._store.compare_set(self._key("decision"), "", _packed(proposal)))
         return decision
 
     def _notice_of(self, error: BaseException) -> dict[str, Any]:
@@ -186,7 +191,7 @@ class Steps:
             f"rank(s) {names} of {self._size} did not come in the {self._timeout_s:g} s that ranks wait, {outcome}"
         )
         if self._step == 0:
-            add_note(error, _ALONE)
+            add_note(error, self._alone)
         return error
 
     def _store_lost(self) -> RankFailedError:
@@ -207,3 +212,18 @@ class Steps:
 
     def _key(self, name: str | int) -> str:
         return f"{self._run}/{self._step}/{name}"
+
+
+def _packed(value: object) -> str:
+    """JSON; compressed if it is long, for names repeat themselves, and a store takes only so much."""
+    text = json.dumps(value)
+    if len(text) > _PLAIN_TEXT:
+        text = "z" + base64.b64encode(zlib.compress(text.encode(), 1)).decode()  # which no JSON begins with
+    if len(text) > _LONGEST_TEXT:
+        raise InputError(f"what this rank tells the others takes {len(text)} bytes, more than a store takes")
+    return text
+
+
+def _unpacked(text: str | bytes) -> Any:
+    text = text.decode() if isinstance(text, bytes) else text
+    return json.loads(zlib.decompress(base64.b64decode(text[1:])) if text.startswith("z") else text)

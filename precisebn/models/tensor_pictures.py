@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from precisebn._torch import flattened
 
-__all__ = ["PLAIN_TENSORS", "TensorPicture", "TensorPictures", "dense_parts", "memory_of", "same_bits"]
+__all__ = ["PLAIN_TENSORS", "TensorPicture", "TensorPictures", "bytes_of", "dense_parts", "memory_of", "same_bits"]
 
 PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
 """The classes of tensors that do what torch's own do."""
@@ -182,8 +182,16 @@ def same_bits(a: Any, b: Any) -> bool:
     """Whether two tensors, or pieces of memory, are equal bit by bit: NaN equals NaN, 0 differs from -0."""
     if a is None or b is None:
         return a is b
-    pairs = [(_bytes(part), _bytes(other)) for part, other in zip(dense_parts(a), dense_parts(b), strict=True)]
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(bytes_of(a), bytes_of(b), strict=True))
+
+
+def bytes_of(tensor: Any) -> list[Tensor]:
+    """The values of a tensor in their order, or a piece of memory, as bytes: a flat uint8 tensor for each dense part.
+
+    Of two tensors of one shape and dtype these are the same just where the values are, bit by bit, in whatever order
+    they lie in memory. Meta tensors have none.
+    """
+    return [_bytes(part) for part in dense_parts(tensor)]
 
 
 def dense_parts(tensor: Any) -> list[Any]:

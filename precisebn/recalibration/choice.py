@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from precisebn.distributed import is_sharded
 from precisebn.errors import InputError, InsufficientDataError
 from precisebn.models.families import populations_of
 from precisebn.models.selection import select_modules
@@ -68,7 +69,8 @@ def choose(settings: Settings) -> Choice:
     """What ``modules=`` and ``exclude=`` ask for.
 
     Raises:
-        InputError: something that selects no BatchNorm layer of the model; a layer on the meta device.
+        InputError: something that selects no BatchNorm layer of the model; a layer on the meta device, or whose
+            running statistics are cut into parts.
     """
     selection = select_modules(settings.model, settings.modules, settings.exclude)
     result = Choice(some_are_lazy=any(map(_is_lazy, selection.found.values())))
@@ -88,6 +90,11 @@ def choose(settings: Settings) -> Choice:
                 raise InputError(
                     f"layer {name!r} ({type(layer).__name__}) is on the meta device, where nothing has values; "
                     "bring the model onto a device first, by to_empty(device=...) and load_state_dict"
+                )
+            elif is_sharded(populations[0].mean):
+                raise InputError(
+                    f"the running statistics of layer {name!r} ({type(layer).__name__}) are DTensors, of which every "
+                    "rank may hold a part; keep buffers out of distribute_module, as fully_shard does"
                 )
             else:
                 result.layers[name] = layer

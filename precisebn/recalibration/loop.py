@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import tqdm
 
-from precisebn.distributed import Ranks, Tally
+from precisebn.distributed import Ranks, Tally, communicates
 from precisebn.errors import InsufficientDataError
 from precisebn.models.batches import (
     call_model,
@@ -52,6 +52,7 @@ class Loop:
         self._device = settings.device if settings.device is not None else common_device(settings.model)
         self._max_error = math.nan
         self._prior: Prior | None = None
+        self._in_step = ranks.size > 1 and communicates(settings.model.modules())
         self.batches: Iterator[Any] = _Interruptible(settings.data_loader, interrupts)
 
     def call(self, batch: Any) -> None:
@@ -119,7 +120,7 @@ class Loop:
 
     def _step(self, recording: Recording, bar: "tqdm.tqdm[Any] | None") -> bool:
         """Run one mini-batch, if there is one."""
-        for batch in self.batches:
+        for batch in self._all_at_once() if self._in_step else self.batches:
             samples = num_samples(batch)
             if self._prior is not None and self.settings.tolerance is not None:
                 self._prior.samples = float(self.samples + samples) * self.ranks.size
@@ -133,6 +134,23 @@ class Loop:
                 bar.update()
             return True
         return False
+
+    def _all_at_once(self) -> Iterator[Any]:
+        """The next mini-batch, if all ranks have one: in the forward of a sharded model they wait for each other.
+
+        Raises:
+            InsufficientDataError: on all ranks, if only some have one.
+        """
+        batch = next(self.batches, _NO_BATCH)
+        without: list[int] = self.ranks.gather(batch is _NO_BATCH, _indices)
+        if 0 < len(without) < self.ranks.size:
+            raise InsufficientDataError(
+                f"rank(s) {', '.join(map(str, without))} of {self.ranks.size} have no mini-batch after "
+                f"{self.iterations}, and others have one; the model is sharded (FSDP), so that its forward waits for "
+                "all ranks: give all of them the same number of mini-batches, by drop_last=True and num_iters="
+            )
+        if not without:
+            yield batch
 
     def _check_amount(self, exhausted: bool) -> None:
         settings = self.settings
@@ -193,6 +211,13 @@ class _Interruptible(Iterator[Any]):
     def __next__(self) -> Any:
         with self._interrupts.let_through():
             return next(self._batches)
+
+
+_NO_BATCH = object()
+
+
+def _indices(flags: list[bool]) -> list[int]:
+    return [index for index, flag in enumerate(flags) if flag]
 
 
 def _length(loader: Iterable[Any]) -> int | None:

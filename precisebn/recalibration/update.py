@@ -17,7 +17,7 @@ from precisebn._warnings import warn
 from precisebn.distributed import ProcessGroup, Ranks
 from precisebn.errors import InsufficientDataError
 from precisebn.models.batches import ForwardFn
-from precisebn.models.families import populations_of
+from precisebn.models.description import describe_layers
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import ModuleSelection
 from precisebn.recalibration.choice import choose, initialize_lazy_layers
@@ -32,6 +32,12 @@ from precisebn.recalibration.undo import Undo
 from precisebn.statistics.estimator import MIN_BLOCKS, EstimatorName
 
 __all__ = ["adapt_bn_stats", "recalibrate", "update_bn_stats"]
+
+_ADVICE = (
+    "Every rank must pass the same model in the same mode, and the same estimator=, prior=, tolerance= and, with a "
+    "tolerance, num_iters=; where ranks hold other layers on purpose (stages of a pipeline), pass those that hold the "
+    "same ones as process_group="
+)
 
 
 def update_bn_stats(
@@ -93,9 +99,9 @@ def update_bn_stats(
             torch.distributed is initialized; all of them must call. False: this process alone. Ranks may have different
             numbers of mini-batches, or none (with ``num_iters=None`` or ``tolerance``); all end with the same
             statistics, bit for bit, and with the same ``num_batches_tracked``: the largest of any rank before, and the
-            mini-batches of all. SyncBatchNorm layers normalize with the mini-batch of their rank. A model whose forward
-            communicates by itself (FSDP, a layer of your own with an all-reduce in it) needs the same number of
-            mini-batches on every rank.
+            mini-batches of all. SyncBatchNorm layers normalize with the mini-batch of their rank. A sharded model
+            (FSDP), whose forward waits for other ranks, needs the same number of mini-batches on every rank, and all
+            ranks raise where it is not; a layer of your own with an all-reduce in it needs that too, and would hang.
         early_exit: leave every forward but the first behind the last layer that is recalibrated: worth it where that
             comes early (``modules="backbone.*"``). It is for models whose mini-batches all go through the same layers,
             and whose code behind that layer does nothing that matters here. Where a mini-batch goes through other
@@ -223,7 +229,7 @@ def recalibrate(settings: Settings, undo: Undo | None = None) -> UpdateReport:
             warn(choice.why_nothing(model))
         if ranks.size > 1:
             ranks.device = next((t.device for t in _tensors(model) if t.device.type != "cpu"), None)
-            ranks.agree(_description(settings, choice.layers))
+            ranks.agree(_description(settings, choice.layers), _ADVICE)
         if not choice.layers:
             undo.note_old(model, ())
             undo.is_needed = True
@@ -257,25 +263,8 @@ def _description(settings: Settings, layers: dict[str, nn.Module]) -> dict[str, 
         "prior=": settings.prior,
         "tolerance=": settings.tolerance,
         "num_iters= with a tolerance": None if settings.tolerance is None else settings.num_iters,
-        **{f"layer {name!r}": text for name, text in _described(layers).items()},
+        **{f"layer {name!r}": text for name, text in describe_layers(layers).items()},
     }
-
-
-def _described(layers: dict[str, nn.Module]) -> dict[str, str]:
-    """What of each layer must be the same on all ranks, in words: what is summed over ranks, and written."""
-    devices: list[torch.device] = []  # those of each device are merged together
-    texts = {}
-    for name, layer in layers.items():
-        populations = populations_of(layer)
-        first = populations[0]
-        if first.mean.device not in devices:
-            devices.append(first.mean.device)
-        kinds = " and ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (first.mean, first.var)))
-        number = f"{len(populations)} populations of " if first.index is not None else ""
-        counted = "" if first.num_batches is not None else ", mini-batches not counted"
-        place = f", on device {devices.index(first.mean.device)} of the model's" if len(devices) > 1 else ""
-        texts[name] = f"{number}{first.mean.numel()} channels in {kinds}, eps={first.eps:g}{counted}{place}"
-    return texts
 
 
 def _report(

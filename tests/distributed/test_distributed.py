@@ -260,6 +260,10 @@ def device_mesh(rank: int, world: int) -> Result:
     return {"error": two, **recalibrated(net(), rank, world, uneven=False, process_group=mesh["all"])}
 
 
+def no_group(rank: int, world: int) -> Result:
+    return unchanged(lambda model: update_bn_stats(model, share(rank, [8] * 3), 3, process_group=world))
+
+
 def group_without_rank_0(rank: int, world: int) -> Result:
     group = dist.new_group(list(range(1, world)))
     if rank == 0:
@@ -296,7 +300,7 @@ SCENARIOS: list[Scenario] = [
     wrong_argument_on_rank_1, other_modes, other_layers_of_the_same_size, tolerance_on_one_rank_only,
     other_lengths_with_tolerance, other_version, other_dtype_of_buffers, other_eps, other_prior, other_order_of_layers,
     counted_differently_before, own_forward_reached_on_rank_1_only, device_mesh, group_without_rank_0,
-    group_without_a_store, undone_on_each_rank, ranks_meet_again_after_failures,
+    group_without_a_store, no_group, undone_on_each_rank, ranks_meet_again_after_failures,
 ]  # fmt: skip
 
 
@@ -542,6 +546,13 @@ def test_each_rank_puts_its_own_statistics_back(ranks):
     assert ranks.of(undone_on_each_rank) == [{"changed": True, "is back": True}] * ranks.world
 
 
+def test_a_number_is_no_group(ranks):
+    for result in ranks.of(no_group):
+        assert result["error"][0] == "InputError"
+        assert f"process_group={ranks.world} must be a process group, a DeviceMesh of one dim" in result["error"][1]
+        assert result["unchanged"]
+
+
 def test_no_data_on_any_rank_is_an_error_on_every_rank(ranks):
     for result in ranks.of(no_rank_has_data):
         assert result["error"][0] == "InsufficientDataError"
@@ -564,6 +575,17 @@ def test_one_process_without_torch_distributed_is_one_rank():
     flat = torch.ones(3)
     alone.all_reduce(flat)
     assert torch.equal(flat, torch.ones(3))
+
+
+def test_one_rank_asks_nothing_of_torch_distributed():
+    """As where torch was built without it."""
+    with mock.patch("precisebn.distributed.ranks.dist", None):
+        alone = Ranks(False)
+        alone.agree({"anything": 1})
+        alone.all_reduce(torch.ones(3), "max")
+        alone.broadcast(torch.ones(3), 0)
+        assert alone.gather((1, "two"), list) == [[1, "two"]]
+        alone.commit()
 
 
 @pytest.mark.parametrize(

@@ -293,9 +293,29 @@ def rank_0_ends_first(rank: int, world: int) -> Result:
         return trial(rank)
 
 
+def slow_in_a_mini_batch(rank: int, seconds: float, **arguments: Any) -> Result:
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        if rank == 1:
+            time.sleep(seconds / 3)
+        model(batch)
+
+    return trial(rank, forward=forward, **arguments)
+
+
+def slow_rank(rank: int, world: int) -> Result:
+    """Slower than others, but not than the timeout; and then slower than that, in a group of a short one."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=SHORT_TIMEOUT_S))
+    return {
+        "slow": slow_in_a_mini_batch(rank, 0.5 * SHORT_TIMEOUT_S, process_group=group),
+        "too slow": slow_in_a_mini_batch(rank, 1.5 * SHORT_TIMEOUT_S, process_group=group),
+        "after that": trial(rank, process_group=group),
+    }
+
+
 SCENARIOS = [
     ctrl_c_in_every_wait, ctrl_c_at_any_line_of_rank_0, ctrl_c_at_any_time_on_rank_1, ctrl_c_at_any_time_on_all_ranks,
-    exception_at_every_stage, in_step_after_all_that, keys_left_in_the_store, rank_0_calls_alone, rank_0_ends_first,
+    exception_at_every_stage, in_step_after_all_that, keys_left_in_the_store, rank_0_calls_alone, slow_rank,
+    rank_0_ends_first,
 ]  # fmt: skip
 
 
@@ -440,7 +460,7 @@ def test_a_rank_that_is_killed_ends_the_others_within_the_timeout(scenario, vict
 def test_a_rank_that_calls_alone_is_told_what_it_waits_for(survivors):
     results = survivors.of(rank_0_calls_alone)
     alone, *late = [result["alone"] for result in results]
-    note = "waiting for the other ranks to call update_bn_stats; process_group=False updates this rank alone"
+    note = "waiting for the other ranks to call update_bn_stats; process_group=False is for this rank alone"
     (warning,) = results[0]["warnings"]
     assert warning.startswith(note)
     assert f"rank(s) 1, 2 of {WORLD}" in warning
@@ -454,6 +474,18 @@ def test_a_rank_that_calls_alone_is_told_what_it_waits_for(survivors):
     together = [result["together"] for result in results]
     assert [result["error"] for result in together] == [("", "")] * WORLD
     assert len({result["values"] for result in together}) == 1
+
+
+def test_a_slow_rank_is_waited_for_until_the_timeout(survivors):
+    outcomes = dict(by_trial(survivors.of(slow_rank)))
+    for what in ("slow", "after that"):
+        assert [outcome["error"] for outcome in outcomes[what]] == [("", "")] * WORLD, what
+        assert len({outcome["values"] for outcome in outcomes[what]}) == 1
+    for rank, outcome in enumerate(outcomes["too slow"]):
+        assert outcome["error"][0] == "RankFailedError"
+        assert f"rank(s) 1 of {WORLD} did not come in the {SHORT_TIMEOUT_S:g} s" in outcome["error"][1]
+        assert outcome["unchanged"]
+        assert outcome["seconds"] < 2 * SHORT_TIMEOUT_S, rank
 
 
 def test_all_ranks_hear_of_the_last_decision_although_rank_0_then_ends_and_the_store_with_it(survivors):

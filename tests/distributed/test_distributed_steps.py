@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from precisebn import RankFailedError
+from precisebn import InputError, RankFailedError
 from precisebn.distributed.steps import Steps
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
@@ -142,6 +142,39 @@ def test_calls_belong_together_by_their_number_also_after_failures():
 
     expected = ["failed" if call % 2 else [call] * 3 for call in range(6)]
     assert on_all_ranks(3, rank_does) == [expected] * 3
+
+
+def test_more_can_be_told_than_a_store_takes_in_one_piece():
+    """8 MiB, behind which torch's TCPStore ends the connection."""
+    stores = [dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)]
+    stores.append(dist.TCPStore("127.0.0.1", stores[0].port, 2, is_master=False, wait_for_workers=False))
+    payload = [f"layers.{index}.weight" for index in range(500_000)]
+
+    def rank_does(rank: int) -> bool:
+        steps = Steps(stores[rank], rank, 2, timeout_s=TIMEOUT_S)
+        same = steps.take(payload, list) == [payload, payload]
+        steps.leave()
+        return same
+
+    assert on_all_ranks(2, rank_does) == [True, True]
+
+
+def test_what_no_store_takes_is_an_error_on_all_ranks():
+    store = dist.HashStore()
+    noise = random.Random(0).randbytes(2**23).hex()
+
+    def rank_does(rank: int) -> None:
+        steps = Steps(store, rank, 2, timeout_s=TIMEOUT_S)
+        try:
+            steps.take(noise if rank == 0 else "", len)
+        except InputError as error:
+            steps.fail(error)
+            raise
+
+    first, second = on_all_ranks(2, rank_does)
+    assert isinstance(first, InputError)
+    assert "more than a store takes" in str(first)
+    assert isinstance(second, RankFailedError)
 
 
 @pytest.mark.parametrize("seed", range(20))

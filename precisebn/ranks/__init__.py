@@ -1,0 +1,1 @@
+"""Ranks of a model: whether they hold the same tensors, and what makes them so."""
