@@ -25,7 +25,7 @@ def grouped(names: Iterable[str]) -> list[str]:
         ['stem.bn', 'head.bn']
     """
     names = [name or "(the model)" for name in names]
-    if len(names) <= 2:
+    if len(names) <= _FEW:
         return names
     groups = _groups(names, _INDEX)
     if len(groups) > _FEW:

@@ -15,7 +15,7 @@ from precisebn.models.families import PAUSED, class_family, is_batch_norm, is_fr
 from precisebn.nn.frozen import FrozenNorm
 from precisebn.nn.population import STATISTICS, Recordable, RunningStatistics
 
-__all__ = ["batch_norms", "is_at_initial_values", "is_live", "keepers", "keeps_moving", "kept", "trains"]
+__all__ = ["batch_norms", "is_at_initial_values", "is_live", "is_training", "keepers", "keeps_moving", "kept", "trains"]
 
 
 def kept(layer: nn.Module) -> Sequence[RunningStatistics]:
@@ -59,6 +59,11 @@ def keeps_moving(layer: nn.Module) -> bool:
 def is_at_initial_values(populations: Iterable[RunningStatistics]) -> bool:
     """Whether every one is at the mean 0 and the variance 1 of a new layer."""
     return all(not torch.any(one.mean) and bool(torch.all(one.var == 1)) for one in populations)
+
+
+def is_training(subject: Subject) -> bool:
+    """Whether the model as a whole is in training mode; not a wrapper around it, which is made in training mode."""
+    return subject.modules[""].training
 
 
 def trains(subject: Subject) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from precisebn.auditing.check import Problem, check
-from precisebn.auditing.norms import keepers, kept
+from precisebn.auditing.norms import is_training, keepers, kept
 from precisebn.auditing.subject import Subject
 from precisebn.models.families import is_batch_norm, is_frozen, normalizes_its_input
 from precisebn.models.selection import named_modules
@@ -32,7 +32,7 @@ def wasted_bias(subject: Subject) -> Iterator[Problem]:
         name
         for name, conv, norm in _neighbours(subject)
         if isinstance(conv, _BIASED) and conv.bias is not None and conv.bias.requires_grad
-        and is_batch_norm(norm) and not is_frozen(norm) and (norm.training or not subject.model.training)
+        and is_batch_norm(norm) and not is_frozen(norm) and (norm.training or not is_training(subject))
         and normalizes_its_input(norm) and getattr(norm, "num_features", None) == conv.bias.numel()
         and places[conv] == 1
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from precisebn.auditing.check import Problem, check
-from precisebn.auditing.norms import batch_norms, is_live, keeps_moving, kept
+from precisebn.auditing.norms import batch_norms, is_live, is_training, keeps_moving, kept
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.models.families import PAUSED, is_frozen
 from precisebn.nn.cycle import CycleBatchNormList
@@ -78,7 +78,7 @@ def batch_norm_that_train_will_flip(subject: Subject) -> Iterator[Problem]:
         for name, layer in subject.norms.items()
         if not layer.training and keeps_moving(layer)  # which leaves out what freeze() holds
     }
-    if not held or not subject.model.training:
+    if not held or not is_training(subject):
         return
     with subject.undisturbed():
         try:
@@ -101,7 +101,7 @@ def batch_norm_that_train_will_flip(subject: Subject) -> Iterator[Problem]:
 def batch_norm_in_training_mode(subject: Subject) -> Iterator[Problem]:
     """Every forward, though it be of the test set, moves the statistics, and an output depends on its neighbours."""
     live = [name for name, layer in subject.norms.items() if is_live(layer)]
-    if live and not subject.model.training:
+    if live and not is_training(subject):
         yield Problem(
             "The model is in eval mode, but they normalize by the mini-batch and write their running statistics.",
             "model.eval() puts all parts of it into eval mode.",
@@ -115,7 +115,7 @@ def batch_norm_in_training_mode(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def dropout_in_training_mode(subject: Subject) -> Iterator[Problem]:
     """A part that was put back into training mode alone, or never put into eval mode."""
-    if not subject.model.training and (at_work := _dropouts(subject, training=True)):
+    if not is_training(subject) and (at_work := _dropouts(subject, training=True)):
         yield Problem(
             "The model is in eval mode, but they drop values, so that its outputs are random.",
             "model.eval() puts all parts of it into eval mode.",
@@ -129,7 +129,7 @@ def dropout_in_training_mode(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def dropout_in_eval_mode(subject: Subject) -> Iterator[Problem]:
     """As it should be in a frozen part, until the next ``model.train()`` switches it on again."""
-    if subject.model.training and (idle := _dropouts(subject, training=False)):
+    if is_training(subject) and (idle := _dropouts(subject, training=False)):
         yield Problem(
             "The model is in training mode, but they drop nothing until the next model.train().",
             "model.train() lets them drop values, model.requires_grad_(False) of a part does not switch them off.",

@@ -7,7 +7,7 @@ import torch
 
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.finding import Severity
-from precisebn.auditing.norms import is_at_initial_values, keepers, keeps_moving, kept, trains
+from precisebn.auditing.norms import is_at_initial_values, is_training, keepers, keeps_moving, kept, trains
 from precisebn.auditing.subject import Subject
 from precisebn.nn.population import RunningStatistics
 
@@ -149,12 +149,11 @@ def useless_momentum(subject: Subject) -> Iterator[Problem]:
                 "error",
             )
         else:
-            fewer = (2 - momentum) / momentum
+            better = f"{1 - momentum:.4g}, if it is meant as TensorFlow means it" if momentum < 1 else "0.1"
             yield Problem(
                 f"momentum is {momentum:g}, the weight of the new mini-batch: the statistics are as noisy as those of "
-                f"{'a single mini-batch' if fewer < 1.5 else f'{fewer:.2g} mini-batches'}, whatever came before.",
-                f"layer.momentum = {f'{1 - momentum:.4g}, if it is meant as TensorFlow means it' if momentum < 1 else 0.1}; "
-                "or call update_bn_stats(model, loader) after training.",
+                f"{_mini_batches((2 - momentum) / momentum)}, whatever came before.",
+                f"layer.momentum = {better}; or call update_bn_stats(model, loader) after training.",
                 names,
                 severity,
             )
@@ -198,7 +197,7 @@ def _by_momentum(subject: Subject) -> dict[float | None, list[str]]:
     found: dict[float | None, list[str]] = {}
     for name, layer in subject.norms.items():
         # A layer in eval mode in a model in training mode is meant to stand still.
-        if keeps_moving(layer) and (layer.training or not subject.model.training):
+        if keeps_moving(layer) and (layer.training or not is_training(subject)):
             found.setdefault(getattr(layer, "momentum", 0.1), []).append(name)
     return found
 
@@ -220,6 +219,10 @@ def _all_finite(statistics: torch.Tensor) -> bool:
 def _is_new(population: RunningStatistics) -> bool:
     """Whether it has counted no mini-batch; true where it does not count."""
     return population.num_batches is None or int(population.num_batches) == 0
+
+
+def _mini_batches(number: float) -> str:
+    return "a single mini-batch" if round(number, 1) <= 1 else f"{number:.2g} mini-batches"
 
 
 def _rounded_up(momentum: float) -> float:
