@@ -1,7 +1,7 @@
 """The audit of models as they come: torchvision, timm, transformers, random weights, one mini-batch each.
 
-No finding above a note is what is wanted. ``python -m benchmarks.audit_models`` writes the table to docs/audit_models.md;
-``--only PATTERN`` runs some and prints them.
+No finding above a note is what is wanted. ``python -m benchmarks.audit_models`` writes the table to
+docs/audit_models.md; ``--only PATTERN`` runs some and prints them.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import precisebn
+from precisebn.models.families import is_norm_with_statistics
 
 PAGE = Path(__file__).parents[1] / "docs" / "audit_models.md"
 SAMPLES = 16  # from which on a mini-batch is not small
@@ -68,7 +69,7 @@ def audited(case: Case) -> Row:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the libraries' own
             model, batch = case.build().train(), case.batch()
-            norms = sum(isinstance(m, nn.modules.batchnorm._NormBase) for m in model.modules())
+            norms = sum(map(is_norm_with_statistics, model.modules()))
             begin = time.perf_counter()
             report = precisebn.audit(model, batch)
             return Row(case, norms, report, time.perf_counter() - begin, "")
@@ -91,8 +92,8 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# The audit of models as they come",
         "",
-        f"{len(done)} models with random weights, in training mode, one mini-batch of {SAMPLES} samples each; {graver} with a "
-        "finding above a note.",
+        f"{len(done)} models with random weights, in training mode, one mini-batch of {SAMPLES} samples each; {graver} "
+        "with a finding above a note.",
         f"torch {torch.__version__}; `python -m benchmarks.audit_models` writes this page. What the codes mean is on "
         "[audit.md](audit.md):",
         ", ".join(f"{code} {title}" for code, title in found) + ".",
@@ -101,7 +102,7 @@ def page(rows: list[Row]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.case.library} | {row.case.name} | {row.norms} | {row.failure or codes_of(row)} | {row.seconds:.1f} |"
+        f"| {row.case.library} | {row.case.name} | {row.norms} | {row.failure or codes_of(row)} | {row.seconds:.2f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
@@ -118,11 +119,12 @@ TORCHVISION_SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lra
 TORCHVISION_VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18")
 TIMM = (
     "cspresnet50", "darknet53", "dla34", "dpn68", "efficientnet_b0", "efficientformer_l1", "fastvit_t8", "fbnetc_100",
-    "ghostnet_100", "hardcorenas_a", "hrnet_w18_small", "inception_v4", "levit_128s", "mixnet_s", "mobilenetv3_small_100",
-    "mobilenetv4_conv_small", "mobileone_s0", "mobilevit_s", "mobilevitv2_050", "regnetx_002", "regnety_002",
-    "repghostnet_050", "repvgg_a0", "repvit_m0_9", "res2net50_26w_4s", "resnest14d", "resnet18", "resnetrs50",
-    "rexnet_100", "selecsls42", "semnasnet_075", "skresnet18", "spnasnet_100", "tf_efficientnet_b0",
-    "tf_efficientnetv2_b0", "tf_mobilenetv3_small_075", "tinynet_e", "tiny_vit_5m_224", "vovnet39a", "xception41",
+    "ghostnet_100", "hardcorenas_a", "hrnet_w18_small", "inception_v4", "levit_128s", "mixnet_s",
+    "mobilenetv3_small_100", "mobilenetv4_conv_small", "mobileone_s0", "mobilevit_s", "mobilevitv2_050", "regnetx_002",
+    "regnety_002", "repghostnet_050", "repvgg_a0", "repvit_m0_9", "res2net50_26w_4s", "resnest14d", "resnet18",
+    "resnetrs50", "rexnet_100", "selecsls42", "semnasnet_075", "skresnet18", "spnasnet_100",
+    "tf_efficientnet_b0", "tf_efficientnetv2_b0", "tf_mobilenetv3_small_075", "tinynet_e", "tiny_vit_5m_224",
+    "vovnet39a", "xception41",
 )  # fmt: skip
 # Model and configuration by name, and what of the configuration is smaller than by default; some are not in every
 # version of the library.

@@ -1,5 +1,6 @@
 """The table of all checks, in Markdown: what docs/audit.md shows. ``python -m precisebn.auditing.codes`` renews it."""
 
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,16 +44,13 @@ def renewed(page: str) -> str:
 
 
 def _link(source: str) -> str:
-    """A source as a link with a short name."""
-    if source.startswith("arXiv:"):
-        number, _, where = source.removeprefix("arXiv:").partition(",")
-        return f"[arXiv {number}](https://arxiv.org/abs/{number}){',' if where else ''}{where}"
+    """A source as a link with a short name; of a paper, the arXiv number in it."""
+    if not source.startswith("https://"):
+        return re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
     parts = source.removeprefix("https://").split("/")
     if parts[0] == "github.com" and len(parts) == 5:
         return f"[{parts[2]} #{parts[4]}]({source})"
-    if source.startswith("https://"):
-        return f"[{parts[-1].partition('#')[0].removesuffix('.html')}]({source})"
-    return source
+    return f"[{parts[-1].partition('#')[0].removesuffix('.html')}]({source})"
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from precisebn.auditing.check import Check, Problem, check
 from precisebn.auditing.checks import optimizer as optimizer_checks
 from precisebn.auditing.checks import sharing
-from precisebn.auditing.checks.optimizer import held_by
 from precisebn.auditing.memory import overlapping
 from precisebn.auditing.reach import objects_held
 from precisebn.auditing.report import AuditReport
 from precisebn.auditing.run import checked_optimizers, choose, run_checks
 from precisebn.auditing.subject import Subject
+from precisebn.distributed import is_sharded
 from precisebn.errors import InputError
 from precisebn.models.selection import named_modules
 from precisebn.models.tensor_pictures import same_bits
@@ -94,6 +94,11 @@ class _Copy(Subject):
         super().__init__(model, **given)
         self.other_optimizer = other_optimizer
 
+    @property
+    def others_optimizers(self) -> tuple[Any, ...]:
+        """Those of the original, one or several."""
+        return Subject(self.model, optimizer=self.other_optimizer).optimizers
+
 
 @check(
     "PBN511", "warning", "a copy with other parts or values", needs=("other",),
@@ -148,7 +153,7 @@ def different_modes(subject: Subject) -> Iterator[Problem]:
 def shared_optimizer_state(subject: Subject) -> Iterator[Problem]:
     """``load_state_dict(other.state_dict())`` takes tensors over where dtype and device are right already."""
     assert isinstance(subject, _Copy)
-    ours, theirs = _optimizers(subject.optimizer), _optimizers(subject.other_optimizer)
+    ours, theirs = subject.optimizers, subject.others_optimizers
     if any(one is another for one in ours for another in theirs):
         yield Problem(
             "The optimizer of the copy is that of the original.",
@@ -172,7 +177,7 @@ def shared_optimizer_state(subject: Subject) -> Iterator[Problem]:
 def different_optimizer_state(subject: Subject) -> Iterator[Problem]:
     """A new optimizer has no momentum, and goes another way than the one that it stands for."""
     assert isinstance(subject, _Copy)
-    ours, theirs = ([one.state_dict() for one in _optimizers(o)] for o in (subject.optimizer, subject.other_optimizer))
+    ours, theirs = ([one.state_dict() for one in of] for of in (subject.optimizers, subject.others_optimizers))
     if not _equal(ours, theirs):
         yield Problem(
             "Its settings or its state (momentum, counts of steps) are not those of the original's.",
@@ -217,18 +222,17 @@ def _state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def _alike(a: Tensor, b: Tensor) -> bool:
     if is_lazy(a) or is_lazy(b):
         return type(a) is type(b)
+    if is_sharded(a) and is_sharded(b):
+        a, b = a.to_local(), b.to_local()  # type: ignore[attr-defined]  # DTensors
     return a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or b.is_meta or same_bits(a.cpu(), b.cpu()))
-
-
-def _optimizers(optimizer: Any) -> list[Any]:
-    return [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
 
 
 def _optimizer_tensors(optimizers: Iterable[Any]) -> dict[str, Tensor]:
     """Tensors in the state of optimizers, by the number of the parameter and the name of the entry."""
     found: dict[str, Tensor] = {}
     for one in optimizers:
-        number = {id(p): i for i, p in enumerate(held_by(one))}
+        held = (p for group in one.param_groups for p in group["params"])
+        number = {id(p): i for i, p in enumerate(held)}
         for p, entries in one.state.items():
             for key, value in entries.items() if isinstance(entries, Mapping) else ():
                 for held in objects_held(value):

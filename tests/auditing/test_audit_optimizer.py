@@ -103,6 +103,12 @@ def test_several_optimizers():
     assert layers("PBN302", some, optimizers[:1]) == ("1.weight", "1.bias", "2.weight")
 
 
+def test_an_optimizer_of_another_lazy_model():
+    some, other = nn.Sequential(nn.LazyLinear(2)), nn.Sequential(nn.LazyLinear(2))
+    assert layers("PBN301", some, sgd(other.parameters())) == ("0.weight", "0.bias")
+    assert found("PBN301", some, sgd(some.parameters())) == ()
+
+
 def test_the_wrapped_model_is_the_same_model():
     some = model()
     assert found("PBN301", nn.DataParallel(some), sgd(some.parameters())) == ()

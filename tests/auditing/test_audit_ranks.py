@@ -6,9 +6,11 @@ import pytest
 import torch
 from processes import Outcome, Result
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from precisebn import convert_sync_batchnorm, freeze
+from precisebn import check_copy, convert_sync_batchnorm, freeze
 from precisebn.auditing.run import audit
 
 
@@ -37,10 +39,28 @@ def of_two_ranks(rank: int, world: int) -> Result:
     }
 
 
+def of_a_sharded_model(rank: int, world: int) -> Result:
+    some, other = model(), model()
+    fully_shard(some, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = torch.optim.SGD(some.parameters(), lr=0.1, momentum=0.9)
+    report = audit(some, optimizer=optimizer, other=other, num_steps=1000)
+    twin = model()
+    fully_shard(twin, mesh=init_device_mesh("cpu", (world,)))
+    twin.load_state_dict(some.state_dict())
+    same = [one.code for one in check_copy(some, twin)]
+    with torch.no_grad():
+        twin[0].weight.add_(1)
+    return {
+        "found": [(one.code, one.severity) for one in report],
+        "same": same,
+        "other": [(one.code, one.layers) for one in check_copy(some, twin)],
+    }
+
+
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    return Outcome([of_two_ranks], 2, folder)
+    return Outcome([of_two_ranks, of_a_sharded_model], 2, folder)
 
 
 def test_plain_batch_norm_on_two_ranks(outcome):
@@ -57,6 +77,13 @@ def test_on_two_ranks_and_nothing_to_say(outcome):
     result = outcome.of_rank(of_two_ranks, 1)
     fine = ("frozen", "in eval mode", "synchronized", "instance norm", "synchronized, and nobody there")
     assert [name for name in fine if result[name]] == []
+
+
+def test_a_sharded_model(outcome):
+    result = outcome.of_rank(of_a_sharded_model, 0)
+    assert result["found"] == [("PBN203", "note"), ("PBN551", "note"), ("PBN601", "note")]
+    assert result["same"] == []
+    assert result["other"] == [("PBN511", ("0.weight",))]
 
 
 def test_synchronized_batch_norm_on_one_rank():

@@ -192,6 +192,31 @@ def test_models_in_other_forms():
         assert audit(form, only="PBN201")["PBN201"][0].layers == ("1",)
 
 
+def test_models_without_values():
+    with torch.device("meta"):
+        meta = model()
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    for some in (meta, lazy):
+        optimizer = torch.optim.SGD(some.parameters(), lr=0.1)
+        report = audit(some, optimizer=optimizer, other=model(), num_steps=100)
+        assert {one.code for one in report} <= {"PBN601"}  # a bias needs no values to be wasted
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*reduce_range will be deprecated.*")
+def test_quantized_models():
+    """Trained for quantization, where a BatchNorm lies inside of a convolution; and one that is quantized."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    some = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
+    fused = quantization.fuse_modules_qat(some, [["0", "1", "2"]])
+    fused.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    trained = quantization.prepare_qat(fused)
+    assert audit(trained)["PBN203"][0].layers == ("0.bn",)
+    assert audit(trained).at_least("warning") == []
+    trained[0].bn.running_var[0] = float("nan")
+    assert audit(trained)["PBN201"][0].layers == ("0.bn",)
+    assert audit(nn.Sequential(torch.ao.nn.quantized.BatchNorm2d(4))).at_least("warning") == []
+
+
 def test_a_model_without_layers_of_interest():
     assert audit(nn.Linear(2, 2), other=nn.ReLU(), num_steps=3).findings == ()
     assert audit(nn.Module()).findings == ()

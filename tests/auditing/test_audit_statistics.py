@@ -93,6 +93,16 @@ def test_a_new_model_is_noted():
     assert (finding.severity, finding.layers) == ("note", ("1", "3"))
 
 
+def test_a_model_that_was_trained_in_eval_mode():
+    some = model().eval()
+    optimizer = torch.optim.Adam(some.parameters())
+    assert found("PBN203", some, optimizer=optimizer)[0].severity == "note"  # not a step yet
+    some(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    [finding] = found("PBN203", some, optimizer=optimizer)
+    assert (finding.severity, finding.layers) == ("warning", ("1", "3"))
+
+
 def test_layers_that_a_checkpoint_left_out():
     some = model()
     update_bn_stats(some, [torch.randn(4, 3, 8, 8)] * 2, None)

@@ -19,7 +19,7 @@ __all__ = ["eps_too_small", "half_precision", "wasted_bias"]
 
 @check(
     "PBN601", "note", "a bias that BatchNorm takes away again",
-    source="arXiv:1502.03167, section 3.2",
+    source="Batch Normalization, arXiv 1502.03167, section 3.2",
 )  # fmt: skip
 def wasted_bias(subject: Subject) -> Iterator[Problem]:
     """``conv(bias=True)`` straight before BatchNorm: the mean that is subtracted holds the bias, whatever it is.
@@ -33,7 +33,7 @@ def wasted_bias(subject: Subject) -> Iterator[Problem]:
         for name, conv, norm in _neighbours(subject)
         if isinstance(conv, _BIASED) and conv.bias is not None and conv.bias.requires_grad
         and is_batch_norm(norm) and not is_frozen(norm) and (norm.training or not is_training(subject))
-        and normalizes_its_input(norm) and getattr(norm, "num_features", None) == conv.bias.numel()
+        and normalizes_its_input(norm) and getattr(norm, "num_features", None) == _channels(conv)
         and places[conv] == 1
     ]  # fmt: skip
     if wasted:
@@ -47,6 +47,10 @@ def wasted_bias(subject: Subject) -> Iterator[Problem]:
 _BIASED = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
 )  # fmt: skip
+
+
+def _channels(layer: nn.Module) -> object:
+    return layer.out_features if isinstance(layer, nn.Linear) else getattr(layer, "out_channels", None)
 
 
 def _neighbours(subject: Subject) -> Iterator[tuple[str, nn.Module, nn.Module]]:

@@ -225,7 +225,7 @@ def paused_layers(subject: Subject) -> Iterator[Problem]:
 
 @check(
     "PBN109", "warning", "a CycleBatchNormList left in the middle of its cycle",
-    source="arXiv:2105.07576, section 5.2",
+    source="Rethinking 'Batch' in BatchNorm, arXiv 2105.07576, section 5.2",
 )  # fmt: skip
 def unfinished_cycles(subject: Subject) -> Iterator[Problem]:
     """The next forward would begin with the statistics of another feature level."""

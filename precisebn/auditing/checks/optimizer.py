@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.nn.parameter import is_lazy
 
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.memory import overlapping
@@ -137,14 +137,9 @@ def memory_of_the_model_that_is_no_parameter(subject: Subject) -> Iterator[Probl
         )
 
 
-def held_by(optimizer: Optimizer | Any) -> list[Tensor]:
-    """The parameters of an optimizer, or of several, in order; those that are held twice, twice."""
-    optimizers: Any = [optimizer] if hasattr(optimizer, "param_groups") else optimizer
-    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
-
-
 def _held(subject: Subject) -> list[Tensor]:
-    return held_by(subject.optimizer)
+    """The parameters of all optimizers, in order; those that are held twice, twice."""
+    return [p for one in subject.optimizers for group in one.param_groups for p in group["params"]]
 
 
 def _parameters(subject: Subject) -> dict[int, tuple[Tensor, str]]:
@@ -180,11 +175,11 @@ def _compared(subject: Subject) -> _Compared:
 
 def _alike(foreign: list[Tensor], missing: Mapping[str, Tensor]) -> list[str]:
     """Names of parameters that the optimizer does not hold, for each of which it holds a foreign one of its shape."""
-    there = Counter((p.shape, p.dtype) for p in foreign)
+    there = Counter((_shape(p), p.dtype) for p in foreign)
     names = []
     for name, p in missing.items():
-        if there[p.shape, p.dtype]:
-            there[p.shape, p.dtype] -= 1
+        if there[_shape(p), p.dtype]:
+            there[_shape(p), p.dtype] -= 1
             names.append(name)
     return names
 
@@ -195,8 +190,13 @@ def _are_master_copies(foreign: list[Tensor], missing: Mapping[str, Tensor]) -> 
     return (
         len(half) == len(missing) == len(foreign)
         and all(p.dtype == torch.float32 for p in foreign)
-        and Counter(p.shape for p in foreign) == Counter(p.shape for p in half)
+        and Counter(map(_shape, foreign)) == Counter(map(_shape, half))
     )
+
+
+def _shape(parameter: Tensor) -> torch.Size | None:
+    """None of a lazy one, which has none yet."""
+    return None if is_lazy(parameter) else parameter.shape
 
 
 def _of_the_other_model(subject: Subject, foreign: list[Tensor]) -> str:

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.norms import batch_norms, is_live
 from precisebn.auditing.subject import Subject
-from precisebn.distributed import world_size
+from precisebn.distributed import number_of_ranks
 from precisebn.models.batches import num_samples
 from precisebn.models.families import class_family
 
@@ -25,7 +25,7 @@ _FEW_SAMPLES = 16
 )  # fmt: skip
 def plain_batch_norm_on_several_ranks(subject: Subject) -> Iterator[Problem]:
     """Each rank normalizes by its own samples, and keeps its own statistics: a checkpoint holds those of one."""
-    ranks = world_size()
+    ranks = number_of_ranks()
     plain = [name for name, layer in batch_norms(subject).items() if is_live(layer) and not _is_synchronized(layer)]
     if ranks < 2 or not plain:
         return
@@ -50,7 +50,7 @@ def plain_batch_norm_on_several_ranks(subject: Subject) -> Iterator[Problem]:
 def synchronized_batch_norm_on_one_rank(subject: Subject) -> Iterator[Problem]:
     """It does what a plain one does, is slower, and is understood by fewer exporters."""
     waiting = [name for name, layer in batch_norms(subject).items() if _is_synchronized(layer)]
-    if waiting and world_size() < 2:
+    if waiting and number_of_ranks() < 2:
         yield Problem(
             "They synchronize over ranks, but torch.distributed is not initialized, or has one: they normalize by the "
             "samples of this process alone.",

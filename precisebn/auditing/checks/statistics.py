@@ -60,7 +60,15 @@ def layers_never_measured(subject: Subject) -> Iterator[Problem]:
     """Mean 0 and variance 1: in a new model all of them; if only some, a part was never run, or never loaded."""
     layers = keepers(subject)
     initial = [name for name, layer in layers.items() if is_at_initial_values(kept(layer))]
-    if initial and len(initial) == len(layers):
+    if initial and len(initial) == len(layers) and any(one.state for one in subject.optimizers):
+        yield Problem(
+            "The optimizer has made steps, and all running statistics are still those of a new model, mean 0 and "
+            "variance 1: it was trained in eval mode, or the statistics of a copy have moved.",
+            "model.train() before training, or freeze(model, affine=True), if they are meant to stand still; "
+            "update_bn_stats(model, loader) measures them.",
+            initial,
+        )
+    elif initial and len(initial) == len(layers):
         yield Problem(
             "All running statistics are those of a new model, mean 0 and variance 1.",
             "update_bn_stats(model, loader) measures them, if the model is not to be trained.",
@@ -78,7 +86,7 @@ def layers_never_measured(subject: Subject) -> Iterator[Problem]:
 
 @check(
     "PBN204", "warning", "domains never measured",
-    source="arXiv:2105.07576, section 5",
+    source="Rethinking 'Batch' in BatchNorm, arXiv 2105.07576, section 5",
 )  # fmt: skip
 def domains_never_measured(subject: Subject) -> Iterator[Problem]:
     """A population of a layer that no mini-batch came to, beside others that were measured."""
@@ -166,7 +174,7 @@ _REMEMBERED = 0.1
 
 @check(
     "PBN207", "warning", "a momentum too small, or too long a memory, for this many steps", needs=("num_steps",),
-    source="arXiv:2105.07576, section 3",
+    source="Rethinking 'Batch' in BatchNorm, arXiv 2105.07576, section 3",
 )  # fmt: skip
 def momentum_for_this_many_steps(subject: Subject) -> Iterator[Problem]:
     """How much of what the statistics began with is left at the end, ``(1 - momentum) ** num_steps``."""
