@@ -4,21 +4,23 @@
 built around one part, or loaded with ``assign=True``, have memory in common.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from precisebn.auditing.check import Check, Problem, check
 from precisebn.auditing.checks import optimizer as optimizer_checks
 from precisebn.auditing.checks import sharing
+from precisebn.auditing.generators import generators_in, state_of
 from precisebn.auditing.memory import overlapping
-from precisebn.auditing.reach import objects_held
+from precisebn.auditing.optimizers import Optimizers, checked_optimizers, optimizers_of
+from precisebn.auditing.reach import attributes, hooks, objects_held
 from precisebn.auditing.report import AuditReport
-from precisebn.auditing.run import checked_optimizers, choose, run_checks
+from precisebn.auditing.run import choose, run_checks
 from precisebn.auditing.subject import Subject
 from precisebn.distributed import is_sharded
 from precisebn.errors import InputError
@@ -32,8 +34,8 @@ def check_copy(
     model: nn.Module,
     copy: nn.Module,
     *,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    copy_optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers = None,
+    copy_optimizer: Optimizers = None,
     only: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] | None = None,
 ) -> AuditReport:
@@ -94,19 +96,16 @@ class _Copy(Subject):
         super().__init__(model, **given)
         self.other_optimizer = other_optimizer
 
-    @property
-    def others_optimizers(self) -> tuple[Any, ...]:
-        """Those of the original, one or several."""
-        return Subject(self.model, optimizer=self.other_optimizer).optimizers
-
 
 @check(
     "PBN511", "warning", "a copy with other parts or values", needs=("other",),
     source="https://docs.python.org/3/library/copy.html",
 )  # fmt: skip
 def different_values(subject: Subject) -> Iterator[Problem]:
-    """Names, shapes, dtypes and bits of parameters and buffers; those that are in no state dict as well."""
-    own, theirs = _state(subject.modules), _state(_original(subject))
+    """Classes, hooks; names, shapes, dtypes and bits of parameters and buffers, also of those in no state dict."""
+    original = _original(subject)
+    yield from _different_parts(subject.modules, original)
+    own, theirs = _state(subject.modules), _state(original)
     if lacking := own.keys() ^ theirs.keys():
         yield Problem(
             "They are in one of the two models alone.",
@@ -153,7 +152,7 @@ def different_modes(subject: Subject) -> Iterator[Problem]:
 def shared_optimizer_state(subject: Subject) -> Iterator[Problem]:
     """``load_state_dict(other.state_dict())`` takes tensors over where dtype and device are right already."""
     assert isinstance(subject, _Copy)
-    ours, theirs = subject.optimizers, subject.others_optimizers
+    ours, theirs = optimizers_of(subject.optimizer), optimizers_of(subject.other_optimizer)
     if any(one is another for one in ours for another in theirs):
         yield Problem(
             "The optimizer of the copy is that of the original.",
@@ -177,7 +176,8 @@ def shared_optimizer_state(subject: Subject) -> Iterator[Problem]:
 def different_optimizer_state(subject: Subject) -> Iterator[Problem]:
     """A new optimizer has no momentum, and goes another way than the one that it stands for."""
     assert isinstance(subject, _Copy)
-    ours, theirs = ([one.state_dict() for one in of] for of in (subject.optimizers, subject.others_optimizers))
+    both = (subject.optimizer, subject.other_optimizer)
+    ours, theirs = ([one.state_dict() for one in optimizers_of(of)] for of in both)
     if not _equal(ours, theirs):
         yield Problem(
             "Its settings or its state (momentum, counts of steps) are not those of the original's.",
@@ -203,6 +203,35 @@ COPY_CHECKS: tuple[Check, ...] = (
     different_optimizer_state,
 )
 """What :func:`check_copy` runs, in the order of codes."""
+
+
+def _different_parts(modules: Mapping[str, nn.Module], original: Mapping[str, nn.Module]) -> Iterator[Problem]:
+    other_class = [name for name, m in modules.items() if name in original and type(m) is not type(original[name])]
+    if other_class:
+        yield Problem(
+            "They are of another class than in the original.",
+            "copy.deepcopy(model); or convert the copy as the original was converted.",
+            other_class,
+        )
+    own, theirs = (Counter(name for name, _ in hooks(of)) for of in (modules, original))
+    if differing := [name for name in {**theirs, **own} if own[name] != theirs[name]]:
+        yield Problem(
+            "One of the two models has hooks there that the other has not: a state dict holds none.",
+            "copy.deepcopy(model), or register them with the copy.",
+            differing,
+        )
+    states, others = _generator_states(modules), _generator_states(original)
+    if differing := [name for name in states if name in others and states[name] != others[name]]:
+        yield Problem(
+            "Their random generators are not in the state of the original's, and draw other numbers.",
+            "copy.generator.set_state(model.generator.get_state()), or copy.deepcopy(model).",
+            differing,
+        )
+
+
+def _generator_states(modules: Mapping[str, nn.Module]) -> dict[str, list[object]]:
+    """The states of random generators in attributes, by name; all in Python's own values."""
+    return {name: found for name, value in attributes(modules) if (found := list(map(state_of, generators_in(value))))}
 
 
 def _original(subject: Subject) -> dict[str, nn.Module]:

@@ -3,27 +3,27 @@
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from precisebn.auditing.check import Check
 from precisebn.auditing.checks import CHECKS
 from precisebn.auditing.finding import SEVERITIES, Finding
+from precisebn.auditing.optimizers import Optimizers, checked_optimizers
 from precisebn.auditing.report import AuditReport
 from precisebn.auditing.subject import LossFn, Subject, Unobservable
 from precisebn.errors import InputError
 from precisebn.models.batches import ForwardFn
 
-__all__ = ["audit", "checked_optimizers", "choose", "run_checks"]
+__all__ = ["audit", "choose", "run_checks"]
 
 
 def audit(
     model: nn.Module,
     batch: Any = None,
     *,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers = None,
     loss: LossFn | None = None,
     loader: Iterable[Any] | None = None,
     other: nn.Module | None = None,
@@ -76,23 +76,6 @@ def audit(
         num_steps=num_steps, forward=forward,
     )  # fmt: skip
     return run_checks(choose(CHECKS, only, ignore), subject)
-
-
-def checked_optimizers(
-    argument: str, optimizer: Optimizer | Sequence[Optimizer] | None
-) -> Optimizer | tuple[Optimizer, ...] | None:
-    """One optimizer, several, or none, as they were given.
-
-    Raises:
-        InputError: something else.
-    """
-    # By what is needed, not by class: wrappers (Accelerate's, apex's) need not be an Optimizer.
-    if optimizer is None or hasattr(optimizer, "param_groups"):
-        return cast("Optimizer | None", optimizer)
-    several = tuple(optimizer) if isinstance(optimizer, Iterable) else ()
-    if not several or not all(hasattr(one, "param_groups") for one in several):
-        raise InputError(f"{argument} must be an optimizer, or several in a list, not {type(optimizer).__name__}")
-    return several
 
 
 def choose(

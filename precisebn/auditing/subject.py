@@ -73,14 +73,6 @@ class Subject:
         """The layers that can keep running statistics: BatchNorm of any kind, InstanceNorm, ours."""
         return {name: m for name, m in self.modules.items() if is_batch_norm(m) or is_norm_with_statistics(m)}
 
-    @property
-    def optimizers(self) -> tuple[Any, ...]:
-        """Those that were given, one or several; none where none was."""
-        if self.optimizer is None:
-            return ()
-        # By what they have: wrappers (Accelerate's, apex's) need not be an Optimizer.
-        return (self.optimizer,) if hasattr(self.optimizer, "param_groups") else tuple(self.optimizer)
-
     def has(self, argument: str) -> bool:
         """Whether an argument was given."""
         return getattr(self, argument) is not None

@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import random
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,6 +128,43 @@ def test_a_forward_in_train_mode_parts_two_models():
         "PBN511",
         ("1.running_mean", "1.running_var", "1.num_batches_tracked"),
     )
+
+
+def generators() -> list[object]:
+    return [
+        torch.Generator().manual_seed(3),
+        random.Random(3),
+        np.random.default_rng(3),
+        np.random.Generator(np.random.MT19937(3)),
+        np.random.RandomState(3),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_random_generators_that_have_drawn(kind):
+    """Story 3: two models that were alike, and draw other numbers."""
+    original = model()
+    original[0].noise = generators()[kind]
+    twin = copy.deepcopy(original)
+    assert codes(original, twin) == []
+    rng = twin[0].noise
+    torch.rand(1, generator=rng) if isinstance(rng, torch.Generator) else rng.random()
+    [finding] = check_copy(original, twin)
+    assert (finding.code, finding.layers) == ("PBN511", ("0.noise",))
+
+
+def test_other_hooks_and_classes():
+    original = model()
+    original[1].register_forward_hook(lambda module, args, output: output)
+    twin = model()
+    twin.load_state_dict(original.state_dict())
+    [finding] = check_copy(original, twin)
+    assert (finding.code, finding.layers) == ("PBN511", ("1._forward_hooks",))
+    twin[1] = nn.SyncBatchNorm(4)
+    twin[1].register_forward_hook(lambda module, args, output: output)
+    twin.load_state_dict(original.state_dict())
+    [finding] = check_copy(original, twin)
+    assert (finding.code, finding.layers) == ("PBN511", ("1",))
 
 
 def test_other_dtypes_zeros_and_parts():

@@ -132,7 +132,7 @@ def dropout_in_eval_mode(subject: Subject) -> Iterator[Problem]:
     if is_training(subject) and (idle := _dropouts(subject, training=False)):
         yield Problem(
             "The model is in training mode, but they drop nothing until the next model.train().",
-            "model.train() lets them drop values, model.requires_grad_(False) of a part does not switch them off.",
+            "model.train() switches them on again; nothing, if their part is frozen and meant to be in eval mode.",
             idle,
         )
 

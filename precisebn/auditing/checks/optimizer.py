@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.memory import overlapping
+from precisebn.auditing.optimizers import optimizers_of
 from precisebn.auditing.subject import Subject
 
 __all__ = [
@@ -46,7 +47,8 @@ def optimizer_of_another_model(subject: Subject) -> Iterator[Problem]:
         )
     else:
         yield Problem(
-            f"The optimizer also steps {_count(len(foreign), 'parameter')} not of this model, perhaps a loss's.",
+            f"The optimizer also steps {_count(len(foreign), 'parameter')} not of this model: of a loss, or of layers "
+            "that have been replaced.",
             "Nothing, if they are meant to be trained as well; else trainable_parameters(model) has only the model's.",
             (),
             "note",
@@ -139,7 +141,7 @@ def memory_of_the_model_that_is_no_parameter(subject: Subject) -> Iterator[Probl
 
 def _held(subject: Subject) -> list[Tensor]:
     """The parameters of all optimizers, in order; those that are held twice, twice."""
-    return [p for one in subject.optimizers for group in one.param_groups for p in group["params"]]
+    return [p for one in optimizers_of(subject.optimizer) for group in one.param_groups for p in group["params"]]
 
 
 def _parameters(subject: Subject) -> dict[int, tuple[Tensor, str]]:

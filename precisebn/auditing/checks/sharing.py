@@ -1,14 +1,12 @@
 """Sharing: what two models that should be independent have in common, from memory to random generators."""
 
-import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from precisebn.auditing.check import Problem, check
+from precisebn.auditing.generators import generators_in
 from precisebn.auditing.memory import overlapping
 from precisebn.auditing.reach import attributes, hooks, modules_held, objects_held
 from precisebn.auditing.subject import Subject
@@ -130,9 +128,9 @@ def shared_generators(subject: Subject) -> Iterator[Problem]:
 
     The global generators, which are everybody's, are not meant.
     """
-    theirs = {id(held) for _, value in attributes(_other(subject)) for held in _generators(value)}
+    theirs = {id(held) for _, value in attributes(_other(subject)) for held in generators_in(value)}
     shared = [
-        name for name, value in attributes(subject.modules) if any(id(g) in theirs for g in _generators(value))
+        name for name, value in attributes(subject.modules) if any(id(g) in theirs for g in generators_in(value))
     ]  # fmt: skip
     if shared:
         yield Problem(
@@ -208,17 +206,6 @@ def _attribute_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
             if isinstance(held, Tensor):
                 found.setdefault(name, held)
     return found
-
-
-def _generators(value: object) -> list[object]:
-    """Random generators that a value is or holds, but for the global ones."""
-    numpy_random = sys.modules.get("numpy.random")
-    kinds: tuple[type, ...] = (torch.Generator, random.Random)
-    everybodys: list[object] = [torch.default_generator, *torch.cuda.default_generators]
-    if numpy_random is not None:
-        kinds += (numpy_random.Generator, numpy_random.RandomState)
-        everybodys.append(getattr(numpy_random.mtrand, "_rand", None))
-    return [held for held in objects_held(value) if isinstance(held, kinds) and all(held is not g for g in everybodys)]
 
 
 def _containers(value: object) -> list[object]:

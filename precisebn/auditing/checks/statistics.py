@@ -8,6 +8,7 @@ import torch
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.finding import Severity
 from precisebn.auditing.norms import is_at_initial_values, is_training, keepers, keeps_moving, kept, trains
+from precisebn.auditing.optimizers import optimizers_of
 from precisebn.auditing.subject import Subject
 from precisebn.nn.population import RunningStatistics
 
@@ -60,7 +61,7 @@ def layers_never_measured(subject: Subject) -> Iterator[Problem]:
     """Mean 0 and variance 1: in a new model all of them; if only some, a part was never run, or never loaded."""
     layers = keepers(subject)
     initial = [name for name, layer in layers.items() if is_at_initial_values(kept(layer))]
-    if initial and len(initial) == len(layers) and any(one.state for one in subject.optimizers):
+    if initial and len(initial) == len(layers) and any(one.state for one in optimizers_of(subject.optimizer)):
         yield Problem(
             "The optimizer has made steps, and all running statistics are still those of a new model, mean 0 and "
             "variance 1: it was trained in eval mode, or the statistics of a copy have moved.",
