@@ -93,7 +93,10 @@ def choose(
 
 
 def _matching(argument: str, patterns: str | Iterable[str], codes: Sequence[str]) -> Iterator[str]:
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    several = [patterns] if isinstance(patterns, str) else list(patterns)
+    if argument == "only" and not several:
+        raise InputError("only= is empty, so that nothing would be looked for; leave it out to run every check")
+    for pattern in several:
         if not isinstance(pattern, str):
             raise InputError(f"{argument}= takes codes and patterns over them, not {type(pattern).__name__}")
         matched = [code for code in codes if fnmatchcase(code, pattern.upper())]

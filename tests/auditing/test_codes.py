@@ -26,6 +26,12 @@ def test_every_source_is_a_paper_or_a_page():
         assert re.search(r"^https://\S+$|, arXiv \d{4}\.\d{5}(, \w+ [\d.]+)*$", one.source), one.code
 
 
+def test_links_to_other_pages_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGE.read_text()) if not link.startswith("https://")]
+    assert links
+    assert all((PAGE.parent / link).exists() for link in links)
+
+
 def test_what_is_said_of_a_check_is_short():
     for line in code_table(all_checks()).splitlines()[2:]:
         assert len(line.split(" | ")[2]) < 90
