@@ -34,6 +34,7 @@ def of_two_ranks(rank: int, world: int) -> Result:
         "frozen": severities(freeze(model())),
         "in eval mode": severities(model().eval()),
         "synchronized": severities(convert_sync_batchnorm(model())),
+        "synchronized by ours": severities(convert_sync_batchnorm(model(), implementation="precisebn")),
         "instance norm": severities(nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True))),
         "synchronized, and nobody there": severities(convert_sync_batchnorm(model()), "PBN552"),
     }
@@ -75,7 +76,8 @@ def test_plain_batch_norm_on_two_ranks(outcome):
 
 def test_on_two_ranks_and_nothing_to_say(outcome):
     result = outcome.of_rank(of_two_ranks, 1)
-    fine = ("frozen", "in eval mode", "synchronized", "instance norm", "synchronized, and nobody there")
+    fine = ("frozen", "in eval mode", "synchronized", "synchronized by ours", "instance norm")
+    fine += ("synchronized, and nobody there",)
     assert [name for name in fine if result[name]] == []
 
 
@@ -88,6 +90,7 @@ def test_a_sharded_model(outcome):
 
 def test_synchronized_batch_norm_on_one_rank():
     assert severities(convert_sync_batchnorm(model()), "PBN552") == ["note"]
+    assert severities(convert_sync_batchnorm(model(), implementation="precisebn"), "PBN552") == ["note"]
     assert severities(model(), "PBN552") == []
 
 

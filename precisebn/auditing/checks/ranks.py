@@ -61,4 +61,4 @@ def synchronized_batch_norm_on_one_rank(subject: Subject) -> Iterator[Problem]:
 
 def _is_synchronized(layer: nn.Module) -> bool:
     family = class_family(layer)
-    return (family is not None and family.synchronized) or "process_group" in vars(layer)
+    return family is not None and family.synchronized
