@@ -1,6 +1,10 @@
 """precisebn: exact population statistics for BatchNorm, and modules for every choice of the batch."""
 
 from precisebn._version import __version__
+from precisebn.auditing.copies import check_copy
+from precisebn.auditing.finding import Finding
+from precisebn.auditing.report import AuditReport
+from precisebn.auditing.run import audit
 from precisebn.conversion.converters import (
     convert_batch_stat,
     convert_concat_shared,
@@ -14,6 +18,7 @@ from precisebn.conversion.converters import (
 )
 from precisebn.conversion.shared_head import convert_shared_head
 from precisebn.errors import (
+    AuditError,
     BatchFormatError,
     CycleError,
     InputError,
@@ -47,8 +52,11 @@ from precisebn.tracking.pause import pause_tracking
 
 __all__ = [
     "__version__",
+    "AuditError",
+    "AuditReport",
     "BatchFormatError",
     "CycleError",
+    "Finding",
     "InputError",
     "InsufficientDataError",
     "LayerReport",
@@ -67,8 +75,10 @@ __all__ = [
     "UpdateReport",
     "accumulate_statistics",
     "adapt_bn_stats",
+    "audit",
     "batch_norm",
     "check_ranks",
+    "check_copy",
     "convert_batch_stat",
     "convert_concat_shared",
     "convert_cycle",

@@ -14,6 +14,7 @@ __all__ = [
     "BatchFormatError",
     "CycleError",
     "UndoError",
+    "AuditError",
     "add_note",
 ]
 
@@ -55,6 +56,10 @@ class CycleError(PreciseBNError, RuntimeError):
 
 class UndoError(PreciseBNError, RuntimeError):
     """A recalibration cannot be undone: its statistics have changed since, or it has been undone already."""
+
+
+class AuditError(PreciseBNError):
+    """An audit has found something as grave as ``raise_if`` does not let pass; the message has the table."""
 
 
 def add_note(error: BaseException, note: str) -> None:

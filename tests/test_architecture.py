@@ -144,7 +144,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     declared = {line.partition(">")[0] for line in setup["options"]["install_requires"].split()}
-    optional = {"matplotlib", "safetensors"}  # of the extras `plot`, where a report is drawn, and `state`
+    optional = {"matplotlib", "rich", "safetensors"}  # of the extras `plot`, `tables` and `state`
     used = {name.split(".")[0] for path in FILES for name in imported(path.read_text())}
     assert used - set(sys.stdlib_module_names) - {"precisebn"} - optional == declared
 

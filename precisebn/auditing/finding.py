@@ -23,6 +23,15 @@ class Finding:
         what: one sentence of what happens.
         remedy: one sentence with the call to make.
         source: where that is known from: a paper, an issue, a page.
+
+    Example:
+        >>> import precisebn
+        >>> from torch import nn
+        >>> [finding] = precisebn.audit(nn.Sequential(nn.BatchNorm2d(8, momentum=0.99)), only="PBN206")
+        >>> finding.severity, finding.layers, finding.source
+        ('note', ('0',), 'https://github.com/pytorch/vision/issues/8250')
+        >>> finding.remedy.partition(";")[0]
+        'layer.momentum = 0.01, if it is meant as TensorFlow means it'
     """
 
     code: str

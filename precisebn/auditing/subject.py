@@ -1,6 +1,6 @@
 """Subject: what an audit is about, and what has been observed of it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ class Subject:
     Args:
         model: what is audited.
         batch: a mini-batch of training, or None.
-        optimizer: what trains it.
+        optimizer: what trains it; several, where several do.
         loss: ``loss(output, batch)``; by default the output's own ``loss``, or the mean of its squares.
         loader: mini-batches as in training.
         other: a model that should share nothing with it.
@@ -46,7 +46,7 @@ class Subject:
         model: nn.Module,
         batch: Any = None,
         *,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         loss: LossFn | None = None,
         loader: Iterable[Any] | None = None,
         other: nn.Module | None = None,

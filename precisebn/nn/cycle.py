@@ -118,6 +118,11 @@ class CycleBatchNormList(Recordable):
         """Start a cycle afresh: the next call uses BatchNorm 0."""
         self._pos = self._left_at = 0
 
+    @property
+    def unfinished(self) -> int:
+        """How many calls of a cycle have been made that has not come to its end; 0 between cycles."""
+        return self._pos or self._left_at
+
     def start_recording(self, recorder: Recorder) -> None:
         """Put the cycle under way aside, as an interrupted forward leaves it; the members are recorded themselves."""
         self._aside = self._pos, self._left_at

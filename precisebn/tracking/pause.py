@@ -18,7 +18,7 @@ from precisebn.errors import InputError
 from precisebn.models.families import PAUSED, is_norm_with_statistics
 from precisebn.models.selection import select
 
-__all__ = ["pause_tracking"]
+__all__ = ["is_in_block", "pause_tracking"]
 
 
 @contextmanager
@@ -58,6 +58,11 @@ def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Iterator[nn.M
     finally:
         for norm in paused:
             _resume(norm)
+
+
+def is_in_block(layer: nn.Module) -> bool:
+    """Whether a paused layer is in a block that has yet to end; a copy that was made inside of one is not."""
+    return layer in _blocks
 
 
 # How many blocks a layer is in, and what it had before the first.

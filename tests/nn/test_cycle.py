@@ -655,3 +655,15 @@ def test_nothing_is_left_behind():
     with one_cycle(bn):
         each(bn)(levels())
     assert state_of(bn) == before
+
+
+def test_how_much_of_a_cycle_is_unfinished():
+    cycle = CycleBatchNormList(3, num_features=2)
+    counts = [cycle.unfinished]
+    for _ in range(4):
+        cycle(torch.randn(2, 2, 3, 3))
+        counts.append(cycle.unfinished)
+    cycle.eval()
+    assert [*counts, cycle.unfinished] == [0, 1, 2, 0, 1, 1]
+    cycle.reset()
+    assert cycle.unfinished == 0

@@ -1,5 +1,6 @@
 """pause_tracking: normalization as in training, running statistics as they are."""
 
+import copy
 import threading
 
 import pytest
@@ -17,7 +18,7 @@ from precisebn.nn import (
     GhostBN,
     use_domain,
 )
-from precisebn.tracking.pause import pause_tracking
+from precisebn.tracking.pause import is_in_block, pause_tracking
 
 LAYERS = {
     "BatchNorm2d": lambda: nn.BatchNorm2d(3),
@@ -165,3 +166,13 @@ def test_a_recalibration_measures_and_writes_all_the_same(layer, inside):
             report = update_bn_stats(model, batches, None)
     assert report.layers[0].count == 3 * 4 * 25
     assert layer.track_running_stats is True
+
+
+def test_a_layer_knows_whether_its_pause_will_end():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with pause_tracking(model):
+        with pause_tracking(model):
+            assert is_in_block(model[0])
+            assert not is_in_block(copy.deepcopy(model)[0])
+        assert is_in_block(model[0])
+    assert not is_in_block(model[0])

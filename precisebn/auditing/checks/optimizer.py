@@ -1,0 +1,214 @@
+"""Optimizer: that what it steps is what the model trains."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from precisebn.auditing.check import Problem, check
+from precisebn.auditing.memory import overlapping
+from precisebn.auditing.optimizers import optimizers_of
+from precisebn.auditing.subject import Subject
+
+__all__ = [
+    "frozen_parameters_in_the_optimizer",
+    "memory_of_the_model_that_is_no_parameter",
+    "optimizer_of_another_model",
+    "parameters_held_twice",
+    "parameters_that_no_optimizer_holds",
+]
+
+
+@check(
+    "PBN301", "error", "an optimizer of another model", needs=("optimizer",),
+    source="https://docs.pytorch.org/docs/stable/optim.html",
+)  # fmt: skip
+def optimizer_of_another_model(subject: Subject) -> Iterator[Problem]:
+    """A deep copy of an optimizer holds copies of parameters, a shallow one the old model's, and neither the new one's.
+
+    The same comes of making the optimizer before layers are replaced. Parameters of a loss beside the model's own are
+    nothing of the kind: nothing of the model is missing.
+    """
+    held, foreign, missing = _compared(subject)
+    if not foreign:
+        return
+    stand_ins = _alike(foreign, missing)
+    if len(foreign) == len(held) or stand_ins:
+        whose = _of_the_other_model(subject, foreign)
+        yield Problem(
+            f"Of {_count(len(held), 'parameter')} in the optimizer, {len(foreign)} are not of this model{whose}; "
+            "those of this model that are named here stay as they are.",
+            "Make the optimizer anew from trainable_parameters(model), after copying or converting; then "
+            "load_state_dict(old.state_dict()).",
+            stand_ins or list(missing),
+        )
+    else:
+        yield Problem(
+            f"The optimizer also steps {_count(len(foreign), 'parameter')} not of this model: of a loss, or of layers "
+            "that have been replaced.",
+            "Nothing, if they are meant to be trained as well; else trainable_parameters(model) has only the model's.",
+            (),
+            "note",
+        )
+
+
+@check(
+    "PBN302", "warning", "trainable parameters that no optimizer holds", needs=("optimizer",),
+    source="https://docs.pytorch.org/docs/stable/optim.html",
+)  # fmt: skip
+def parameters_that_no_optimizer_holds(subject: Subject) -> Iterator[Problem]:
+    """They get gradients, and stay as they are. (Where the optimizer holds none at all, PBN301 says so.)"""
+    held, foreign, missing = _compared(subject)
+    if missing and len(foreign) < len(held) and not _alike(foreign, missing):
+        yield Problem(
+            "They require gradients, but no optimizer steps them.",
+            "Make the optimizer from trainable_parameters(model); freeze(model, ...) what is not to be trained; "
+            "pass all optimizers to audit, if there are several.",
+            list(missing),
+        )
+
+
+@check(
+    "PBN303", "note", "frozen parameters in the optimizer", needs=("optimizer",),
+    source="https://docs.pytorch.org/docs/stable/generated/torch.optim.Optimizer.zero_grad.html",
+)  # fmt: skip
+def frozen_parameters_in_the_optimizer(subject: Subject) -> Iterator[Problem]:
+    """An optimizer passes over parameters without a gradient, and steps those with one, though it be zero.
+
+    With a gradient of zeros, weight decay and momentum go on moving a parameter that was frozen after a backward.
+    """
+    own = _parameters(subject)
+    held = {id(p) for p in _held(subject)}
+    frozen = {name: p for p, name in own.values() if not p.requires_grad and id(p) in held}
+    moving = [name for name, p in frozen.items() if p.grad is not None]
+    if moving:
+        yield Problem(
+            "They are frozen, but have gradients from before: weight decay and momentum move them at the next step.",
+            "optimizer.zero_grad(set_to_none=True) before the next step; freeze(model, ...) does so by itself.",
+            moving,
+            "warning",
+        )
+    elif frozen:
+        yield Problem(
+            "They are frozen, and the optimizer holds them: without gradients it passes over them, with its weight "
+            "decay and momentum.",
+            "Make the optimizer from trainable_parameters(model).",
+            list(frozen),
+        )
+
+
+@check(
+    "PBN304", "warning", "parameters that are stepped twice", needs=("optimizer",),
+    source="https://github.com/pytorch/pytorch/issues/40967",
+)  # fmt: skip
+def parameters_held_twice(subject: Subject) -> Iterator[Problem]:
+    """In several optimizers, or several times in one."""
+    own = _parameters(subject)
+    times = Counter(map(id, _held(subject)))
+    twice = [name for p, name in own.values() if times[id(p)] > 1]
+    if twice:
+        yield Problem(
+            "They are held more than once, and stepped more than once, with a weight decay and momentum for each.",
+            "Give each parameter to one optimizer, once.",
+            twice,
+        )
+
+
+@check(
+    "PBN305", "error", "an optimizer that writes what is no parameter", needs=("optimizer",),
+    source="https://docs.pytorch.org/docs/stable/optim.html",
+)  # fmt: skip
+def memory_of_the_model_that_is_no_parameter(subject: Subject) -> Iterator[Problem]:
+    """Parameters that have become buffers since, as a frozen layer's: in the same memory, which steps still write."""
+    own = _parameters(subject)
+    foreign = {str(i): p for i, p in enumerate(_held(subject)) if id(p) not in own}
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in subject.modules.items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                tensors[f"{prefix}.{name}" if prefix else name] = tensor
+    written = overlapping(tensors, foreign)
+    if written:
+        yield Problem(
+            "The optimizer holds tensors that are no parameters of the model, but lie in the memory of these.",
+            "Make the optimizer anew from trainable_parameters(model), after layers are frozen or converted.",
+            list(written),
+        )
+
+
+def _held(subject: Subject) -> list[Tensor]:
+    """The parameters of all optimizers, in order; those that are held twice, twice."""
+    return [p for one in optimizers_of(subject.optimizer) for group in one.param_groups for p in group["params"]]
+
+
+def _parameters(subject: Subject) -> dict[int, tuple[Tensor, str]]:
+    """The model's parameters by identity, each with its first name."""
+    found: dict[int, tuple[Tensor, str]] = {}
+    for prefix, module in subject.modules.items():
+        for name, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), (p, f"{prefix}.{name}" if prefix else name))
+    return found
+
+
+class _Compared(NamedTuple):
+    """What an optimizer holds, beside what the model trains."""
+
+    held: list[Tensor]
+    foreign: list[Tensor]
+    """Held, and no parameters of the model."""
+    missing: dict[str, Tensor]
+    """Trainable parameters of the model that are not held, by name."""
+
+
+def _compared(subject: Subject) -> _Compared:
+    own = _parameters(subject)
+    held = _held(subject)
+    there = {id(p) for p in held}
+    foreign = [p for p in held if id(p) not in own]
+    missing = {name: p for p, name in own.values() if p.requires_grad and id(p) not in there}
+    if _are_master_copies(foreign, missing):
+        return _Compared(held, [], {})
+    return _Compared(held, foreign, missing)
+
+
+def _alike(foreign: list[Tensor], missing: Mapping[str, Tensor]) -> list[str]:
+    """Names of parameters that the optimizer does not hold, for each of which it holds a foreign one of its shape."""
+    there = Counter((_shape(p), p.dtype) for p in foreign)
+    names = []
+    for name, p in missing.items():
+        if there[_shape(p), p.dtype]:
+            there[_shape(p), p.dtype] -= 1
+            names.append(name)
+    return names
+
+
+def _are_master_copies(foreign: list[Tensor], missing: Mapping[str, Tensor]) -> bool:
+    """Whether they are float32 copies of the model's parameters of half precision, which mixed precision may keep."""
+    half = [p for p in missing.values() if p.dtype in (torch.float16, torch.bfloat16)]
+    return (
+        len(half) == len(missing) == len(foreign)
+        and all(p.dtype == torch.float32 for p in foreign)
+        and Counter(map(_shape, foreign)) == Counter(map(_shape, half))
+    )
+
+
+def _shape(parameter: Tensor) -> torch.Size | None:
+    """None of a lazy one, which has none yet."""
+    return None if is_lazy(parameter) else parameter.shape
+
+
+def _of_the_other_model(subject: Subject, foreign: list[Tensor]) -> str:
+    """How many of them are those of ``other``, in words."""
+    if subject.other is None:
+        return ""
+    theirs = {id(p) for p in subject.other.parameters()}
+    number = sum(id(p) in theirs for p in foreign)
+    return f" ({number} are of the other)" if number else ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,76 @@
+"""What checks ask of normalization layers: which statistics they keep, whether those move, whether anything is trained.
+
+Of layers of any library: what is known of a class stands in :mod:`precisebn.models.families`.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from precisebn.auditing.subject import Subject
+from precisebn.models.families import PAUSED, class_family, is_batch_norm, is_frozen
+from precisebn.nn.frozen import FrozenNorm
+from precisebn.nn.population import STATISTICS, Recordable, RunningStatistics
+
+__all__ = ["batch_norms", "is_at_initial_values", "is_live", "is_training", "keepers", "keeps_moving", "kept", "trains"]
+
+
+def kept(layer: nn.Module) -> Sequence[RunningStatistics]:
+    """The populations of a layer of any class that have values; none of a lazy layer, nor on the meta device."""
+    if isinstance(layer, Recordable):
+        found = layer.populations()
+    else:
+        mean, var, num_batches = map(layer._buffers.get, STATISTICS)
+        if mean is None or var is None:
+            return ()
+        # Some classes have a constant in their forward (transformers' FrozenBatchNorm2d).
+        found = (RunningStatistics(mean, var, num_batches, vars(layer).get("eps", math.nan)),)
+    return [one for one in found if not (is_lazy(one.mean) or one.mean.is_meta or one.var.is_meta)]
+
+
+def keepers(subject: Subject) -> dict[str, nn.Module]:
+    """Layers with running statistics, those among them that never write them, of whatever library, included."""
+    return {
+        name: layer
+        for name, layer in subject.modules.items()
+        if (name in subject.norms or ((family := class_family(layer)) is not None and family.frozen)) and kept(layer)
+    }
+
+
+def is_live(layer: nn.Module) -> bool:
+    """Whether a forward of this layer, as it is, moves its running statistics."""
+    return layer.training and keeps_moving(layer)
+
+
+def keeps_moving(layer: nn.Module) -> bool:
+    """Whether a forward in training mode moves its running statistics."""
+    return (
+        len(kept(layer)) > 0
+        and not isinstance(layer, FrozenNorm)
+        and not is_frozen(layer)
+        and PAUSED not in vars(layer)
+        and bool(getattr(layer, "track_running_stats", True))
+    )
+
+
+def is_at_initial_values(populations: Iterable[RunningStatistics]) -> bool:
+    """Whether every one is at the mean 0 and the variance 1 of a new layer."""
+    return all(not torch.any(one.mean) and bool(torch.all(one.var == 1)) for one in populations)
+
+
+def is_training(subject: Subject) -> bool:
+    """Whether the model as a whole is in training mode; not a wrapper around it, which is made in training mode."""
+    return subject.modules[""].training
+
+
+def trains(subject: Subject) -> bool:
+    """Whether what was given with the model says that it is about to be trained."""
+    return subject.optimizer is not None or subject.num_steps is not None or subject.loss is not None
+
+
+def batch_norms(subject: Subject) -> dict[str, nn.Module]:
+    """The layers among them that normalize over a mini-batch."""
+    return {name: layer for name, layer in subject.norms.items() if is_batch_norm(layer)}
