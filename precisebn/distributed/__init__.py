@@ -5,7 +5,7 @@ all-reduces of one flat float64 buffer: memory does not grow with the number of 
 bits. docs/design.md, "Ranks", has the protocol as a whole.
 """
 
-from precisebn.distributed.groups import ProcessGroup, sync_group
+from precisebn.distributed.groups import ProcessGroup, number_of_ranks, sync_group
 from precisebn.distributed.ranks import Ranks, Tally
 from precisebn.distributed.sharding import is_sharded, reshard
 from precisebn.distributed.shuffling import Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
@@ -18,6 +18,7 @@ __all__ = [
     "has_others",
     "is_sharded",
     "local_shuffle",
+    "number_of_ranks",
     "permutation_of",
     "reshard",
     "shuffle_over_ranks",

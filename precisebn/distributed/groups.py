@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from precisebn.errors import InputError
 
-__all__ = ["Carried", "ProcessGroup", "group_of", "sync_group", "wire_device"]
+__all__ = ["Carried", "ProcessGroup", "group_of", "number_of_ranks", "sync_group", "wire_device"]
 
 ProcessGroup = Any
 """``torch.distributed.ProcessGroup``, which not every build of torch has, or a DeviceMesh of one dimension."""
@@ -98,3 +98,8 @@ def wire_device(config: str, device: torch.device, accelerator: torch.device | N
     if accelerator is not None and accelerator.type in types:
         return accelerator
     return torch.device(types[0])  # the current one of its kind
+
+
+def number_of_ranks() -> int:
+    """How many processes there are in the default group; 1 where torch.distributed is not initialized."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
