@@ -1,6 +1,5 @@
 """Averages of weights: the wrappers that keep one, by the class that they are of."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -9,11 +8,11 @@ from torch.optim.swa_utils import AveragedModel
 __all__ = ["averages_in", "number_averaged"]
 
 
-def averages_in(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def averages_in(model: nn.Module) -> dict[str, nn.Module]:
     """torch's AveragedModel (Lightning's WeightAveraging makes one) and timm's ModelEmaV2 and V3, by name."""
     return {
         name: module
-        for name, module in modules.items()
+        for name, module in model.named_modules()
         if isinstance(module, AveragedModel)
         or (type(module).__module__ == "timm.utils.model_ema" and type(module).__name__.startswith("ModelEma"))
     }

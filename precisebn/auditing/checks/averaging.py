@@ -19,7 +19,7 @@ _REMEDY = "update_bn_stats(average, loader, modules='all'), after the last avera
 @check("PBN721", "note", "statistics left behind by averaging", source=_UPDATE_BN)
 def statistics_left_behind(subject: Subject) -> Iterator[Problem]:
     """Without ``use_buffers`` torch copies the buffers of the last model. With a loader PBN722 measures it."""
-    for name, average in averages_in(subject.modules).items():
+    for name, average in averages_in(subject.model).items():
         if not isinstance(average, AveragedModel) or average.use_buffers or number_averaged(average) < 2:
             continue
         layers = [n for n, layer in subject.norms.items() if layer in set(average.modules()) and populations_of(layer)]
@@ -40,7 +40,7 @@ def statistics_left_behind(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def statistics_of_other_weights(subject: Subject) -> Iterator[Problem]:
     """Averaged or copied, the statistics of other weights are not those that averaged weights have on the data."""
-    if not averages_in(subject.modules):
+    if not averages_in(subject.model):
         return
     if far := far_layers(subject):
         worst = max(far, key=lambda name: far[name][0])

@@ -22,7 +22,7 @@ __all__ = ["far_from_the_data", "far_layers"]
 )  # fmt: skip
 def far_from_the_data(subject: Subject) -> Iterator[Problem]:
     """Of trained layers: fresh ones are far from everything. Averages of weights have a check of their own."""
-    if averages_in(subject.modules):
+    if averages_in(subject.model):
         return
     try:
         far = far_layers(subject)

@@ -171,15 +171,15 @@ class GradientFlow(TorchFunctionMode):
         together = self._merged(inputs)
         name = getattr(func, "__name__", "")
         if not outputs:
-            if name == "__setitem__":
-                self._write(args[0], together)
+            if name == "__setitem__" and together.parameters:
+                self._write(args[0], together, _shown(func))
             elif name in _EXITS and together.parameters:
                 self.exits.append((together.parameters, self._origin(_shown(func))))
             return
         self.used |= together.parameters
         if not together.parameters:
             return
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and name not in _NO_WORK:
             self._cut(lost, together)
         origin: Origin | None = next((f.origin for t in lost if (f := self._flow(t)) and f.origin), None)
         for output in outputs:
@@ -187,7 +187,7 @@ class GradientFlow(TorchFunctionMode):
                 origin = self._origin(_shown(func))
             self._note(output, together, origin)
         if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
-            self._write(args[0], together)
+            self._write(args[0], together, _shown(func))
 
     def _cut(self, lost: list[Tensor], together: _Flow) -> None:
         """Note a cut where a call works on with lost values, for parameters that no other input leads back to."""
@@ -225,15 +225,17 @@ class GradientFlow(TorchFunctionMode):
             origin if without else None,
         )  # fmt: skip
 
-    def _write(self, tensor: Any, together: _Flow) -> None:
+    def _write(self, tensor: Any, together: _Flow, how: str) -> None:
         """A tensor was written to in place, and with it what it is a view of."""
         for target in (tensor, getattr(tensor, "_base", None)):
-            if isinstance(target, Tensor) and id(target) not in self._bits:
+            if isinstance(target, Tensor):
+                before = self._flow(target)
                 both = self._merged([target])
-                self._flows[target] = _Flow(
-                    both.parameters | together.parameters, both.live | together.live, both.cuts | together.cuts,
-                    both.behind_cuts | together.behind_cuts,
-                )  # fmt: skip
+                both.parameters |= together.parameters
+                both.live |= together.live
+                both.cuts |= together.cuts
+                both.behind_cuts |= together.behind_cuts
+                self._note(target, both, before.origin if before is not None and before.origin else self._origin(how))
 
     def _flow(self, tensor: Tensor) -> _Flow | None:
         bit = self._bits.get(id(tensor))
@@ -265,6 +267,7 @@ class GradientFlow(TorchFunctionMode):
 
 
 _EXITS = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__dlpack__"})
+_NO_WORK = frozenset({"detach", "detach_", "requires_grad_"})  # what cuts by itself is not what is behind the cut
 _IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 

@@ -117,10 +117,7 @@ class TrainingStep:
             with interrupts.let_through():
                 with flow:
                     loss = _loss(subject, output, batch)
-                names, parameters = list(trainable), list(trainable.values())
-                if loss.grad_fn is None:
-                    return GradientReport(flow, loss, trainable)
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                reached = _reached(loss, list(trainable.values()))
         except Unobservable:
             raise
         except Exception as error:
@@ -128,8 +125,38 @@ class TrainingStep:
                 f"the loss or its backward raised {type(error).__name__}: {error}; pass loss=, a function of output and "
                 "batch that gives a scalar"
             ) from error
-        without = {name: p for name, p, grad in zip(names, parameters, grads, strict=True) if grad is None}
+        without = {name: p for (name, p), has in zip(trainable.items(), reached, strict=True) if not has}
         return GradientReport(flow, loss, without)
+
+
+def _reached(loss: Tensor, parameters: list[Tensor]) -> list[bool]:
+    """Which parameters a backward from the loss comes to.
+
+    Reentrant checkpoints take no other backward than one that accumulates: there the gradients that there are make room
+    for others, and come back with everything else.
+    """
+    if not loss.requires_grad:
+        return [False] * len(parameters)
+    if not _has_reentrant_checkpoint(loss):
+        return [grad is not None for grad in torch.autograd.grad(loss, parameters, allow_unused=True)]
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    return [parameter.grad is not None for parameter in parameters]
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether the graph of a loss leads through ``torch.utils.checkpoint.CheckpointFunction``."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
