@@ -9,7 +9,7 @@ __all__ = ["averages_in", "number_averaged"]
 
 
 def averages_in(model: nn.Module) -> dict[str, nn.Module]:
-    """torch's AveragedModel (Lightning's WeightAveraging makes one) and timm's ModelEmaV2 and V3, by name."""
+    """Torch's AveragedModel (Lightning's WeightAveraging makes one) and timm's ModelEmaV2 and V3, by name."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -80,8 +80,8 @@ def check_determinism(
 
     Args:
         step: ``step()`` does one step: forward, backward, ``optimizer.step()``, on a mini-batch that is there. What it
-            returns, the loss for one, is compared too. One that takes its mini-batch from an iterator takes the next one
-            the second time, which is found as a difference in the data.
+            returns, the loss for one, is compared too. One that takes its mini-batch from an iterator takes the next
+            one the second time, which is found as a difference in the data.
         model: the model, or all models, that it runs.
         optimizer: what it steps, one or several.
         restore: whatever else keeps a state from step to step: generators, samplers, loaders, schedulers, scalers. What
@@ -288,8 +288,8 @@ def _cause(kind: str, event: _Event, before: _Event | None) -> tuple[str, str]:
             "pause_tracking(model) around forwards that are not for training; pass what else has a state as restore=.",
         )
     return (
-        "something there has a state that is neither in model=, optimizer= nor restore=: a random generator, a counter, "
-        "another model",
+        "something there has a state that is neither in model=, optimizer= nor restore=: a random generator, a "
+        "counter, another model",
         "pass it as model= or restore=[...], and seed its generators from one place: torch.manual_seed(seed).",
     )
 
@@ -300,20 +300,21 @@ def _with_deterministic_algorithms(trial: _Trial) -> tuple[str, bool]:
     Returns:
         Its name, or an empty string; and whether they are equal then.
     """
-    enabled, only_warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if enabled:
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if torch.are_deterministic_algorithms_enabled():
         return "", False
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             first, second = trial.run(), trial.run()
-        told = [str(one.message) for one in caught if "does not have a deterministic implementation" in str(one.message)]
-        return (told[0].split(" does not")[0] if told else ""), _first_difference(first, second) is None
+        told = [str(one.message).split(_HAS_NONE)[0] for one in caught if _HAS_NONE in str(one.message)]
+        return (told[0] if told else ""), _first_difference(first, second) is None
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=only_warns)
+        torch.use_deterministic_algorithms(False, warn_only=only_warns)
 
 
+_HAS_NONE = " does not have a deterministic implementation"  # what torch warns of
 _CHUNK = 1 << 22
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 

@@ -68,7 +68,7 @@ class Surroundings:
 class ObjectsPicture:
     """The attributes and containers that are reached from some objects, and the states of generators among them.
 
-    Containers with more than 1000 items are data, and not looked into. So are modules, which a Snapshot is for, and what
+    Not looked into are containers with more than 1000 items, which are data, modules, which a Snapshot is for, and what
     belongs to running threads and processes.
 
     Args:

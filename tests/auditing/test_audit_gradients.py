@@ -80,7 +80,9 @@ CUTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*requires_grad=True. Gradients will be None", "ignore:To copy construct from a tensor")
+@pytest.mark.filterwarnings(
+    "ignore:.*requires_grad=True. Gradients will be None", "ignore:To copy construct from a tensor"
+)
 @pytest.mark.parametrize(("between", "layers", "behind", "how"), CUTS.values(), ids=CUTS)
 def test_a_cut_is_found_with_the_first_module_behind_it(between, layers, behind, how):
     found = gradient_findings(Net(between))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from precisebn.auditing.averages import averages_in, number_averaged
@@ -9,6 +10,8 @@ from precisebn.auditing.check import Problem, check
 from precisebn.auditing.checks.drift import far_layers
 from precisebn.auditing.subject import Subject
 from precisebn.models.families import populations_of
+from precisebn.models.selection import named_modules
+from precisebn.nn.population import STATISTICS
 
 __all__ = ["statistics_left_behind", "statistics_of_other_weights"]
 
@@ -26,8 +29,8 @@ def statistics_left_behind(subject: Subject) -> Iterator[Problem]:
         if layers and not subject.has("loader"):
             of = f" ({name!r})" if name else ""
             yield Problem(
-                f"the average{of} of {number_averaged(average)} models, made with use_buffers=False, has been given the "
-                "running statistics of the last of them, unless it was recalibrated since; loader= would tell.",
+                f"the average{of} of {number_averaged(average)} models, made with use_buffers=False, has been given "
+                "the running statistics of the last of them, unless it was recalibrated since; loader= would tell.",
                 _REMEDY,
                 layers,
                 "warning" if _are_those_of_other(subject) else None,
@@ -43,10 +46,10 @@ def statistics_of_other_weights(subject: Subject) -> Iterator[Problem]:
     if not averages_in(subject.model):
         return
     if far := far_layers(subject):
-        worst = max(far, key=lambda name: far[name][0])
+        worst = max(far, key=lambda name: far[name].mean)
         yield Problem(
             "a recalibration on the loader moves their running statistics far, further than its standard errors: in "
-            f"{worst!r} by {far[worst][0]:.2f} standard deviations in the mean and {far[worst][1]:.2f} in log variance.",
+            f"{worst!r} by {far[worst]}.",
             _REMEDY,
             list(far),
         )
@@ -56,12 +59,15 @@ def _are_those_of_other(subject: Subject) -> bool:
     """Whether ``other``, the model that was averaged, has the very same running statistics, and other weights."""
     if subject.other is None:
         return False
-    theirs = {
-        name: value for name, value in subject.other.state_dict().items() if name.endswith(("running_mean", "running_var"))
-    }
-    ours = {
-        name.removeprefix("module."): value
-        for name, value in subject.model.state_dict().items()
-        if name.endswith(("running_mean", "running_var"))
-    }
+    ours, theirs = _statistics(subject.model), _statistics(subject.other)
     return bool(ours) and ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n].to(ours[n])) for n in ours)
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """All running statistics by name, without the names of wrappers."""
+    return {
+        f"{name}.{key}": buffer
+        for name, layer in named_modules(model)
+        for key in STATISTICS[:2]
+        if (buffer := layer._buffers.get(key)) is not None
+    }

@@ -69,14 +69,12 @@ def one_sample(subject: Subject) -> Iterator[Problem]:
 def one_value(subject: Subject) -> Iterator[Problem]:
     """A single value has no variance: torch raises."""
     layers = [
-        call.layer
-        for call in _calls_by_batch(subject)
-        if call.values == 1 and _ranks(subject.norms[call.layer]) == 1
+        call.layer for call in _calls_by_batch(subject) if call.values == 1 and _ranks(subject.norms[call.layer]) == 1
     ]
     if layers:
         yield Problem(
             "they are given one value per channel in training, which has no variance; BatchNorm raises ValueError.",
-            "train on mini-batches of two samples and more (DataLoader(..., drop_last=True)), or freeze(model, ...) them.",
+            "train on mini-batches of two samples and more, DataLoader(..., drop_last=True); or freeze them.",
             list(dict.fromkeys(layers)),
         )
 

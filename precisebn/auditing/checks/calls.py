@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from precisebn.auditing.check import Problem, check
-from precisebn.auditing.observations.normalization import NormCall, distance, is_far
+from precisebn.auditing.observations.normalization import Distance, NormCall
 from precisebn.auditing.observations.training import TrainingStep
 from precisebn.auditing.subject import Subject
 from precisebn.models.families import is_batch_norm, populations_of
@@ -22,32 +22,25 @@ def shared_population(subject: Subject) -> Iterator[Problem]:
         layer = subject.norms[name]
         if not is_batch_norm(layer) or not populations_of(layer) or not calls[0].by_batch or len(calls) < 2:
             continue
-        apart, log_ratio, far = _farthest(calls)
-        if far:
+        if farthest := _farthest(calls):
             yield Problem(
-                f"it is called {len(calls)} times in a forward, on values whose means lie up to {apart:.2f} standard "
-                f"deviations apart and whose variances differ up to {_factor(log_ratio)}: each is normalized by its own "
-                "in training, and all by their average in eval mode.",
+                f"it is called {len(calls)} times in a forward, on values that lie up to {farthest} apart: each call "
+                "is normalized by its own statistics in training, and all by their average in eval mode.",
                 f"convert_shared_head(head, ...), or convert_cycle(model, length={len(calls)}, include={name!r}).",
                 [name],
             )
         else:
             yield Problem(
-                f"it is called {len(calls)} times in a forward, on values of one distribution as far as can be told; its "
-                "running statistics move as often.",
-                f"nothing; a momentum divided by {len(calls)} gives the average the length that it has in other layers.",
+                f"it is called {len(calls)} times in a forward, on values of one distribution as far as can be told; "
+                "its running statistics move as often.",
+                f"nothing, or a momentum divided by {len(calls)}, for an average as long as that of other layers.",
                 [name],
                 "note",
             )
 
 
-def _farthest(calls: list[NormCall]) -> tuple[float, float, bool]:
-    """The largest distance of means and log ratio of variances of any two calls, and whether any two are far apart."""
+def _farthest(calls: list[NormCall]) -> Distance | None:
+    """The largest distance of any two calls that are far apart; None where no two are."""
     known = [call.statistics for call in calls if call.statistics is not None]
-    pairs = [distance(a, b) for a, b in combinations(known, 2)]
-    far = [(apart, ratio) for apart, error, ratio in pairs if is_far(apart, ratio, error)]
-    return max((a for a, _ in far), default=0.0), max((ratio for _, ratio in far), default=0.0), bool(far)
-
-
-def _factor(log_ratio: float) -> str:
-    return f"{2.718281828459045**log_ratio:.1f}-fold"
+    far = [pair for a, b in combinations(known, 2) if (pair := Distance.between(a, b)).is_far]
+    return max(far, key=lambda pair: pair.mean + pair.log_var, default=None)

@@ -19,8 +19,8 @@ def last_of_one_sample(subject: Subject) -> Iterator[Problem]:
     look = subject.observe(LoaderLook)
     if look.last_size == 1 and max(look.sizes) > 1 and normalizes_by_batch(subject):
         yield Problem(
-            f"mini-batches have {max(look.sizes)} samples, and the last of an epoch has one: its statistics are those of "
-            "one sample, and where that is one value per channel BatchNorm raises ValueError at the end of the epoch.",
+            f"mini-batches have {max(look.sizes)} samples, and the last of an epoch has one: its statistics are those "
+            "of one sample, and where that is one value per channel BatchNorm raises ValueError.",
             "DataLoader(..., drop_last=True).",
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.fresh import is_fresh
 from precisebn.auditing.observations.agreement import Agreement
-from precisebn.auditing.observations.normalization import FAR, is_far
+from precisebn.auditing.observations.normalization import FAR
 from precisebn.auditing.subject import Subject
 
 __all__ = ["train_and_eval_disagree"]
@@ -18,7 +18,7 @@ __all__ = ["train_and_eval_disagree"]
 def train_and_eval_disagree(subject: Subject) -> Iterator[Problem]:
     """By BatchNorm alone: dropout is off both times. Models that were never trained disagree by nature."""
     agreement = subject.observe(Agreement)
-    starts = [one for one in agreement.layers if is_far(one.apart, one.log_ratio, one.error)]
+    starts = [one for one in agreement.layers if one.statistics.is_far and one.outputs.is_far]
     fresh = [name for name, layer in subject.norms.items() if is_fresh(layer)]
     if not starts or len(fresh) == len(subject.norms):
         return
@@ -27,7 +27,7 @@ def train_and_eval_disagree(subject: Subject) -> Iterator[Problem]:
     model = "" if outputs is None else f"; the model's outputs differ by {outputs:.2f} of their standard deviation"
     yield Problem(
         f"by the mini-batch and by running statistics, dropout apart, outputs begin to differ at {first.layer!r}: by "
-        f"{first.apart:.2f} standard deviations in the mean and {first.log_ratio:.2f} in log variance{model}.",
+        f"{first.outputs}{model}.",
         "update_bn_stats(model, loader) makes the running statistics those of the data under these weights.",
         [one.layer for one in starts],
         "note" if mild else None,

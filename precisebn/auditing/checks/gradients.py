@@ -35,8 +35,8 @@ def values_taken_out_of_torch(subject: Subject) -> Iterator[Problem]:
     """Numbers of Python and NumPy have no history: a tensor that is made of them starts anew."""
     for origin, names in subject.observe(TrainingStep).gradients().exited.items():
         yield Problem(
-            f"what is worked out from them leaves torch by {origin.how} in {_place(origin.module, origin.line)}, and no "
-            "gradient comes back.",
+            f"what is worked out from them leaves torch by {origin.how} in {_place(origin.module, origin.line)}, and "
+            "no gradient comes back.",
             "stay with tensors there, as torch.stack does for torch.tensor; or freeze(model, ...) what is not trained.",
             names,
         )

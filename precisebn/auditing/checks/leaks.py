@@ -34,7 +34,7 @@ def one_label(subject: Subject) -> Iterator[Problem]:
         yield Problem(
             f"each of the {len(labels)} mini-batches that were looked at holds samples of one label, of "
             f"{len(everything.unique())}: BatchNorm's statistics tell it in training, and do not at test time.",
-            "DataLoader(..., shuffle=True); or statistics for each domain, convert_domain_specific(model, num_domains).",
+            "DataLoader(..., shuffle=True); or statistics for each by convert_domain_specific(model, num_domains).",
         )
     elif sum(seen) < 0.5 * expected:
         yield Problem(
@@ -58,8 +58,8 @@ def correlated_samples(subject: Subject) -> Iterator[Problem]:
     if ratio > chance:
         size = len(inputs[0])
         yield Problem(
-            f"the means of mini-batches scatter {ratio:.0f} times as much (in variance) as those of independent samples "
-            f"would: {size} samples count as {max(size / ratio, 1):.1f}.",
+            f"the means of mini-batches scatter {ratio:.0f} times as much (in variance) as those of independent "
+            f"samples would: {size} samples count as {max(size / ratio, 1):.1f}.",
             "shuffle over sources, DataLoader(..., shuffle=True), so that a mini-batch holds samples of many.",
         )
 

@@ -6,7 +6,7 @@ in training mode. So what differs is BatchNorm, and not what else acts different
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from precisebn import ops
 from precisebn.auditing.observations.flow import tensors_in
 from precisebn.auditing.observations.loader import training_batch
-from precisebn.auditing.observations.normalization import NormCall, Statistics, distance, records_calls
+from precisebn.auditing.observations.normalization import Distance, NormCall, Statistics, records_calls
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.models.families import populations_of
 from precisebn.models.interrupts import HeldBack
@@ -23,27 +23,25 @@ from precisebn.models.random_state import RandomState
 __all__ = ["Agreement", "LayerAgreement"]
 
 
-class LayerAgreement:
+class LayerAgreement(NamedTuple):
     """One normalization layer, by the mini-batch and by its running statistics.
 
     Attributes:
         layer: its qualified name.
-        apart: distance of the means of its outputs in standard deviations, root mean square over channels.
-        log_ratio: log of the ratio of their variances, likewise.
-        error: standard error of the mean of the layer's input, which is what ``apart`` is by chance.
+        statistics: how far those of its input are from its running statistics, where the model goes by mini-batches.
+        outputs: how far what it gives then is from what it gives where the model goes by running statistics.
     """
 
-    def __init__(self, layer: str, by_batch: Statistics, by_running: Statistics, given: Statistics | None) -> None:
-        self.layer = layer
-        self.apart, _, self.log_ratio = distance(by_batch, by_running)
-        self.error = given.relative_error if given is not None else float("nan")
+    layer: str
+    statistics: Distance
+    outputs: Distance
 
 
 class Agreement:
     """How far apart a mini-batch comes out in training and in eval mode, for BatchNorm's part.
 
     Attributes:
-        layers: the normalization layers that were called once both times, in the order of their calls.
+        layers: the normalization layers that are called once, and have one population, in the order of their calls.
         outputs_apart: root mean square of the difference of the model's outputs, relative to their standard deviation;
             None where they cannot be compared, as with boxes, of which there may be different numbers.
     """
@@ -60,12 +58,13 @@ class Agreement:
             for layer in training:
                 vars(layer)["training"] = True
             by_batch, batch_output, calls = _outputs(subject, batch, interrupts)
-        given = {call.layer: call.statistics for call in calls}
-        self.layers = [
-            LayerAgreement(name, one, by_running[name], given.get(name))
-            for name, one in by_batch.items()
-            if name in by_running
-        ]
+        self.layers = []
+        for call in calls:
+            populations, name = populations_of(subject.norms[call.layer]), call.layer
+            if name in by_batch and name in by_running and call.statistics is not None and len(populations) == 1:
+                running = Statistics.certain(populations[0].mean, populations[0].var, call.statistics.eps)
+                statistics = Distance.between(call.statistics, running)
+                self.layers.append(LayerAgreement(name, statistics, Distance.between(by_batch[name], by_running[name])))
         self.outputs_apart = _apart(batch_output, running_output)
 
 

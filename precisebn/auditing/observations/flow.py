@@ -1,9 +1,9 @@
 """GradientFlow: which parameters a value was worked out from, and where their gradients were lost on the way.
 
-Autograd knows which parameters a loss has gradients for, and nothing of the others. What is followed here is the flow of
-values, whether there is a graph or not: every call of a torch function hands the parameters behind its inputs on to its
-outputs. Where a value still comes from a parameter, and autograd no longer leads back to it, the gradient was cut; and
-the call that did it, the module that it happened in and the first module that worked with the rest are known.
+Autograd knows which parameters a loss has gradients for, and nothing of the others. What is followed here is the flow
+of values, whether there is a graph or not: every call of a torch function hands the parameters behind its inputs on to
+its outputs. Where a value still comes from a parameter, and autograd no longer leads back to it, the gradient was cut;
+and the call that did it, the module that it happened in and the first module that worked with the rest are known.
 """
 
 import sys

@@ -48,8 +48,8 @@ class LoaderLook:
             raise Unobservable("needs loader=")
         if isinstance(loader, Iterator):
             raise Unobservable(
-                f"loader= is an iterator ({type(loader).__name__}), which an audit would use up; pass the DataLoader, or "
-                "a list of its first mini-batches"
+                f"loader= is an iterator ({type(loader).__name__}), which an audit would use up; pass the DataLoader, "
+                "or a list of its first mini-batches"
             )
         with subject.undisturbed() as interrupts:
             try:
@@ -57,8 +57,8 @@ class LoaderLook:
                     first = list(itertools.islice(iter(_in_this_process(loader)), LOOKED_AT + 1))
             except Exception as error:
                 raise Unobservable(
-                    f"the loader raised {type(error).__name__}: {error}; pass one that can be read in this process, or a "
-                    "list of mini-batches"
+                    f"the loader raised {type(error).__name__}: {error}; pass one that can be read in this process, or "
+                    "a list of mini-batches"
                 ) from error
         if not first:
             raise Unobservable("the loader gives no mini-batch; pass one that does")
@@ -86,7 +86,7 @@ class LoaderLook:
     def _look_at_sampling(self, loader: "DataLoader[Any]") -> None:
         batches: Any = loader.batch_sampler  # of loaders that collate
         self.batch_size = getattr(batches, "batch_size", loader.batch_size)
-        sampler = getattr(batches, "sampler", loader.sampler)
+        sampler: Any = getattr(batches, "sampler", loader.sampler)
         if isinstance(sampler, SequentialSampler):
             self.is_sequential = True
         elif isinstance(loader.dataset, Sized):

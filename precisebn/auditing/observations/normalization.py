@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from precisebn.nn.ghost import GhostBN
 from precisebn.statistics.estimator import is_dead
 from precisebn.statistics.moments import Moments
 
-__all__ = ["FAR", "FAR_LOG", "NormCall", "Statistics", "distance", "is_far", "records_calls", "rms"]
+__all__ = ["FAR", "FAR_LOG", "Distance", "NormCall", "Statistics", "records_calls"]
 
 FAR = 0.25
 """From how many standard deviations on a mean counts as far off: behind it ReLU passes 60% of values and not 50%."""
@@ -30,19 +30,22 @@ _MOST_BLOCKS = 256
 class Statistics:
     """Of what one call of a layer was given; per channel, float64, on the CPU.
 
-    Samples are the independent observations, as values inside one (neighbouring pixels) are correlated: the standard
-    error is that of the mean of the means of samples (of blocks of samples, where there are more than 256).
+    Samples are the independent observations, as values inside one (neighbouring pixels) are correlated: standard errors
+    are those of the averages, over samples (blocks of samples, where there are more than 256), of their means and of
+    their mean squared deviations from the common mean.
 
     Attributes:
         mean: ``(C,)``.
         var: ``(C,)``.
         mean_error: standard error of the mean, ``(C,)``, in the units of the mean; NaN for a single sample.
+        var_error: the same of the variance.
         eps: what the layer adds to the variance.
     """
 
     mean: Tensor
     var: Tensor
     mean_error: Tensor
+    var_error: Tensor
     eps: float
 
     @staticmethod
@@ -54,9 +57,21 @@ class Statistics:
         parts = Moments(*ops.moments(x.detach(), group, blocks))
         whole = parts.sum()
         weight = (parts.count / parts.count.sum()).unsqueeze(-1)
-        square = (weight * (parts.mean - whole.mean)).square().sum(0)
-        error = (square * blocks / (blocks - 1)).sqrt() if blocks > 1 else torch.full_like(square, float("nan"))
-        return Statistics(whole.mean.cpu(), whole.var().cpu(), error.cpu(), eps)
+        deviations = parts.mean - whole.mean
+        squares = parts.m2 / parts.count.unsqueeze(-1) + deviations.square()
+
+        def error(of_blocks: Tensor) -> Tensor:
+            total = (weight * of_blocks).square().sum(0)
+            return (total * blocks / (blocks - 1)).sqrt() if blocks > 1 else torch.full_like(total, float("nan"))
+
+        mean_error, var_error = error(deviations), error(squares - whole.var())
+        return Statistics(whole.mean.cpu(), whole.var().cpu(), mean_error.cpu(), var_error.cpu(), eps)
+
+    @staticmethod
+    def certain(mean: Tensor, var: Tensor, eps: float) -> "Statistics":
+        """Given ones, ``(C,)`` each, of a population: without error."""
+        mean, var = mean.detach().double().cpu(), var.detach().double().cpu().clamp(min=0.0)
+        return Statistics(mean, var, torch.zeros_like(mean), torch.zeros_like(mean), eps)
 
     @property
     def scale(self) -> Tensor:
@@ -71,7 +86,7 @@ class Statistics:
     @property
     def relative_error(self) -> float:
         """Standard error of the mean in standard deviations, root mean square over channels; 0 if none varies."""
-        return rms(self.mean_error / self.scale, self.alive)
+        return _rms(self.mean_error / self.scale, self.alive)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,33 +110,50 @@ class NormCall:
     statistics: Statistics | None
 
 
-def rms(values: Tensor, where: Tensor) -> float:
-    """Root mean square of some of the values; 0 of none."""
-    return float(values[where].square().mean().sqrt()) if bool(where.any()) else 0.0
-
-
-def distance(a: Statistics, b: Statistics) -> tuple[float, float, float]:
+class Distance(NamedTuple):
     """How far two sets of statistics are apart, root mean square over channels that vary in either.
 
-    Returns:
-        The distance of the means in common standard deviations; its standard error; the log of the ratio of variances.
+    Attributes:
+        mean: of the means, in common standard deviations.
+        log_var: the log of the ratio of variances.
+        mean_error: standard error of ``mean``.
+        log_var_error: standard error of ``log_var``; at least that of normal values, for samples too few to show tails.
     """
-    alive = a.alive | b.alive
-    scale = ((a.var + b.var) / 2 + a.eps).sqrt()
-    apart = rms((a.mean - b.mean) / scale, alive)
-    error = rms((a.mean_error.square() + b.mean_error.square()).sqrt() / scale, alive)
-    return apart, error, rms(((a.var + a.eps) / (b.var + b.eps)).log(), alive)
+
+    mean: float
+    log_var: float
+    mean_error: float = 0.0
+    log_var_error: float = 0.0
+
+    @staticmethod
+    def between(a: Statistics, b: Statistics) -> "Distance":
+        """Of two sets of statistics."""
+        alive = a.alive | b.alive
+        scale = ((a.var + b.var) / 2 + a.eps).sqrt()
+        mean_error = (a.mean_error.square() + b.mean_error.square()).sqrt() / scale
+        relative = [(one.var_error / (one.var + one.eps)).square() for one in (a, b)]
+        log_var_error = torch.maximum((relative[0] + relative[1]).sqrt(), 2**0.5 * mean_error)
+        return Distance(
+            _rms((a.mean - b.mean) / scale, alive),
+            _rms(((a.var + a.eps) / (b.var + b.eps)).log(), alive),
+            _rms(mean_error, alive),
+            _rms(log_var_error, alive),
+        )
+
+    @property
+    def is_far(self) -> bool:
+        """Whether they are far apart, and further than by chance; errors of NaN prove nothing."""
+        return (self.mean > FAR and self.mean > _CERTAIN * self.mean_error) or (
+            self.log_var > FAR_LOG and self.log_var > _CERTAIN * self.log_var_error
+        )
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} standard deviations in the mean and {self.log_var:.2f} in log variance"
 
 
-def is_far(apart: float, log_ratio: float, error: float) -> bool:
-    """Whether statistics are far apart, and further than by chance.
-
-    Args:
-        apart: distance of the means in standard deviations.
-        log_ratio: log of the ratio of variances.
-        error: standard error of ``apart``; that of the log of a variance of normal values is sqrt(2) times as large.
-    """
-    return (apart > FAR and apart > _CERTAIN * error) or (log_ratio > FAR_LOG and log_ratio > _CERTAIN * 2**0.5 * error)
+def _rms(values: Tensor, where: Tensor) -> float:
+    """Root mean square of some of the values; 0 of none."""
+    return float(values[where].square().mean().sqrt()) if bool(where.any()) else 0.0
 
 
 @contextmanager

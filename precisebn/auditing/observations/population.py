@@ -31,6 +31,6 @@ def recalibration(subject: Subject) -> UpdateReport:
             )
         except Exception as error:
             raise Unobservable(
-                f"a recalibration on the loader raised {type(error).__name__}: {error}; pass forward= if the model is to "
-                "be called in another way"
+                f"a recalibration on the loader raised {type(error).__name__}: {error}; pass forward= if the model is "
+                "to be called in another way"
             ) from error

@@ -105,8 +105,8 @@ class TrainingStep:
                 output = subject.run(batch, interrupts)
         except Exception as error:
             self.failure = Unobservable(
-                f"the forward in training mode raised {type(error).__name__}: {error}; pass forward= if the model is to "
-                "be called in another way"
+                f"the forward in training mode raised {type(error).__name__}: {error}; pass forward= if the model is "
+                "to be called in another way"
             )
             raise self.failure from error
         if not trainable:
@@ -122,8 +122,8 @@ class TrainingStep:
             raise
         except Exception as error:
             raise Unobservable(
-                f"the loss or its backward raised {type(error).__name__}: {error}; pass loss=, a function of output and "
-                "batch that gives a scalar"
+                f"the loss or its backward raised {type(error).__name__}: {error}; pass loss=, a function of output "
+                "and batch that gives a scalar"
             ) from error
         without = {name: p for (name, p), has in zip(trainable.items(), reached, strict=True) if not has}
         return GradientReport(flow, loss, without)
@@ -200,4 +200,3 @@ def _follows_modules(modules: Mapping[str, nn.Module], flow: GradientFlow) -> It
             hooks.callback(module.register_forward_pre_hook(enter(name)).remove)
             hooks.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         yield
-
