@@ -1,6 +1,7 @@
 """precisebn: exact population statistics for BatchNorm, and modules for every choice of the batch."""
 
 from precisebn._version import __version__
+from precisebn.auditing.determinism import DeterminismReport, check_determinism
 from precisebn.conversion.converters import (
     convert_batch_stat,
     convert_concat_shared,
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "BatchFormatError",
     "CycleError",
+    "DeterminismReport",
     "InputError",
     "InsufficientDataError",
     "LayerReport",
@@ -59,6 +61,7 @@ __all__ = [
     "accumulate_statistics",
     "adapt_bn_stats",
     "batch_norm",
+    "check_determinism",
     "convert_batch_stat",
     "convert_concat_shared",
     "convert_cycle",

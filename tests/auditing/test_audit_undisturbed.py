@@ -168,3 +168,23 @@ def test_random_state_is_that_of_before_the_call():
     after = torch.rand(3)
     before.put_back()
     assert torch.equal(torch.rand(3), after)
+
+
+def test_a_model_under_ddp_trains_on_as_before(one_rank):
+    """DistributedDataParallel counts forwards and backwards: those of an audit are none of its business."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    picture = state_of(wrapped)
+    for _ in range(2):
+        assert "PBN351" not in audit(wrapped, torch.randn(64, 3)).not_run
+        assert picture.differences(state_of(wrapped)) == {}
+    for _ in range(2):
+        wrapped(torch.randn(8, 3)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
