@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from precisebn.auditing.surroundings import Surroundings
@@ -126,6 +128,23 @@ class Subject:
                 yield interrupts
             finally:
                 steps.undo()
+
+    def check_can_run(self) -> None:
+        """What a run of the model needs, before any is made.
+
+        Raises:
+            Unobservable: a lazy module, which a run would make into another; scripted code, which shows nothing.
+        """
+        for name, module in self.modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise Unobservable(
+                    f"module {name!r} is code of torch.jit, inside of which nothing can be seen; audit the module that "
+                    "it was made from"
+                )
+            if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+                raise Unobservable(
+                    f"module {name!r} is lazy, and a run would initialize it; call the model on a mini-batch before"
+                )
 
     def set_training_modes(self) -> None:
         """Put the model into the modes that it trains in; inside :meth:`undisturbed`."""

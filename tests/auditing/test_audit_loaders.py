@@ -42,6 +42,7 @@ def test_a_last_mini_batch_far_behind_those_that_are_looked_at():
 def test_a_list_of_mini_batches_that_ends_with_one_sample():
     assert of("PBN701", [torch.randn(4, 3, 8, 8), torch.randn(1, 3, 8, 8)])
     assert of("PBN701", [torch.randn(4, 3, 8, 8), torch.randn(2, 3, 8, 8)]) == []
+    assert of("PBN701", [torch.randn(4, 3, 8, 8)] * 20 + [torch.randn(1, 3, 8, 8)])
 
 
 def test_a_batch_sampler_of_the_users_own():

@@ -142,6 +142,18 @@ def test_ctrl_c_at_any_line_of_ours():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_what_cannot_be_run_says_why():
+    batch = torch.randn(8, 3)
+    lazy = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3))
+    assert "is lazy" in audit(lazy, batch).not_run["PBN401"]
+    assert nn.parameter.is_lazy(lazy[0].weight)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    assert "torch.jit" in audit(torch.jit.script(model), batch).not_run["PBN351"]
+    report = audit(model.to("meta"), batch.to("meta"))
+    assert "meta device" in report.not_run["PBN252"]
+    assert "PBN351" not in report.not_run  # for gradients shapes are enough
+
+
 def test_under_no_grad_and_in_inference_mode():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     for context in (torch.no_grad, torch.inference_mode):

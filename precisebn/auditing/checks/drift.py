@@ -23,19 +23,26 @@ def far_from_the_data(subject: Subject) -> Iterator[Problem]:
     if averages_in(subject.model):
         return
     try:
-        far = far_layers(subject)
+        everywhere = far_layers(subject)
         data = "the loader's first mini-batches"
     except Unobservable:
-        far = _far_of_one_batch(subject)
+        everywhere = _far_of_one_batch(subject)
         data = "the mini-batch"
-    far = {name: by for name, by in far.items() if not is_fresh(subject.norms[name])}
-    if far:
+    held = {call.layer for call in subject.observe(TrainingStep).calls if not call.by_batch}
+    for is_held in (False, True):
+        far = {
+            name: by for name, by in everywhere.items()
+            if (name in held) == is_held and not is_fresh(subject.norms[name])
+        }  # fmt: skip
+        if not far:
+            continue
         first, worst = next(iter(far)), max(far, key=lambda name: far[name].mean)
         yield Problem(
             f"their running statistics are far from those of {data}, from {first!r} on; in {worst!r} by {far[worst]}.",
             "update_bn_stats(model, loader) for data as in training; adapt_bn_stats(model, loader) for another domain; "
             "or give the model what it was trained on, normalized in the same way.",
             list(far),
+            "note" if is_held else None,  # those of a frozen backbone may be meant to be others
         )
 
 

@@ -47,6 +47,9 @@ class Agreement:
     """
 
     def __init__(self, subject: Subject) -> None:
+        subject.check_can_run()
+        if any(t.is_meta for t in (*subject.model.parameters(), *subject.model.buffers())):
+            raise Unobservable("the model is on the meta device, where there are no values")
         batch = training_batch(subject)
         with subject.undisturbed() as interrupts, torch.no_grad():
             subject.set_training_modes()

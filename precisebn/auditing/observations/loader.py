@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -68,6 +68,8 @@ class LoaderLook:
         self.batch_size: int | None = None
         self.is_sequential: bool | None = None
         self.last_size = self.sizes[-1] if self.is_all else None
+        if isinstance(loader, Sequence) and not self.is_all:
+            self.last_size = num_samples(loader[-1])
         if isinstance(loader, DataLoader):
             self._look_at_sampling(loader)
 

@@ -17,6 +17,7 @@ def recalibration(subject: Subject) -> UpdateReport:
     Raises:
         Unobservable: the loader has too few mini-batches for standard errors, or the model does not run on them.
     """
+    subject.check_can_run()
     look = subject.observe(LoaderLook)
     if len(look.batches) < MIN_BLOCKS:
         raise Unobservable(

@@ -60,6 +60,7 @@ class TrainingStep:
     """
 
     def __init__(self, subject: Subject) -> None:
+        subject.check_can_run()
         batch = training_batch(subject)
         self.samples = num_samples(batch)
         self.calls: list[NormCall] = []
