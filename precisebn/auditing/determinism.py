@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precisebn.auditing.observations.flow import tensors_in
-from precisebn.auditing.surroundings import ObjectsPicture, Surroundings
+from precisebn.auditing.surroundings import MOST_ITEMS, ObjectsPicture, Surroundings
 from precisebn.errors import InputError
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import named_modules
@@ -156,7 +156,7 @@ class _Trial:
         self.optimizers = optimizers
         self.interrupts = interrupts
         self._before = [Surroundings(models[0], optimizers), *(Surroundings(one) for one in models[1:])]
-        self._restore = ObjectsPicture(restore, tensors=True)
+        self._restore = ObjectsPicture(restore, tensors=True, most_items=MOST_ITEMS)
 
     def put_back(self) -> None:
         steps = Transaction()

@@ -6,6 +6,7 @@ belongs to training is reached from these: the moments of an optimizer, the gene
 loader counts in an attribute. A :class:`ObjectsPicture` follows attributes and containers and notes what is there.
 """
 
+import math
 import random
 import sys
 import types
@@ -21,7 +22,7 @@ from precisebn.models.snapshot import Snapshot
 from precisebn.models.tensor_pictures import TensorPictures
 from precisebn.models.transaction import Transaction
 
-__all__ = ["ObjectsPicture", "Surroundings"]
+__all__ = ["MOST_ITEMS", "ObjectsPicture", "Surroundings"]
 
 
 class Surroundings:
@@ -43,7 +44,7 @@ class Surroundings:
         inside = [value for module in model.modules() for key, value in vars(module).items() if key not in _OF_MODULES]
         self._objects = [
             ObjectsPicture(optimizers, tensors=True, known=known),
-            ObjectsPicture([*others, *inside], tensors=False, known=known),
+            ObjectsPicture([*others, *inside], tensors=False, most_items=MOST_ITEMS, known=known),
         ]
 
     def put_back(self) -> None:
@@ -68,23 +69,26 @@ class Surroundings:
 class ObjectsPicture:
     """The attributes and containers that are reached from some objects, and the states of generators among them.
 
-    Not looked into are containers with more than 1000 items, which are data, modules, which a Snapshot is for, and what
-    belongs to running threads and processes.
+    Not looked into are modules, which a Snapshot is for, and what belongs to running threads and processes.
 
     Args:
         roots: where to begin.
         tensors: whether to keep the values of tensors as well, which takes their memory once more.
+        most_items: larger containers are data, and not looked into.
         known: identities of tensors that somebody else keeps.
     """
 
-    def __init__(self, roots: Iterable[object], *, tensors: bool, known: Iterable[int] = ()) -> None:
+    def __init__(
+        self, roots: Iterable[object], *, tensors: bool, most_items: float = math.inf, known: Iterable[int] = ()
+    ) -> None:
+        self._most_items = most_items
         self._contents: list[tuple[Any, Any]] = []
         self._generators: list[tuple[Callable[[Any], object], Any]] = []
         found: dict[int, Tensor] = {}
         seen = set(known)
         waiting = list(roots)
         keep = []  # or another object could get the identity of a temporary one
-        while waiting and len(seen) < _MOST_OBJECTS:
+        while waiting:
             one = waiting.pop()
             if id(one) in seen or isinstance(one, _NOTHING_INSIDE) or type(one).__module__.startswith(_RUNNING):
                 continue
@@ -95,7 +99,7 @@ class ObjectsPicture:
                 self._generators.append(generator)
             elif isinstance(one, Tensor):
                 found[id(one)] = one
-            elif isinstance(one, dict | list | set | deque | tuple):
+            elif isinstance(one, (*_CONTAINERS, tuple)):
                 waiting += self._look_into(one)
             elif hasattr(one, "__dict__"):
                 waiting += self._look_into(vars(one))
@@ -115,16 +119,20 @@ class ObjectsPicture:
 
     def _look_into(self, container: Any) -> list[object]:
         """Note what is in a container; what of that is to be looked at in turn."""
-        if len(container) > _MOST_ITEMS:
+        if len(container) > self._most_items:
             return []
         if not isinstance(container, tuple):
-            self._contents.append((container, container.copy()))
+            kind = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+            self._contents.append((container, kind(container)))
         if isinstance(container, dict):
             return [value for key, value in container.items() if key != "_iterator"]  # of a loader with workers
         return list(container)
 
 
-_MOST_ITEMS, _MOST_OBJECTS = 1000, 100_000
+MOST_ITEMS = 1000
+"""As many items as a container of settings may have; what has more is a data set."""
+
+_CONTAINERS: tuple[Any, ...] = (dict, list, set, deque)
 _NOTHING_INSIDE = (
     bool, int, float, complex, str, bytes, type(None), type, nn.Module, types.ModuleType, types.FunctionType,
     types.BuiltinFunctionType, types.MethodType, torch.dtype, torch.device,
