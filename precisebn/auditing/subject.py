@@ -154,8 +154,12 @@ class Subject:
     def run(self, batch: Any, interrupts: HeldBack) -> Any:
         """The model's output on a mini-batch; inside :meth:`undisturbed`. The mini-batch stays as it is."""
         with interrupts.let_through():
-            device = common_device(self.model)
-            return self.forward_on_copy(self.model, batch if device is None else move_to(batch, device))
+            return self.forward_on_copy(self.model, self.on_device(batch))
+
+    def on_device(self, batch: Any) -> Any:
+        """The mini-batch on the device of the model, where it has one."""
+        device = common_device(self.model)
+        return batch if device is None else move_to(batch, device)
 
     def forward_on_copy(self, model: nn.Module, batch: Any) -> Any:
         """The forward, on a copy of the mini-batch: a model may work in place."""

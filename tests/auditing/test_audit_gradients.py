@@ -196,6 +196,18 @@ def test_the_outputs_own_loss_counts():
     assert finding.layers == ("aux.weight", "aux.bias")
 
 
+def test_the_loss_gets_the_mini_batch_on_the_models_device():
+    """From a loader it comes on the CPU."""
+    devices = []
+
+    def loss(output, batch):
+        devices.append(batch[1].device.type)
+        return nn.functional.cross_entropy(output["main"], batch[1])
+
+    gradient_findings(TwoHeads().to("meta"), (torch.randn(4, 4), torch.zeros(4).long()), loss=loss)
+    assert devices == ["meta"]
+
+
 @pytest.mark.parametrize("recurrent", [nn.LSTM(4, 4), nn.GRU(4, 4)], ids=["LSTM", "GRU"])
 def test_recurrent_layers_are_followed(recurrent):
     assert gradient_findings(recurrent) == []

@@ -1,4 +1,4 @@
-"""NormalizationBatches: what every normalization layer normalizes in a forward, and how certain its statistics are."""
+"""What every normalization layer normalizes in a forward, and how certain the statistics of that are."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext

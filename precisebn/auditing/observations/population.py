@@ -1,4 +1,4 @@
-"""Recalibration: what a recalibration on the loader's first mini-batches would find, undone."""
+"""What a recalibration on the first mini-batches of the loader would find; it is undone at once."""
 
 import warnings
 

@@ -117,7 +117,7 @@ class TrainingStep:
         try:
             with interrupts.let_through():
                 with flow:
-                    loss = _loss(subject, output, batch)
+                    loss = _loss(subject, output, subject.on_device(batch))
                 reached = _reached(loss, list(trainable.values()))
         except Unobservable:
             raise
