@@ -133,3 +133,14 @@ def test_regions_of_one_image():
     assert finding.layers == ("head.1",)
     assert of("PBN713", Regions(), torch.randn(2, 3, 32, 32)) == []
     assert of("PBN713", nn.Sequential(*net()[:2]), torch.randn(1, 3, 32, 32)) == []
+
+
+class Graphs:
+    """A mini-batch of a kind that nothing is known of."""
+
+    def __init__(self):
+        self.nodes = torch.randn(40, 3)
+
+
+def test_a_mini_batch_that_does_not_tell_its_samples():
+    assert of("PBN713", nn.BatchNorm1d(3), Graphs(), forward=lambda model, graphs: model(graphs.nodes)) == []

@@ -55,14 +55,15 @@ class TrainingStep:
 
     Attributes:
         calls: of normalization layers, in their order; also those before an exception.
-        samples: in the mini-batch.
+        samples: in the mini-batch; None where it is of a kind (a graph, say) that does not tell.
         failure: why the forward did not end; None where it did.
     """
 
     def __init__(self, subject: Subject) -> None:
         subject.check_can_run()
         batch = training_batch(subject)
-        self.samples = num_samples(batch)
+        tells = any(tensor.dim() for tensor in tensors_in(batch))
+        self.samples = num_samples(batch) if tells else None
         self.calls: list[NormCall] = []
         self.failure: Unobservable | None = None
         self._gradients: GradientReport | Unobservable
