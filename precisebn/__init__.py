@@ -2,6 +2,7 @@
 
 from precisebn._version import __version__
 from precisebn.auditing.copies import check_copy
+from precisebn.auditing.determinism import DeterminismReport, check_determinism
 from precisebn.auditing.finding import Finding
 from precisebn.auditing.report import AuditReport
 from precisebn.auditing.run import audit
@@ -56,6 +57,7 @@ __all__ = [
     "AuditReport",
     "BatchFormatError",
     "CycleError",
+    "DeterminismReport",
     "Finding",
     "InputError",
     "InsufficientDataError",
@@ -66,19 +68,20 @@ __all__ = [
     "PopulationEstimator",
     "PreciseBNError",
     "RankFailedError",
+    "RankReport",
+    "RanksDifferError",
     "StateDiff",
     "StateSnapshot",
     "TensorDiff",
     "UndoError",
-    "RankReport",
-    "RanksDifferError",
     "UpdateReport",
     "accumulate_statistics",
     "adapt_bn_stats",
     "audit",
     "batch_norm",
-    "check_ranks",
     "check_copy",
+    "check_determinism",
+    "check_ranks",
     "convert_batch_stat",
     "convert_concat_shared",
     "convert_cycle",
@@ -97,8 +100,8 @@ __all__ = [
     "pause_tracking",
     "recalibrated",
     "replace_batchnorm",
-    "snapshot",
     "shard_batchnorm",
+    "snapshot",
     "trainable_parameters",
     "unfreeze",
     "update_bn_stats",

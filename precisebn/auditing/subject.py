@@ -1,19 +1,30 @@
-"""Subject: what an audit is about, and what has been observed of it."""
+"""Subject: what an audit is about, and what has been observed of it.
 
+A model is observed as it trains: with the modes that its modules have. One that is in eval mode throughout, as models
+are that have just been loaded, is observed as after the ``model.train()`` of a training loop, which layers that stay in
+eval mode whatever is called (frozen ones) do not follow.
+"""
+
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from precisebn.auditing.surroundings import Surroundings
 from precisebn.errors import PreciseBNError
-from precisebn.models.batches import ForwardFn, call_model
+from precisebn.models.batches import ForwardFn, call_model, common_device, move_to
 from precisebn.models.families import is_batch_norm, is_norm_with_statistics
-from precisebn.models.random_state import RandomState
+from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import named_modules
-from precisebn.models.snapshot import Snapshot
+from precisebn.models.transaction import Transaction
+from precisebn.models.wrappers import run_eagerly, set_wrappers_aside
 
 __all__ = ["LossFn", "Subject", "Unobservable"]
 
@@ -75,6 +86,8 @@ class Subject:
 
     def has(self, argument: str) -> bool:
         """Whether an argument was given."""
+        if argument == "batch":  # the loader's first will do
+            return self.batch is not None or self.loader is not None
         return getattr(self, argument) is not None
 
     def observe(self, kind: Callable[["Subject"], Observation]) -> Observation:
@@ -95,15 +108,72 @@ class Subject:
         return observation
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """A block after which the model and all random generators are as before it, bit for bit."""
-        snapshot, random_state = self._snapshot, RandomState()
-        try:
-            yield
-        finally:
-            snapshot.put_back()
-            random_state.put_back()
+    def undisturbed(self) -> Iterator[HeldBack]:
+        """A block after which all is as before it, bit for bit, however it ends.
+
+        The model, its gradients, optimizers, the loader's generators and counters, all random generators. Wrappers
+        neither broadcast nor wait for other ranks inside, and compiled code runs eagerly. Ctrl-C is held back but in
+        what runs inside ``let_through()`` of what this gives, as :meth:`run` does.
+        """
+        with HeldBack() as interrupts:
+            steps = Transaction()
+            try:
+                steps.on_undo(self._before.put_back)
+                modules = list(self.model.modules())
+                set_wrappers_aside(modules, steps)
+                for module in modules:
+                    if isinstance(module, DistributedDataParallel):
+                        steps.put(vars(module), "require_backward_grad_sync", False)
+                run_eagerly(steps)
+                yield interrupts
+            finally:
+                steps.undo()
+
+    def check_can_run(self) -> None:
+        """What a run of the model needs, before any is made.
+
+        Raises:
+            Unobservable: a lazy module, which a run would make into another; scripted code, which shows nothing.
+        """
+        for name, module in self.modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise Unobservable(
+                    f"module {name!r} is code of torch.jit, inside of which nothing can be seen; audit the module that "
+                    "it was made from"
+                )
+            if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+                raise Unobservable(
+                    f"module {name!r} is lazy, and a run would initialize it; call the model on a mini-batch before"
+                )
+
+    def set_training_modes(self) -> None:
+        """Put the model into the modes that it trains in; inside :meth:`undisturbed`."""
+        if not any(module.training for module in self.model.modules()):
+            self.model.train()
+
+    def run(self, batch: Any, interrupts: HeldBack) -> Any:
+        """The model's output on a mini-batch; inside :meth:`undisturbed`. The mini-batch stays as it is."""
+        with interrupts.let_through():
+            return self.forward_on_copy(self.model, self.on_device(batch))
+
+    def on_device(self, batch: Any) -> Any:
+        """The mini-batch on the device of the model, where it has one."""
+        device = common_device(self.model)
+        return batch if device is None else move_to(batch, device)
+
+    def forward_on_copy(self, model: nn.Module, batch: Any) -> Any:
+        """The forward, on a copy of the mini-batch: a model may work in place."""
+        return self.forward(model, _copied(batch))
 
     @cached_property
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(self.model)
+    def _before(self) -> Surroundings:
+        several = self.optimizer if isinstance(self.optimizer, Sequence) else [self.optimizer]
+        return Surroundings(self.model, [one for one in several if one is not None], [self.loader])
+
+
+def _copied(batch: Any) -> Any:
+    """A copy for a model that works in place."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # tensors with a history, objects with a lock
+        return batch

@@ -1,7 +1,22 @@
 """The checks, one file a subject, one function a check. A new one is a function there and a name in ``CHECKS``."""
 
 from precisebn.auditing.check import Check
-from precisebn.auditing.checks import layers, modes, optimizer, ranks, sharing, statistics
+from precisebn.auditing.checks import (
+    averaging,
+    batches,
+    calls,
+    data,
+    disagreement,
+    drift,
+    gradients,
+    layers,
+    leaks,
+    modes,
+    optimizer,
+    ranks,
+    sharing,
+    statistics,
+)
 
 __all__ = ["CHECKS"]
 
@@ -22,11 +37,21 @@ CHECKS: tuple[Check, ...] = (
     statistics.cumulative_average_that_starts_over,
     statistics.useless_momentum,
     statistics.momentum_for_this_many_steps,
+    drift.far_from_the_data,
+    disagreement.train_and_eval_disagree,
     optimizer.optimizer_of_another_model,
     optimizer.parameters_that_no_optimizer_holds,
     optimizer.frozen_parameters_in_the_optimizer,
     optimizer.parameters_held_twice,
     optimizer.memory_of_the_model_that_is_no_parameter,
+    gradients.gradients_cut,
+    gradients.values_taken_out_of_torch,
+    gradients.parameters_beside_the_loss,
+    gradients.parameters_not_used,
+    calls.shared_population,
+    batches.too_few_samples,
+    batches.one_sample,
+    batches.one_value,
     sharing.shared_parameters,
     sharing.shared_buffers,
     sharing.shared_modules,
@@ -39,5 +64,12 @@ CHECKS: tuple[Check, ...] = (
     layers.wasted_bias,
     layers.half_precision,
     layers.eps_too_small,
+    data.last_of_one_sample,
+    data.not_shuffled,
+    leaks.one_label,
+    leaks.correlated_samples,
+    leaks.one_source,
+    averaging.statistics_left_behind,
+    averaging.statistics_of_other_weights,
 )
 """All checks, in the order of their codes."""
