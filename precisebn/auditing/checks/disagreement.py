@@ -10,6 +10,9 @@ from precisebn.auditing.subject import Subject
 
 __all__ = ["train_and_eval_disagree"]
 
+_MUCH = 1.0
+"""From where on outputs are much apart, in their standard deviations: as far as those of different samples are."""
+
 
 @check(
     "PBN252", "warning", "train and eval outputs disagree",
@@ -18,13 +21,16 @@ __all__ = ["train_and_eval_disagree"]
 def train_and_eval_disagree(subject: Subject) -> Iterator[Problem]:
     """By BatchNorm alone: dropout is off both times. Models that were never trained disagree by nature."""
     agreement = subject.observe(Agreement)
+    apart = agreement.outputs_apart
     starts = [one for one in agreement.layers if one.statistics.is_far and one.outputs.is_far]
+    if not starts and apart is not None and apart >= _MUCH:  # each is off by little, and all of them by much
+        starts = [one for one in agreement.layers if one.outputs.is_far][:1]
     fresh = [name for name, layer in subject.norms.items() if is_fresh(layer)]
     if not starts or len(fresh) == len(subject.norms):
         return
-    first, outputs = starts[0], agreement.outputs_apart
-    mild = first.layer in fresh or (outputs is not None and outputs < FAR)
-    model = "" if outputs is None else f"; the model's outputs differ by {outputs:.2f} of their standard deviation"
+    first = starts[0]
+    mild = first.layer in fresh or (apart is not None and apart < FAR)
+    model = "" if apart is None else f"; the model's outputs differ by {apart:.2f} of their standard deviation"
     yield Problem(
         f"by the mini-batch and by running statistics, dropout apart, outputs begin to differ at {first.layer!r}: by "
         f"{first.outputs}{model}.",
