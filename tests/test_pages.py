@@ -79,7 +79,7 @@ def test_the_code_of_the_page_of_many_ranks_runs(tmp_path):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", *(f"docs/{name}.md" for name in ("api", "design", "distributed", "migration", "modules", "state"))],
+    ["README.md", *(f"docs/{name}.md" for name in ("api", "design", "distributed", "migration", "modules", "scaling", "state"))],
 )
 def test_links_lead_somewhere(page):
     path = DOCS.parent / page

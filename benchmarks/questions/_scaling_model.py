@@ -1,15 +1,16 @@
 """How time depends on the number of ranks and of channels: a model, fitted where it was measured.
 
-``T(W, n) = forward + a + b log2 W + c n`` for W ranks and n numbers that grow with the channels: what a rank does by
-itself; what a collective costs to begin; what each doubling of the ranks adds, as in a tree; and the bytes. (The
-postal model of Thakur, Rabenseifner & Gropp 2005, "Optimization of Collective Communication Operations in MPICH", with
-the small factor ``2 (W - 1) / W`` of the bytes taken into c.) None of the three can be negative.
+``T(W, n) = forward + max(1, W / cores) * (a + b hops(W) + c n)`` for W ranks and n numbers that grow with the channels:
+what a rank does by itself; what a collective costs to begin; what each message costs that must wait for another one,
+``log2(W)`` of them in a tree, ``W - 1`` in a ring each way; and the bytes, with the factor ``2 (W - 1) / W`` taken into
+c. (The postal model, as of Thakur, Rabenseifner & Gropp 2005, "Optimization of Collective Communication Operations in
+MPICH".) None of the three can be negative. Where ranks share the cores of a machine they wait for each other there too.
 """
 
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ __all__ = [
     "nonnegative_least_squares",
     "numbers_of_a_recalibration",
     "percent_off",
+    "ring",
+    "tree",
     "typical_and_worst",
 ]
 
@@ -34,32 +37,48 @@ class Point(NamedTuple):
     seconds: float
 
 
+def tree(ranks: int) -> float:
+    """Hops of a tree, or of recursive doubling."""
+    return math.log2(ranks)
+
+
+def ring(ranks: int) -> float:
+    """Hops of a ring, half of them: the other half brings the results."""
+    return ranks - 1.0
+
+
 class Model(NamedTuple):
-    """Seconds of a collective: to begin, a doubling of the ranks, a channel."""
+    """Seconds of a collective: to begin, a hop, a channel; which hops, and how many cores the ranks share."""
 
     start: float
-    doubling: float
+    hop: float
     channel: float
+    hops: Callable[[int], float]
+    cores: float = math.inf
 
     def seconds(self, ranks: int, channels: int) -> float:
         """What it takes over ``ranks`` ranks; nothing, where there is no other."""
         if ranks == 1:
             return 0.0
-        return self.start + self.doubling * math.log2(ranks) + self.channel * channels
+        return max(1.0, ranks / self.cores) * (self.start + self.hop * self.hops(ranks) + self.channel * channels)
 
 
-def fit(points: Iterable[Point]) -> Model:
+def fit(points: Iterable[Point], hops: Callable[[int], float], cores: float = math.inf) -> Model:
     """The model of which the relative errors at the points have the least sum of squares; one rank says nothing.
 
     Example:
-        >>> truth = Model(1e-3, 2e-3, 1e-6)
-        >>> found = fit(Point(w, c, truth.seconds(w, c)) for w in (2, 8) for c in (100, 1000))
-        >>> [round(1e6 * each, 3) for each in found]
+        >>> truth = Model(1e-3, 2e-3, 1e-6, ring, cores=2)
+        >>> found = fit((Point(w, c, truth.seconds(w, c)) for w in (2, 8) for c in (100, 1000)), ring, cores=2)
+        >>> [round(1e6 * each, 3) for each in found[:3]]
         [1000.0, 2000.0, 1.0]
     """
     points = [point for point in points if point.ranks > 1]
-    rows = [(1.0, math.log2(point.ranks), float(point.channels)) for point in points]
-    return Model(*nonnegative_least_squares(rows, [point.seconds for point in points]))
+    shares = [max(1.0, point.ranks / cores) for point in points]
+    rows = [
+        (share, share * hops(point.ranks), share * point.channels) for share, point in zip(shares, points, strict=True)
+    ]
+    start, hop, channel = nonnegative_least_squares(rows, [point.seconds for point in points])
+    return Model(start, hop, channel, hops, cores)
 
 
 def nonnegative_least_squares(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
@@ -105,14 +124,14 @@ def numbers_of_a_recalibration(layers: int, channels: int, batches: int) -> int:
     return 2 * (layers + channels) + channels + batches.bit_length() * 3 * (layers + channels) + 2 * layers
 
 
-def nccl_latency(nodes: int, per_node: int = 8, *, ring: bool = False) -> float:
+def nccl_latency(nodes: int, per_node: int = 8, *, by_ring: bool = False) -> float:
     """Seconds that NCCL reckons with for an all-reduce of few bytes, by its tree or by its ring.
 
     Its own tuning model (NVIDIA/nccl, src/graph/tuning.cc, of 2024 and 2025; protocol LL): 0.6 us a step over NVLink;
     over the network 5 us a step of a tree, 2.7 us one of a ring; 6.8 us and 6.6 us to begin. Chains in the nodes and a
     binary tree between them, up and down, or a ring through all.
     """
-    if ring:
+    if by_ring:
         between = 2 * (nodes - 1)
         return 1e-6 * (6.6 + (2 * (nodes * per_node - 1) - between) * 0.6 + between * 2.7)
     return 1e-6 * (6.8 + 2 * ((per_node - 1) * 0.6 + int(math.log2(nodes)) * 5.0))

@@ -38,7 +38,12 @@ __all__ = ["Plan", "run_rank"]
 LAYERS, BATCHES = 20, 16
 """Of the model that is recalibrated, and of its data: so few mini-batches that communication shows."""
 
-LONGEST_WAIT = datetime.timedelta(seconds=120)
+SENT_CALLS = 3
+"""Over which bytes are counted."""
+
+LONGEST_WAIT = datetime.timedelta(minutes=20)
+"""Of ranks that are not in a group, until those in it have done."""
+
 T = TypeVar("T")
 
 
@@ -209,9 +214,9 @@ def _measure(subject: Subject, what: str, size: int, group: Any, port: int, plan
     if subject.log.numbers not in (0, watched * (subject.numbers or 0)):
         raise ArithmeticError(f"{what}: {subject.log.numbers / watched} numbers are added up, not {subject.numbers}")
     before = _bytes_sent(port)
-    for _ in range(plan.rounds):
+    for _ in range(SENT_CALLS):
         subject.whole()
-    sent = [(now - then) / plan.rounds for now, then in zip(_bytes_sent(port), before, strict=True)]
+    sent = [(now - then) / SENT_CALLS for now, then in zip(_bytes_sent(port), before, strict=True)]
     row = {"what": what, "ranks": dist.get_world_size(group), "size": size, "times": times, "moved": subject.moved}
     row |= {"sent": sent[0], "to the store": sent[1], "requests": subject.log.requests / watched}
     if size == plan.sizes[what][-1]:
