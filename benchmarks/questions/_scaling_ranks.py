@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -240,8 +240,8 @@ class _WatchedRanks(Ranks):
 
     log: Log
 
-    def agree(self, description: Any) -> None:
-        self._timed(lambda: super(_WatchedRanks, self).agree(description))
+    def agree(self, description: Mapping[str, object], advice: str = "") -> None:
+        self._timed(lambda: super(_WatchedRanks, self).agree(description, advice))
 
     def tally(self, own: Tally) -> tuple[Tally, Tally]:
         return self._timed(lambda: super(_WatchedRanks, self).tally(own))

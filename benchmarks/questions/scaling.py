@@ -65,7 +65,7 @@ QUICK = Plan(
 )
 HELD_OUT_RANKS = 4
 """The model is fitted without them; and without the last size but one of each subject, if there are more than two."""
-CORES = len(os.sched_getaffinity(0))
+CORES = os.cpu_count() or 1
 _CLOCK = f"wall time, a thread a rank, on {CORES} cores; alone, communication and model are of the best round"
 
 
