@@ -77,10 +77,10 @@ def test_the_code_of_the_page_of_many_ranks_runs(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", *(f"docs/{name}.md" for name in ("api", "design", "distributed", "migration", "modules", "state"))],
-)
+PAGES = ("api", "design", "distributed", "migration", "modules", "scaling", "state")
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in PAGES)])
 def test_links_lead_somewhere(page):
     path = DOCS.parent / page
     links = re.findall(r"\]\(([^)]+)\)", path.read_text())
