@@ -141,18 +141,19 @@ class _Exchange(torch.autograd.Function):
 
 
 def _move(tensors: Sequence[Tensor], routes: Routes, group: ProcessGroup) -> list[Tensor]:
-    outputs = [_empty_like(x, routes.rows_after) for x in tensors]
+    results = [_empty_like(x, routes.rows_after) for x in tensors]
+    tensors, outputs = [_bits_of(x) for x in tensors], [_bits_of(y) for y in results]
     for x, y in zip(tensors, outputs, strict=True):
         y.index_copy_(0, routes.stay_at.to(x.device), x.index_select(0, routes.staying.to(x.device)))
     if group is None:
-        return outputs
+        return results
     rows = [_bytes_of(x.index_select(0, routes.leaving.to(x.device))) for x in tensors]
     received = _all_to_all(rows, routes, group)
     for y, part in zip(outputs, received, strict=True):
         arrived = y.new_empty((len(part), *y.shape[1:]))
         _bytes_of(arrived).copy_(part)
         y.index_copy_(0, routes.arriving.to(y.device), arrived)
-    return outputs
+    return results
 
 
 def _all_to_all(rows: Sequence[Tensor], routes: Routes, group: ProcessGroup) -> Sequence[Tensor]:
@@ -192,7 +193,14 @@ def _empty_like(x: Tensor, rows: int) -> Tensor:
     )
 
 
+def _bits_of(x: Tensor) -> Tensor:
+    """The same memory as integers of the same size: torch can index these on every device, float8 for one it cannot."""
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.element_size())
+    x = x.resolve_conj().resolve_neg()
+    return x if dtype is None else x.view(dtype)
+
+
 def _bytes_of(rows: Tensor) -> Tensor:
     """Rows as bytes ``(n, bytes of a row)``: a view where they are contiguous."""
-    flat = rows.resolve_conj().resolve_neg().reshape(len(rows), prod(rows.shape[1:]))
+    flat = rows.reshape(len(rows), prod(rows.shape[1:]))
     return flat.view(torch.uint8)

@@ -167,7 +167,9 @@ def _check(call: Call) -> None:
     for name, parameter in (("weight", call.weight), ("bias", call.bias)):
         if parameter is None:
             continue
-        if parameter.shape not in ((channels,), (num_groups, channels)):
+        # Number by number: of a tuple of sizes that a graph leaves open Dynamo finds that it is in no other.
+        rows, columns = parameter.shape[:-1], parameter.shape[-1:]
+        if len(columns) != 1 or columns[0] != channels or len(rows) > 1 or (len(rows) == 1 and rows[0] != num_groups):
             raise InputError(
                 f"batch_norm: {name} must be ({channels},) or ({num_groups}, {channels}), is {tuple(parameter.shape)}"
             )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from precisebn.models.interrupts import HeldBack
+
 __all__ = ["BatchNormCalls"]
 
 
@@ -32,6 +34,11 @@ class BatchNormCalls(TorchFunctionMode):
         self.take = take
         self.seen_own = False
         self.others: list[Tensor] = []
+
+    def of(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a forward, whose calls are to be seen; Ctrl-C may come while it runs, and leaves nothing switched on."""
+        with HeldBack() as interrupts, self, interrupts.let_through():
+            return forward(*args, **kwargs)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -230,14 +230,18 @@ class PopulationNorm(Recordable, Norm):
         # Not as attributes, which nn.Module looks for in vain at first, and slowly.
         mean, var, batches = map(self._buffers.get, STATISTICS)
         updates = self.training and self.track_running_stats and not in_backward()
-        if not updates or mean is None or var is None or batches is None:
+        if not updates or mean is None or var is None:
             return
         if self._precisebn_accumulator is not None:
             self._precisebn_accumulator(moments, population)
             return
+        momentum = self.momentum
+        if batches is None:  # taken out by the user: as torch's, then, which counts nothing, and moves all the same
+            batches = mean.new_zeros(mean.shape[:-1], dtype=torch.int64)
+            momentum = 0.0 if momentum is None else momentum  # the average over nobody knows how many
         if population is not None:
             mean, var, batches = mean[population], var[population], batches[population]
-        update_running_statistics(self._shown(), moments, mean, var, batches, self.momentum)
+        update_running_statistics(self._shown(), moments, mean, var, batches, momentum)
 
     def _shown(self) -> str:
         return f"{type(self).__name__}({self.num_features})"

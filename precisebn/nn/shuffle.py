@@ -8,7 +8,7 @@ He et al. 2020, "Momentum Contrast for Unsupervised Visual Representation Learni
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ class ShuffleBN(Recordable):
     in step; and by default an all-gather of three integers, which tells the numbers of samples, makes sure of it. The
     number is an attribute, not in the state dict: a resumed run begins again with the first permutation, unless
     ``calls`` is set, on all ranks. A forward that activation checkpointing repeats has the permutation that it had: it
-    draws a random number, by which it is known again (which takes ``preserve_rng_state=True``, the default).
+    draws a random number, by which it is known again. (That takes ``preserve_rng_state=True``, the default; and where
+    several forwards are given the same seed before one of them is repeated, it is an InputError.)
 
     ``update_bn_stats`` leaves shuffling off, so that ranks may have different numbers of mini-batches: the population
     of a layer is that of all samples, whatever mini-batches they come in. (Layers behind another one see what its
@@ -107,7 +108,7 @@ class ShuffleBN(Recordable):
         self.sizes = _sizes(sizes)
         self.process_group = process_group
         self.calls = 0
-        self._numbers: OrderedDict[int, int] = OrderedDict()  # of forwards, by the random number that each has drawn
+        self._forwards: OrderedDict[int, _Forward] = OrderedDict()  # by the random number that each has drawn
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the head, in training on the shuffled samples of all ranks."""
@@ -144,17 +145,26 @@ class ShuffleBN(Recordable):
         other has, is the next number of torch's generator, which checkpointing puts back to where it was.
         """
         drawn = int(torch.randint(2**62, ()))
+        before = self._forwards.get(drawn)
         if in_backward():
-            if drawn not in self._numbers:
+            if before is None:
                 raise InputError(
                     f"{self._shown()} is called inside a backward, where activation checkpointing repeats forwards, "
                     "but with other random numbers than any forward before; checkpoint with preserve_rng_state=True"
                 )
-            return self._numbers[drawn]
+            if before.is_one_of_several:
+                raise InputError(
+                    f"{self._shown()} is to repeat a forward for activation checkpointing, but several had the same "
+                    "random numbers, as after torch.manual_seed(the same) before each, so that nobody knows which one; "
+                    "seed them differently, or put the checkpoint into the head"
+                )
+            self._forwards[drawn] = before._replace(was_repeated=True)
+            return before.number
         number, self.calls = self.calls, self.calls + 1
-        self._numbers[drawn] = number
-        if len(self._numbers) > REMEMBERED:
-            self._numbers.popitem(last=False)
+        # One that was repeated is done: a script that seeds every step alike comes by here once a step.
+        self._forwards[drawn] = _Forward(number, False, before is not None and not before.was_repeated)
+        if len(self._forwards) > REMEMBERED:
+            self._forwards.popitem(last=False)
         return number
 
     def extra_repr(self) -> str:
@@ -183,7 +193,7 @@ class ShuffleBN(Recordable):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the process group as something that can be copied; no forwards that are under way."""
-        return {**super().__getstate__(), "process_group": Carried(self.process_group), "_numbers": OrderedDict()}
+        return {**super().__getstate__(), "process_group": Carried(self.process_group), "_forwards": OrderedDict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "process_group": state["process_group"].group})  # type: ignore[no-untyped-call]
@@ -261,6 +271,16 @@ def batch_unshuffle(batch: Any, shuffle: Shuffle, distributed: bool | None = Non
         raise InputError(f"batch_unshuffle: distributed={distributed}, but batch_shuffle was called with the opposite")
     samples = _Samples("batch_unshuffle", batch, shuffle.routes.rows_after)
     return samples.with_tensors(shuffle.unshuffle(samples.tensors))
+
+
+class _Forward(NamedTuple):
+    """A forward that activation checkpointing may repeat."""
+
+    number: int
+    """Of its shuffle."""
+    was_repeated: bool
+    is_one_of_several: bool
+    """Whether others, which may still be repeated, have drawn the same random number."""
 
 
 class _Samples:

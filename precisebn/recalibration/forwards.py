@@ -210,8 +210,7 @@ class UnknownForward(_RecordedForward):
         try:
             attributes.update(measuring)
             buffers.update(self.scratch)
-            with watch:
-                output = self.original(*args, **kwargs)
+            output = watch.of(self.original, *args, **kwargs)
             # Some layers write into their buffers, some put new tensors in their place, some do neither.
             written = buffers.get("running_mean"), buffers.get("running_var")
         finally:

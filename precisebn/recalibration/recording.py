@@ -222,8 +222,8 @@ class Recording(AbstractContextManager["Recording"]):
             return
         index, one = layer.first, self.populations[layer.first]
         moments = one.estimator.slot(one.position)
-        averages, order = self.kind == "batch-mean", self._execution_order
-        slot = Slot(layer.name, type(module).__name__, moments, averages, partial(order.setdefault, index))
+        averages = self.kind == "batch-mean"
+        slot = Slot(layer.name, type(module).__name__, moments, averages, partial(self._reached, index))
         scratch = dict(zip(("running_mean", "running_var"), self._scratch.take(), strict=True))
         if normalizes_its_input(module):
             InputForward(module, slot, scratch, mixture).put(self._temporary)
@@ -238,6 +238,11 @@ class Recording(AbstractContextManager["Recording"]):
         self._temporary.on_undo(module.stop_recording)
         module.start_recording(recorder)
 
+    def _reached(self, index: int) -> None:
+        self._execution_order.setdefault(index)
+        if self._exits is not None:
+            self._exits.reached(self.populations[index].layer)
+
     def _refuse(self, index: int, reason: int) -> None:
         self.refused.setdefault(index, reason)
 
@@ -245,7 +250,7 @@ class Recording(AbstractContextManager["Recording"]):
         """What takes the Moments of a layer that hands them over."""
         one = self.populations[layer.first]
         counts, means, m2s = one.estimator.slots(one.position, layer.number)
-        order, averaging = self._execution_order, self.kind == "batch-mean"
+        averaging = self.kind == "batch-mean"
 
         def record(moments: Moments, population: int | None) -> None:
             first, last = (0, layer.number) if population is None else (population, population + 1)
@@ -258,7 +263,7 @@ class Recording(AbstractContextManager["Recording"]):
                     "estimator='batch-mean' averages; use larger mini-batches or estimator='population'"
                 )
             for index in range(layer.first + first, layer.first + last):
-                order.setdefault(index)
+                self._reached(index)
             merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
             mean.copy_(merged.mean)
             m2.copy_(merged.m2)

@@ -43,10 +43,11 @@ def accumulate_statistics(model: nn.Module, *modules: str | nn.Module) -> Iterat
     one micro-batch.
 
     It goes with the others of its kind: forwards inside :func:`precisebn.pause_tracking` do not count, nor those of
-    layers in eval mode or frozen. Under DistributedDataParallel each rank accumulates its own, as it tracks its own
-    without. SyncBatchNorm, whose statistics are those of all ranks, merges them at the end of the block, which all
-    ranks of its group must then reach. torch.compile's graphs hold it, after one compilation more; but a subclass of
-    BatchNorm with a forward of its own, or a checkpoint around a layer, breaks them (``fullgraph=True`` says so).
+    layers in eval mode or frozen; forwards of several threads all count. Under DistributedDataParallel each rank
+    accumulates its own, as it tracks its own without. SyncBatchNorm, whose statistics are those of all ranks, merges
+    them at the end of the block, which all ranks of its group must then reach. torch.compile's graphs hold it, after
+    one compilation more; but a subclass of BatchNorm with a forward of its own, or a checkpoint around a layer, breaks
+    them (``fullgraph=True`` says so).
 
     Args:
         model: the model.

@@ -5,7 +5,9 @@ but on scratch buffers, and the Moments of what it has normalized are taken besi
 statistics by one update, as those of a single mini-batch.
 """
 
+import threading
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ from precisebn.distributed import Ranks
 from precisebn.errors import InputError
 from precisebn.models.batch_norm_calls import BatchNormCalls
 from precisebn.models.families import PAUSED, normalizes_its_input, populations_of
-from precisebn.models.interrupts import HeldBack
 from precisebn.models.stand_in import StandIn
 from precisebn.models.tensor_pictures import same_bits
 from precisebn.models.transaction import Transaction
@@ -40,16 +41,22 @@ class Gathered:
         self.num_populations = len(populations_of(layer))
         self.counts_batches = True
         """Whether the layer's forward adds to ``num_batches_tracked``."""
+        self._lock = threading.RLock()
+
+    def alone(self) -> AbstractContextManager[object]:
+        """For forwards of several threads, one at a time; a graph of torch.compile has no locks."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def __call__(self, moments: Moments, population: int | None) -> None:
         """Merge Moments ``(C,)`` of one population, or ``(K, C)`` of all: what a layer hands over (a Recorder)."""
-        count, mean, m2 = self._rows(moments.mean.shape[-1], moments.mean.device, population)
-        new_count = moments.count.detach().reshape(-1)
-        new_mean, new_m2 = moments.mean.detach().view_as(mean), moments.m2.detach().view_as(m2)
-        merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
-        mean.copy_(merged.mean)
-        m2.copy_(merged.m2)
-        count.add_(new_count)
+        with self.alone():
+            count, mean, m2 = self._rows(moments.mean.shape[-1], moments.mean.device, population)
+            new_count = moments.count.detach().reshape(-1)
+            new_mean, new_m2 = moments.mean.detach().view_as(mean), moments.m2.detach().view_as(m2)
+            merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
+            mean.copy_(merged.mean)
+            m2.copy_(merged.m2)
+            count.add_(new_count)
 
     def moments_or_zero(self) -> Moments:
         """The Moments, also of a layer that nothing went through."""
@@ -144,6 +151,10 @@ class GatheringForward(StandIn):
         super().put(changes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.gathered.alone():  # another thread would take the scratch buffers for the layer's own
+            return self._gather(*args, **kwargs)
+
+    def _gather(self, *args: Any, **kwargs: Any) -> Any:
         attributes, buffers = vars(self.module), self.module._buffers
         tracks = attributes["training"] and attributes["track_running_stats"] and PAUSED not in attributes
         own: dict[str, Tensor] = {}
@@ -181,8 +192,7 @@ class GatheringForward(StandIn):
     def _watched(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: dict[str, Tensor]) -> Any:
         """Run a forward of which nobody knows what it normalizes, but by what it hands to batch_norm."""
         watch = BatchNormCalls(self.scratch["running_mean"], self._take)
-        with HeldBack() as interrupts, watch, interrupts.let_through():  # or Ctrl-C might leave the watch on
-            output = self.original(*args, **kwargs)
+        output = watch.of(self.original, *args, **kwargs)
         same = {name: same_bits(self.module._buffers.get(name), buffer) for name, buffer in own.items()}
         self.gathered.counts_batches = not same.get("num_batches_tracked", True)
         if not watch.seen_own and not all(same.values()):

@@ -292,7 +292,19 @@ def checkpointed(rank: int, world: int) -> Result:
     without = raised(
         lambda: step(lambda module, x: checkpoint(module, x, use_reentrant=False, preserve_rng_state=False))
     )
-    return {"plain": plain, "same": same, "without": without}
+
+    def seeded_alike(module: nn.Module, x: Tensor) -> Any:
+        torch.manual_seed(0)
+        return checkpoint(module, x, use_reentrant=False)
+
+    # One after the other is no doubt: each is repeated before the next comes.
+    module = ShuffleBN(nn.BatchNorm1d(3))
+    for _ in range(2):
+        seeded_alike(module, torch.randn(4, 3, requires_grad=True)).sum().backward()
+    return {
+        "plain": plain, "same": same, "without": without, "seeded alike": raised(lambda: step(seeded_alike)),
+        "calls": module.calls,
+    }  # fmt: skip
 
 
 def differences(rank: int, world: int) -> Result:
@@ -302,6 +314,7 @@ def differences(rank: int, world: int) -> Result:
     ahead = bn()
     ahead.calls = rank
     calls = {
+        "group": lambda: bn(process_group=True)(x),
         "dtype": lambda: bn()(x.double() if rank else x),
         "shape": lambda: bn()(torch.randn(4, 3, 5 + rank)),
         "form": lambda: bn()({"b": x} if rank else {"a": x}),
@@ -575,9 +588,14 @@ def test_activation_checkpointing_repeats_the_permutation_of_each_forward(ranks)
         kind, text = result["without"]
         assert kind == "InputError"
         assert "preserve_rng_state=True" in text
+        kind, text = result["seeded alike"]  # either would have been taken for the last one, and had wrong gradients
+        assert kind == "InputError"
+        assert "several had the same random numbers" in text
+        assert result["calls"] == 2
 
 
 REFUSED = {
+    "group": "process_group=True must be a process group, a DeviceMesh of one dimension, None for all ranks",
     "dtype": "ranks are about to shuffle different things: the input is float32 (N, 3) in (('*',), {}) on rank 0, but "
     "float64 (N, 3) in (('*',), {}) on rank 1",
     "shape": "float32 (N, 3, 5) in (('*',), {}) on rank 0, but float32 (N, 3, 6)",

@@ -374,6 +374,19 @@ def test_compile(module):
         torch.testing.assert_close(net.state_dict(), eager.state_dict())
 
 
+@every_module
+def test_compile_for_any_size(module):
+    """One graph with sizes left open: here Dynamo took every shape of a weight for a wrong one."""
+    torch._dynamo.reset()
+    layer = module.new()
+    eager, xs = copy.deepcopy(layer), features()
+    compiled = torch.compile(lambda xs: module.call(layer, xs), fullgraph=True, dynamic=True, backend="eager")
+    for rows in (len(xs[0]), len(xs[0]) - 1):
+        these = [x[:rows] for x in xs]
+        torch.testing.assert_close(compiled(these), module.call(eager, these))
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict())
+
+
 def test_compile_by_inductor():
     """The same graphs made into code of its own, which takes long: so of one module, and forward only."""
     if not shutil.which("g++"):

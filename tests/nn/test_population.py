@@ -55,6 +55,25 @@ def test_running_statistics_are_those_of_the_definition_and_of_torch(sizes, mome
         torch.testing.assert_close(ours.state_dict()[key], value)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.1, 1.0])
+def test_without_a_number_of_mini_batches_the_statistics_move_as_torchs_do(momentum):
+    """Some take the counter out, which is no floating-point tensor, of what they average or broadcast."""
+    ours, theirs = (kind(CHANNELS, momentum=momentum, dtype=torch.float64) for kind in (Tracking, nn.BatchNorm1d))
+    several = Tracking(CHANNELS, momentum=momentum, dtype=torch.float64, num_populations=2)
+    for bn in (ours, theirs, several):
+        bn.num_batches_tracked = None
+        torch.manual_seed(0)
+        for _ in range(2):
+            x = torch.randn(5, CHANNELS, 2, dtype=torch.float64)
+            bn(x, population=1) if bn is several else bn(x)
+    for name in ("running_mean", "running_var"):
+        expected = getattr(theirs, name)
+        torch.testing.assert_close(getattr(ours, name), expected)
+        torch.testing.assert_close(getattr(several, name)[1], expected)
+        assert torch.equal(getattr(several, name)[0], getattr(Tracking(CHANNELS, dtype=torch.float64), name))
+    assert ours.num_batches_tracked is None
+
+
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4), MOMENTA)
 def test_groups_update_as_populations_one_by_one(counts, momentum):
     """A group of fewer than two values has no variance: its population, and its number of mini-batches, stay."""

@@ -190,11 +190,24 @@ def test_of_a_seed_there_is_one_permutation_and_without_one_it_follows_torchs_ge
         assert sorted(first.tolist()) == x.tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex128, torch.bool, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool, torch.uint8, torch.uint16,
+        torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
+    ],
+)  # fmt: skip
 def test_every_dtype_is_moved_as_it_is(dtype):
-    x = torch.randint(0, 2, (6, 2)).to(dtype)
+    x = torch.arange(12).reshape(6, 2).to(dtype)
     shuffled, shuffle = batch_shuffle(x)
     assert shuffled.dtype == dtype
+    assert shuffled.tolist() == [x.tolist()[i] for i in shuffle.permutation]
+    assert batch_unshuffle(shuffled, shuffle).tolist() == x.tolist()
+
+
+def test_a_conjugate_is_moved_as_what_it_stands_for():
+    x = torch.complex(torch.arange(6.0), torch.ones(6)).conj()
+    shuffled, shuffle = batch_shuffle(x)
     assert torch.equal(shuffled, x[shuffle.permutation])
 
 

@@ -8,7 +8,7 @@ from conftest import state_of
 from torch import Tensor, nn
 
 from precisebn import InputError, adapt_bn_stats, convert_cycle, update_bn_stats
-from precisebn.nn import CycleBatchNormList, DomainSpecificBN
+from precisebn.nn import CycleBatchNormList, DomainSpecificBN, GhostBN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,6 +113,43 @@ def test_a_model_that_catches_everything_is_refused(again):
     with pytest.raises(InputError, match="caught what leaves a forward"):
         update_bn_stats(model, loader(), None, early_exit=True)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("last", [nn.BatchNorm2d(3), GhostBN(3, 2), CycleBatchNormList(1, num_features=3)])
+def test_a_layer_that_is_run_past_its_hooks_is_refused(last):
+    """It was measured on the first mini-batch alone, and nobody was told."""
+
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.BatchNorm2d(3), last
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last.forward(self.first(x))
+
+    model = Direct()
+    before = state_of(model)
+    with pytest.raises(InputError, match="'last' is run past its __call__"):
+        update_bn_stats(model, loader(), None, early_exit=True)
+    assert state_of(model) == before
+    assert update_bn_stats(model, loader(), None).num_iters == 6
+
+
+def test_modes_that_a_forward_changes_for_a_while_are_back():
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout, self.bn = nn.Dropout(), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.dropout.eval()
+            x = self.bn(self.dropout(x))
+            self.dropout.train()
+            return x
+
+    model = Aside()
+    update_bn_stats(model, loader(), None, early_exit=True)
+    assert model.dropout.training
 
 
 def test_a_failure_is_not_taken_for_an_exit():

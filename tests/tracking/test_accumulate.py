@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import pickle
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -482,6 +484,33 @@ def test_a_pattern_that_matches_no_layer_is_an_error():
         accumulate_statistics(nn.Sequential(nn.BatchNorm2d(3)), "head").__enter__()
     with pytest.raises(InputError, match="model must be a module, not int"):
         accumulate_statistics(3).__enter__()
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), Doubling(3), GhostBN(3, 2)])
+def test_forwards_of_several_threads_accumulate_as_those_of_one(layer):
+    """One thread took the scratch buffers of another for the layer's own, and the layer kept them for good."""
+    batch = micro_batches()[0]
+    model, alone = nn.Sequential(copy.deepcopy(layer)), nn.Sequential(copy.deepcopy(layer))
+    own = list(model.buffers())
+
+    def forwards() -> None:
+        for _ in range(50):
+            model(batch)
+
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with accumulate_statistics(model), ThreadPoolExecutor(4) as threads:
+            for done in [threads.submit(forwards) for _ in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(switch_interval)
+    with accumulate_statistics(alone):
+        for _ in range(200):
+            alone(batch)
+    assert all(a is b for a, b in zip(model.buffers(), own, strict=True))
+    for a, b in zip(model.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals are the main thread's")
