@@ -1,4 +1,4 @@
-"""The example of several processes, as users run it: torchrun, two processes, saved by one wrapper, resumed by another."""
+"""The example of several processes, as users run it: by torchrun, saved by one wrapper, resumed by another."""
 
 import os
 import re
