@@ -103,7 +103,8 @@ class Facts:
                 kind, name, f"{text} on the meta device", skipped="on the meta device, where nothing has values"
             )
         self.tensors[name] = whole
-        plain = type(whole) in PLAIN_TENSORS and whole.layout is torch.strided and _is_number(whole.dtype)
+        plain = type(whole) in PLAIN_TENSORS and whole.layout is torch.strided and not whole.is_quantized
+        plain = plain and _is_number(whole.dtype)
         return Fact(kind, name, text, size=whole.numel() * whole.element_size() if plain else None)
 
     def _note_scales(self, prefix: str, module: nn.Module) -> None:
