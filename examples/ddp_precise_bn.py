@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 
     model = network()
     if arguments.norm == "sync":
-        precisebn.convert_sync_batchnorm(model)
+        precisebn.convert_sync_batchnorm(model, implementation="precisebn")  # on the CPU too
     model = wrap(model, arguments.wrap, device)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     start = resume(model, optimizer, arguments.checkpoint) if arguments.resume else 0
