@@ -22,7 +22,7 @@ def torchrun(folder: Path, *arguments: str) -> list[tuple[int, float, float]]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
         capture_output=True,
         encoding="utf-8",
-        timeout=240,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     assert "in 2 processes" in result.stdout

@@ -228,9 +228,9 @@ def _warn_of_initial_statistics(populations: Sequence[_Population], some_have_no
     if names:
         shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
         warn(
-            f"{len(names)} of the {len(populations)} sets of running statistics ({shown}) have seen no mini-batch on some "
-            "rank (num_batches_tracked is 0), whose statistics, the initial ones as a rule, have counted as much as any; "
-            "weights='batches' leaves such ranks out"
+            f"{len(names)} of the {len(populations)} sets of running statistics ({shown}) have seen no mini-batch on "
+            "some rank (num_batches_tracked is 0), whose statistics, the initial ones as a rule, have counted as much "
+            "as any; weights='batches' leaves such ranks out"
         )
 
 

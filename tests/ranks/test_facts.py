@@ -111,8 +111,8 @@ def test_odd_tensors_are_compared_or_listed():
     report = check_ranks(model)
     assert report.equal
     assert report.skipped == {"opaque": "of a kind whose bits torch does not show"}
-    assert report.num_tensors == 5
-    assert [fact.name for fact in Facts(model).by_key.values() if fact.size] == ["complex", "expanded"]
+    assert report.num_tensors == 7
+    assert [fact.name for fact in Facts(model).by_key.values() if fact.size] == ["complex", "expanded", "conjugate"]
 
 
 def test_one_process_is_equal_to_itself_and_nothing_changes():

@@ -237,9 +237,9 @@ def rank_1_comes_too_late(rank: int, world: int) -> Result:
 
 
 SCENARIOS = [
-    statistics_of_the_data, by_batches, no_batches_anywhere, one_has_none, rank_0s, equal_before, of_every_kind, some_layers,
-    some_ranks, nan_on_rank_1, unwritable_on_rank_2, overflow, ctrl_c_on_rank_0_after_writing, other_layers,
-    other_arguments, uncounted_batches, other_version, rank_1_comes_too_late,
+    statistics_of_the_data, by_batches, no_batches_anywhere, one_has_none, rank_0s, equal_before, of_every_kind,
+    some_layers, some_ranks, nan_on_rank_1, unwritable_on_rank_2, overflow, ctrl_c_on_rank_0_after_writing,
+    other_layers, other_arguments, uncounted_batches, other_version, rank_1_comes_too_late,
 ]  # fmt: skip
 
 
