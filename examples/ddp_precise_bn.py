@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -44,8 +45,9 @@ def wrap(model: nn.Module, how: str, device: torch.device) -> nn.Module:
     model.to(device)
     if how == "ddp":
         return DistributedDataParallel(model)  # whose forwards hand process 0's running averages to all
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    return fully_shard(model, mesh=mesh)  # weight and bias of BatchNorm are sharded too, its buffers are not
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh)  # in place; weight and bias of BatchNorm are sharded too, its buffers are not
+    return model
 
 
 def digits(device: torch.device) -> tuple[TensorDataset, TensorDataset]:
@@ -107,7 +109,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     sampler: DistributedSampler[Any] = DistributedSampler(train_data, seed=0)
     loader = DataLoader(train_data, BATCH_SIZE, sampler=sampler)
 
-    model = network()
+    model: nn.Module = network()
     if arguments.norm == "sync":
         precisebn.convert_sync_batchnorm(model, implementation="precisebn")  # on the CPU too
     model = wrap(model, arguments.wrap, device)
