@@ -9,6 +9,7 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ class Outcome:
         init_method: str = "file",
     ) -> None:
         self.world, self.folder = world, folder
-        context = multiprocessing.get_context("spawn")
+        first, others = _starts()
         processes = [
-            context.Process(target=_run, args=(scenarios, rank, world, str(folder), timeout_s, init_method))
+            (others if rank else first).Process(
+                target=_run, args=(scenarios, rank, world, str(folder), timeout_s, init_method)
+            )
             for rank in range(world)
         ]
         deadline = time.monotonic() + limit_s
@@ -80,6 +83,22 @@ class Outcome:
     def of(self, scenario: Scenario) -> list[Result]:
         """What each rank returned."""
         return [self.of_rank(scenario, rank) for rank in range(self.world)]
+
+
+@cache
+def _starts() -> tuple[Any, Any]:
+    """How rank 0 starts, and how the others do.
+
+    These are forked by a server that has imported what takes seconds, torch above all, once for all tests. Rank 0 is a
+    new interpreter: its sets have another order, and its objects other addresses, than those of the other ranks, as it
+    is with all ranks of a user.
+    """
+    new = multiprocessing.get_context("spawn")
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return new, new
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["pytest", "hypothesis", "torch", "torch.distributed.fsdp"])
+    return new, forked
 
 
 def _run(scenarios: Sequence[Scenario], rank: int, world: int, folder: str, timeout_s: float, init_method: str) -> None:

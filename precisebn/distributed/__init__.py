@@ -10,6 +10,7 @@ from precisebn.distributed.ranks import Ranks, Tally
 from precisebn.distributed.sharding import (
     communicates,
     describe_shards,
+    dtype_of_policy,
     is_sharded,
     reshard,
     shard_unit,
@@ -25,6 +26,7 @@ __all__ = [
     "Tally",
     "communicates",
     "describe_shards",
+    "dtype_of_policy",
     "has_others",
     "is_sharded",
     "local_shuffle",

@@ -13,6 +13,7 @@ from precisebn.errors import InputError
 __all__ = [
     "communicates",
     "describe_shards",
+    "dtype_of_policy",
     "is_sharded",
     "reshard",
     "shard_unit",
@@ -77,6 +78,21 @@ def sharded_flat(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Parameter]
     return [p for module in modules if isinstance(module, FullyShardedDataParallel) for p in module.parameters()]
 
 
+def dtype_of_policy(mp_policy: object) -> torch.dtype | None:
+    """The dtype that a MixedPrecisionPolicy of FSDP lets modules compute in; None where it leaves that to them.
+
+    Raises:
+        InputError: it is neither such a policy nor None.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if mp_policy is None:
+        return None
+    if not isinstance(mp_policy, MixedPrecisionPolicy):
+        raise InputError(f"mp_policy={mp_policy!r} must be a torch.distributed.fsdp.MixedPrecisionPolicy, or None")
+    return mp_policy.param_dtype
+
+
 def shard_unit(
     module: torch.nn.Module,
     *,
@@ -95,11 +111,14 @@ def shard_unit(
         options: other arguments of ``fully_shard``.
 
     Raises:
-        InputError: torch.distributed is not initialized, and no mesh was given.
+        InputError: no mesh; or torch.distributed is not initialized, and none was given.
     """
     import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise InputError(f"mesh={mesh!r} must be a DeviceMesh, as of dist.init_device_mesh, or None for all ranks")
     if mesh is None and not dist.is_initialized():
         raise InputError("sharding takes ranks, but torch.distributed is not initialized: init_process_group")
     policy = MixedPrecisionPolicy(

@@ -187,6 +187,12 @@ class Steps:
                 f"says why: {decision['error']}"
             )
         names = ", ".join(map(str, decision["missing"]))
+        if self._rank in decision["missing"] and len(decision["missing"]) < self._size:
+            return RankFailedError(
+                f"rank(s) {names} of {self._size} did not come in the {self._timeout_s:g} s that ranks wait, so the "
+                "others have stopped, and this rank comes too late; its model is as it was. If it has left out a call "
+                "that the others have made, it stays one behind them: go on with another process group (dist.new_group)"
+            )
         error = RankFailedError(
             f"rank(s) {names} of {self._size} did not come in the {self._timeout_s:g} s that ranks wait, {outcome}"
         )

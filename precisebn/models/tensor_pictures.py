@@ -191,7 +191,7 @@ def bytes_of(tensor: Any) -> list[Tensor]:
     Of two tensors of one shape and dtype these are the same just where the values are, bit by bit, in whatever order
     they lie in memory. Meta tensors have none.
     """
-    return [_bytes(part) for part in dense_parts(tensor)]
+    return [_bytes(plain) for part in dense_parts(tensor) for plain in _plain_parts(part)]
 
 
 def dense_parts(tensor: Any) -> list[Any]:
@@ -212,9 +212,22 @@ def dense_parts(tensor: Any) -> list[Any]:
     return [tensor if tensor.layout == torch.strided else tensor.to_dense()]
 
 
+def _plain_parts(dense: Any) -> list[Any]:
+    """A tensor whose memory is its values; of a quantized one its integers, and what scales them.
+
+    (A process in which a qint8 or qint32 tensor is viewed as bytes is killed, by torch 2.10 to 2.13 at least.)
+    """
+    if isinstance(dense, torch.UntypedStorage) or not dense.is_quantized:
+        return [dense]
+    if dense.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        scale = torch.tensor([dense.q_scale(), dense.q_zero_point()], dtype=torch.float64)
+        return [dense.int_repr(), scale]
+    return [dense.int_repr(), dense.q_per_channel_scales(), dense.q_per_channel_zero_points()]
+
+
 @torch.no_grad()
 def _bytes(dense: Any) -> Tensor:
     if isinstance(dense, torch.UntypedStorage):
         return torch.empty(0, dtype=torch.uint8, device=dense.device).set_(dense)
-    flat: Tensor = dense.detach().contiguous().view(-1)
+    flat: Tensor = dense.detach().resolve_conj().resolve_neg().contiguous().view(-1)
     return flat.new_empty(0, device="cpu") if flat.is_meta else flat.view(torch.uint8)

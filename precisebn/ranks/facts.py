@@ -90,7 +90,8 @@ class Facts:
     def _describe(self, kind: str, name: str, tensor: Tensor, in_pieces: bool) -> Fact:
         if is_lazy(tensor):
             return Fact(kind, name, "no values yet (lazy)", skipped="lazy, without values yet")
-        text = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        shape = "nested" if tensor.is_nested else tuple(tensor.shape)
+        text = f"{str(tensor.dtype).removeprefix('torch.')} {shape}"
         if in_pieces:
             return Fact(kind, name, "cut by FullyShardedDataParallel", skipped=SHARDED)
         if is_sharded(tensor):
@@ -103,7 +104,8 @@ class Facts:
                 kind, name, f"{text} on the meta device", skipped="on the meta device, where nothing has values"
             )
         self.tensors[name] = whole
-        plain = type(whole) in PLAIN_TENSORS and whole.layout is torch.strided and _is_number(whole.dtype)
+        plain = type(whole) in PLAIN_TENSORS and whole.layout is torch.strided
+        plain = plain and not (whole.is_quantized or whole.is_nested) and _is_number(whole.dtype)
         return Fact(kind, name, text, size=whole.numel() * whole.element_size() if plain else None)
 
     def _note_scales(self, prefix: str, module: nn.Module) -> None:

@@ -55,7 +55,8 @@ def merge_rank_statistics(
             torch.distributed is initialized; all of them must call.
         reduce: as in timm: True merges what all ranks have; False gives all of them what rank 0 of the group has, as it
             is, with its ``num_batches_tracked``.
-        weights: ``"equal"``: every rank counts the same, right where ranks have had equally many samples lately;
+        weights: ``"equal"``: every rank counts the same, right where ranks have had equally many samples lately (with a
+            warning where one has tracked no mini-batch, and others have);
             ``"batches"``: as much as it has tracked mini-batches (``num_batches_tracked``), a rank without any not at
             all, and all the same where none has any. A running average with a momentum forgets: what it has seen long
             ago counts for little, however many mini-batches that was.
@@ -72,6 +73,9 @@ def merge_rank_statistics(
         RankFailedError: another rank failed, or did not come within the timeout of the process group.
         InputError: an argument that makes no sense; ranks that differ in their layers, arguments or versions; a layer
             on the meta device; ``weights="batches"`` where a layer does not count them.
+
+    Warns:
+        UserWarning: there is no layer to merge; a rank without any mini-batch has counted as much as others.
 
     Example:
         >>> report = merge_rank_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
@@ -210,9 +214,24 @@ def _merge(populations: Sequence[_Population], ranks: Ranks, weights: Weights) -
     sums = torch.cat([torch.where(counted, part, 0.0) for part in parts])
     ranks.all_reduce(sums)
     within, between = (sums / total.repeat(2)).chunk(2)
-    ranks.all_reduce(counts, "max")
+    most_and_least = torch.cat([counts, -counts])
+    ranks.all_reduce(most_and_least, "max")
+    most, least = most_and_least.chunk(2)
+    if weights == "equal":
+        _warn_of_initial_statistics(populations, (most > 0) & (least == 0))
     new_var = _moved(var_0, within + between)
-    return _Merged(new_mean.split(sizes), new_var.split(sizes), between.split(sizes), counts.unbind())
+    return _Merged(new_mean.split(sizes), new_var.split(sizes), between.split(sizes), most.unbind())
+
+
+def _warn_of_initial_statistics(populations: Sequence[_Population], some_have_none: Tensor) -> None:
+    names = [one.name for one, is_so in zip(populations, some_have_none.tolist(), strict=True) if is_so]
+    if names:
+        shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+        warn(
+            f"{len(names)} of the {len(populations)} sets of running statistics ({shown}) have seen no mini-batch on "
+            "some rank (num_batches_tracked is 0), whose statistics, the initial ones as a rule, have counted as much "
+            "as any; weights='batches' leaves such ranks out"
+        )
 
 
 def _moved(origin: Tensor, by: Tensor) -> Tensor:

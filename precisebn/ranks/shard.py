@@ -9,10 +9,10 @@ whose output is cast back, or the next layer, still in bfloat16, raises in its t
 
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from precisebn.distributed import ProcessGroup, is_sharded, shard_unit
+from precisebn.distributed import ProcessGroup, dtype_of_policy, is_sharded, shard_unit
 from precisebn.errors import InputError
 from precisebn.models.families import OURS, is_batch_norm
 from precisebn.models.selection import ModuleSelection, select
@@ -53,8 +53,9 @@ def shard_batchnorm(
         The model.
 
     Raises:
-        InputError: something that matches no layer; layers that are sharded already; torch.distributed is not
-            initialized, and no mesh was given. Nothing is sharded then.
+        InputError: something that matches no layer; layers that are sharded already, or lazy; a ``mesh`` or an
+            ``mp_policy`` that is none; torch.distributed is not initialized, and no mesh was given. Nothing is sharded
+            then.
 
     Example:
         .. code-block:: python
@@ -69,11 +70,15 @@ def shard_batchnorm(
         raise InputError(f"model must be an nn.Module, not {type(model).__name__}")
     chosen = select(model, include, exclude, is_layer=_is_layer, outermost=True).chosen
     for name, layer in chosen.items():
+        if any(is_lazy(tensor) for tensor in (*layer.parameters(), *layer.buffers())):
+            raise InputError(
+                f"layer {name!r} ({type(layer).__name__}) is lazy and has no values yet: run the model once before"
+            )
         if any(is_sharded(parameter) for parameter in layer.parameters()):
             raise InputError(
                 f"layer {name!r} ({type(layer).__name__}) is sharded already; call shard_batchnorm before fully_shard"
             )
-    output_dtype: torch.dtype | None = getattr(mp_policy, "param_dtype", None)
+    output_dtype = dtype_of_policy(mp_policy)
     for layer in chosen.values():
         if not isinstance(layer, FrozenNorm) or any(True for _ in layer.parameters()):
             shard_unit(

@@ -79,7 +79,7 @@ def _batches(comparable: Sequence[Comparable]) -> Iterator[list[Comparable]]:
 @torch.no_grad()
 def _difference(own: Tensor, theirs: Tensor) -> Tensor:
     """Absolute differences in float64: 0 where both are the same, NaN included; infinite where one is not finite."""
-    own, theirs = (torch.view_as_real(t) if t.is_complex() else t for t in (own.detach(), theirs))
+    own, theirs = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (own.detach(), theirs))
     a, b = own.double().view(-1), theirs.double().view(-1)
     same = (a == b) | (a.isnan() & b.isnan())
     return torch.where(same, 0.0, torch.where(a.isfinite() & b.isfinite(), (a - b).abs(), math.inf))

@@ -84,7 +84,7 @@ def recalibrated(
     settings = Settings(
         model=model, data_loader=data_loader, num_iters=num_iters, progress=progress, forward=forward, device=device,
         memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator, tolerance=tolerance,
-        process_group=process_group, early_exit=early_exit, prior=prior,
+        process_group=process_group, early_exit=early_exit, prior=prior, call="recalibrated",
     )  # fmt: skip
     undo = Undo()  # at hand already if Ctrl-C comes in between the recalibration and the block
     try:

@@ -140,6 +140,7 @@ class Recording(AbstractContextManager["Recording"]):
         steps.on_undo(self._before.put_back_statistics)
         steps.on_undo(self._temporary.undo)
         steps.undo()
+        reshard(module for _, module in named_modules(self.model))  # gathered ones, in their places, have no gradients
         self._stopped = True
 
     @property

@@ -20,7 +20,11 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of :func:`precisebn.update_bn_stats` and :func:`precisebn.adapt_bn_stats`, under their names."""
+    """The arguments of :func:`precisebn.update_bn_stats` and :func:`precisebn.adapt_bn_stats`, under their names.
+
+    Attributes:
+        call: the function that the user has called, for messages; ranks must have called the same.
+    """
 
     model: nn.Module
     data_loader: Iterable[Any]
@@ -36,6 +40,7 @@ class Settings:
     process_group: ProcessGroup | Literal[False] | None
     early_exit: bool
     prior: float = 0.0
+    call: str = "update_bn_stats"
 
     def check(self) -> None:
         """Raise InputError for what makes no sense; what selects nothing is told where layers are chosen."""

@@ -201,6 +201,7 @@ def adapt_bn_stats(
             model=model, data_loader=target_loader, num_iters=num_iters, progress=progress, forward=forward,
             device=device, memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator,
             tolerance=tolerance, process_group=process_group, early_exit=early_exit, prior=prior,
+            call="adapt_bn_stats",
         )
     )  # fmt: skip
 
@@ -215,7 +216,7 @@ def recalibrate(settings: Settings, undo: Undo | None = None) -> UpdateReport:
     undo = Undo() if undo is None else undo
     with (
         HeldBack() as interrupts,
-        Ranks(settings.process_group, let_through=interrupts.let_through) as ranks,
+        Ranks(settings.process_group, let_through=interrupts.let_through, call=settings.call) as ranks,
     ):
         settings.check()
         settings = settings.plain()

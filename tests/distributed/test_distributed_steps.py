@@ -120,6 +120,7 @@ def test_a_rank_that_does_not_come_is_named_by_all_others_and_told_when_it_comes
     for error in (*results[:2], results[3], late.value):
         assert isinstance(error, RankFailedError)
         assert "rank(s) 2 of 4 did not come in the 0.2 s that ranks wait" in str(error)
+        assert ("this rank comes too late" in str(error)) == (error is late.value)
 
 
 def test_calls_belong_together_by_their_number_also_after_failures():

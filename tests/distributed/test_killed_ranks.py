@@ -61,6 +61,11 @@ def first_sum_then_death() -> Any:
     return mock.patch.object(dist, "all_reduce", dies_after_a_sum)
 
 
+def first_sum_is_death() -> Any:
+    """Inside the step: the others are in the all-reduce."""
+    return mock.patch.object(dist, "all_reduce", die)
+
+
 def second_sum_is_death() -> Any:
     """The others are in the second all-reduce when the victim dies in front of it."""
     all_reduce, sums = dist.all_reduce, []
@@ -80,6 +85,8 @@ BROKEN = "2 of 3 did not come|3 ranks failed, as it does where a process has end
 
 # Which call, how the victim dies in it, and what the survivors know of it.
 MOMENTS: dict[str, tuple[Callable[[int, Any], Callable[[nn.Module], Any]], Callable[[], Any], str]] = {
+    "update, in a mini-batch": (update, lambda: mock.patch.object(nn.ReLU, "forward", die), NOT_HERE),
+    "update, in the first all-reduce": (update, first_sum_is_death, BROKEN),
     "update, between the two all-reduces": (update, first_sum_then_death, NOT_HERE),
     "update, in the second all-reduce": (update, second_sum_is_death, BROKEN),
     "update, before the write": (update, lambda: mock.patch.object(Commit, "write", die), NOT_HERE),

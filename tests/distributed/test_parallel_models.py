@@ -113,9 +113,11 @@ def fsdp_in_bfloat16(rank: int, world: int) -> Result:
     model(share(rank)[0]).sum().backward()
     gradient = model[0][1].weight.grad.dtype
     report = update_bn_stats(model, share(rank), None)
+    with_gradients = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     merge_rank_statistics(model)
     return {
         "statistics": statistics(model), "report": report, "seen": seen[:3], "gradient": gradient,
+        "with gradients": with_gradients,
         "equal": check_ranks(model).equal, "parameters": trained(model, rank),
     }  # fmt: skip
 
@@ -178,6 +180,11 @@ def shard_units_twice(rank: int, world: int) -> Result:
         "twice": raised(lambda: shard_batchnorm(model)),
         "too late": raised(lambda: shard_batchnorm(sharded(net()))),
         "untouched": type(model[1][1]) is nn.BatchNorm2d,
+        "wrong": [
+            raised(lambda: shard_batchnorm(net(), mp_policy=torch.bfloat16))[1],
+            raised(lambda: shard_batchnorm(net(), mesh=dist.group.WORLD))[1],
+            raised(lambda: shard_batchnorm(nn.Sequential(nn.LazyBatchNorm2d())))[1],
+        ],
     }
 
 
@@ -417,11 +424,21 @@ def test_a_forward_that_fails_between_two_units_ends_all_ranks_by_the_timeout(ra
         assert result["seconds"] < 3 * SHORT_TIMEOUT_S
 
 
+def test_gradients_are_still_there_after_a_recalibration(ranks):
+    """Parameters that FSDP has gathered for a forward, and not freed, stand in the places of those that have them."""
+    for result in ranks.of(fsdp_in_bfloat16):
+        assert result["with gradients"] == [name for name, _ in net().named_parameters()]
+
+
 def test_what_is_sharded_already_is_not_sharded_again(ranks):
     for result in ranks.of(shard_units_twice):
         assert "layer '0.1' (FSDPBatchNorm2d) is sharded already" in result["twice"][1]
         assert "call shard_batchnorm before fully_shard" in result["too late"][1]
         assert result["untouched"]
+        for text, part in zip(
+            result["wrong"], ("a torch.distributed.fsdp.Mixed", "a DeviceMesh", "is lazy"), strict=True
+        ):
+            assert part in text
 
 
 def test_sharding_takes_ranks():

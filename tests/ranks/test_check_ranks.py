@@ -1,6 +1,7 @@
 """check_ranks on several ranks: real processes over gloo, each of which drifts in its own way."""
 
 import time
+import warnings
 from unittest import mock
 
 import processes
@@ -12,7 +13,15 @@ from processes import HANG_S, Outcome, Result, raised
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from precisebn import __version__, check_ranks, convert_domain_specific, merge_rank_statistics, update_bn_stats
+from precisebn import (
+    __version__,
+    adapt_bn_stats,
+    check_ranks,
+    convert_domain_specific,
+    merge_rank_statistics,
+    recalibrated,
+    update_bn_stats,
+)
 from precisebn.distributed.ranks import Ranks
 from precisebn.ranks import values
 
@@ -146,6 +155,30 @@ def an_update_on_rank_1(rank: int, world: int) -> Result:
     return {"error": raised(lambda: check_ranks(model))}
 
 
+def another_recalibration_on_each_rank(rank: int, world: int) -> Result:
+    def call() -> None:
+        arguments = (net()[:2], [torch.randn(4, 3, 8, 8)])
+        if rank == 0:
+            adapt_bn_stats(*arguments)
+        elif rank == 1:
+            update_bn_stats(*arguments, num_iters=None)
+        else:
+            with recalibrated(*arguments, num_iters=None):
+                raise AssertionError("ranks do not agree")
+
+    return {"error": raised(call)}
+
+
+def odd_buffers(rank: int, world: int) -> Result:
+    """Of kinds that torch does not show as bytes, or kills the process if it is asked to."""
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantized tensors are going away
+        model.register_buffer("quantized", torch.quantize_per_tensor(torch.ones(2), 0.5, rank % 2, torch.qint8))
+    model.register_buffer("conjugate", torch.tensor([1 + rank % 2 * 1j, 2.0]).conj())
+    return checked(model)
+
+
 def another_version_on_rank_1(rank: int, world: int) -> Result:
     with mock.patch("precisebn.distributed.ranks.__version__", "0.0.1" if rank == 1 else __version__):
         return {"error": raised(lambda: check_ranks(net()))}
@@ -173,7 +206,7 @@ def a_late_rank(rank: int, world: int) -> Result:
 SCENARIOS = [
     equal, drifted, only_the_sign_of_zero, every_rank_its_own_averages, other_structure, several_pieces, sharded,
     ddp_and_plain, domains, some_ranks, alone, another_call_on_rank_1, an_update_on_rank_1, another_version_on_rank_1,
-    failure_on_rank_1, a_late_rank,
+    failure_on_rank_1, a_late_rank, another_recalibration_on_each_rank, odd_buffers,
 ]  # fmt: skip
 
 
@@ -188,7 +221,17 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 @pytest.mark.parametrize(
     "scenario",
-    [equal, drifted, only_the_sign_of_zero, other_structure, several_pieces, sharded, ddp_and_plain, domains],
+    [
+        equal,
+        drifted,
+        only_the_sign_of_zero,
+        other_structure,
+        several_pieces,
+        sharded,
+        ddp_and_plain,
+        domains,
+        odd_buffers,
+    ],
 )
 def test_every_rank_returns_the_same_report_and_nothing_has_changed(ranks, scenario):
     results = ranks.of(scenario)
@@ -281,6 +324,12 @@ def test_of_sharded_parameters_only_those_are_compared_that_ranks_have_as_a_whol
     assert "3 tensors not compared: sharded: every rank holds a part of it" in str(report)
 
 
+def test_buffers_of_odd_kinds(ranks):
+    report = ranks.of_rank(odd_buffers, 2)["report"]
+    assert differing(report) == {"quantized buffer": [(0, 2), (1, 3)], "conjugate buffer": [(0, 2), (1, 3)]}
+    assert report["conjugate"].max_difference == 1.0
+
+
 def test_a_wrapped_model_is_compared_with_a_plain_one(ranks):
     assert differing(ranks.of_rank(ddp_and_plain, 0)["report"]) == {
         "1.running_mean running statistics": [(0,), (1,), (2,), (3,)]
@@ -307,6 +356,7 @@ def test_a_group_of_some_ranks_and_no_group(ranks):
     [
         (another_call_on_rank_1, "the call is check_ranks on rank 0, but merge_rank_statistics on rank 1"),
         (an_update_on_rank_1, "the call is check_ranks on rank 0, but update_bn_stats on rank 1"),
+        (another_recalibration_on_each_rank, "the call is adapt_bn_stats on rank 0, but update_bn_stats on rank 1"),
         (another_version_on_rank_1, f"the version of precisebn is {__version__} on rank 0, but 0.0.1 on rank 1"),
     ],
 )

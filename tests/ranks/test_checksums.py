@@ -88,3 +88,25 @@ def test_values_count_and_not_how_they_lie_in_memory(dtype):
 
 def test_what_has_no_bytes_has_one_too():
     assert checksums([[], None, bytes_of(torch.empty(0))]) == ["0" * 16, None, expected(b"")]
+
+
+CONJUGATE = torch.tensor([1 + 2j, 3 - 1j]).conj()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:")
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8, torch.qint32])
+def test_of_quantized_tensors_integers_and_scales_count(dtype):
+    """(To view one of qint8 as bytes kills the process.)"""
+    ones = torch.ones(2, 2)
+    same, scaled, shifted = (
+        torch.quantize_per_tensor(ones, scale, zero, dtype) for scale, zero in ((0.5, 1), (0.25, 1), (0.5, 3))
+    )
+    assert checksum(same) == checksum(torch.quantize_per_tensor(ones, 0.5, 1, dtype))
+    assert len({checksum(same), checksum(scaled), checksum(shifted)}) == 3
+    channels = [torch.quantize_per_channel(ones, s, torch.zeros(2).long(), 0, dtype) for s in (ones[0], ones[0] / 2)]
+    assert checksum(channels[0]) != checksum(channels[1])
+
+
+def test_conjugated_and_negated_views_are_what_they_show():
+    assert checksum(CONJUGATE) == checksum(CONJUGATE.resolve_conj())
+    assert checksum(CONJUGATE.imag) == checksum(CONJUGATE.imag.clone())

@@ -1,8 +1,10 @@
 """merge_rank_statistics on several ranks: real processes over gloo, held against one process and the law."""
 
+import copy
 import datetime
 import math
 import time
+import warnings
 from unittest import mock
 
 import processes
@@ -96,6 +98,21 @@ def no_batches_anywhere(rank: int, world: int) -> Result:
     equal = drifted(rank, net())
     merge_rank_statistics(equal)
     return {**result(model, weights="batches"), "expected": equal.state_dict()}
+
+
+def one_has_none(rank: int, world: int) -> Result:
+    """Rank 1 of layer 1 alone; then no rank at all."""
+    texts = {}
+    for layers in ((1,), ()):
+        model = drifted(rank, net())
+        for index, layer in ((1, model[1]), (4, model[4])):
+            layer.num_batches_tracked.fill_(0 if not layers or (index in layers and rank == 1) else 7)
+        for weights in ("equal", "batches"):
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                merge_rank_statistics(copy.deepcopy(model), weights=weights)
+            texts[layers, weights] = [str(warning.message) for warning in warned]
+    return texts
 
 
 def rank_0s(rank: int, world: int) -> Result:
@@ -220,9 +237,9 @@ def rank_1_comes_too_late(rank: int, world: int) -> Result:
 
 
 SCENARIOS = [
-    statistics_of_the_data, by_batches, no_batches_anywhere, rank_0s, equal_before, of_every_kind, some_layers,
-    some_ranks, nan_on_rank_1, unwritable_on_rank_2, overflow, ctrl_c_on_rank_0_after_writing, other_layers,
-    other_arguments, uncounted_batches, other_version, rank_1_comes_too_late,
+    statistics_of_the_data, by_batches, no_batches_anywhere, one_has_none, rank_0s, equal_before, of_every_kind,
+    some_layers, some_ranks, nan_on_rank_1, unwritable_on_rank_2, overflow, ctrl_c_on_rank_0_after_writing,
+    other_layers, other_arguments, uncounted_batches, other_version, rank_1_comes_too_late,
 ]  # fmt: skip
 
 
@@ -296,6 +313,15 @@ def test_where_nobody_has_counted_a_mini_batch_all_ranks_count_the_same(ranks):
     for one in ranks.of(no_batches_anywhere):
         expected = {key: value for key, value in statistics(one["expected"]).items() if "running" in key}
         assert all(torch.equal(one["after"][key], value) for key, value in expected.items())
+
+
+def test_a_rank_without_a_mini_batch_counts_with_a_warning_on_all_ranks(ranks):
+    for texts in ranks.of(one_has_none):
+        [text] = texts.pop(((1,), "equal"))
+        assert "1 of the 2 sets of running statistics ('1') have seen no mini-batch on some rank" in text
+        assert "weights='batches' leaves such ranks out" in text
+        assert len(texts) == 3
+        assert not any(texts.values())
 
 
 def test_reduce_false_gives_all_what_rank_0_has(ranks):
