@@ -181,3 +181,18 @@ def test_a_loader_that_fails():
     report = audit(net(), loader=DataLoader(Broken()))
     assert "no such file" in report.not_run["PBN701"]
     assert "no mini-batch" in audit(net(), loader=[]).not_run["PBN701"]
+
+
+@pytest.mark.parametrize("kept", [lambda: iter([torch.randn(3, 4, 4)] * 200), lambda: (torch.randn(3) for _ in "ab")])
+def test_a_data_set_that_draws_from_an_iterator_which_it_keeps_is_left_alone(kept):
+    class Stream(IterableDataset):
+        def __init__(self):
+            self.left = kept()
+
+        def __iter__(self):
+            return self.left
+
+    stream = Stream()
+    report = audit(nn.Sequential(nn.BatchNorm2d(3)), loader=DataLoader(stream, 4))
+    assert "an audit would use up" in report.not_run["PBN701"]
+    assert len(list(stream.left)) == len(list(kept()))
