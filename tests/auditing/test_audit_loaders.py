@@ -56,6 +56,9 @@ def test_a_loader_that_is_not_shuffled():
     assert finding.severity == "note"
     [finding] = of("PBN703", DataLoader(images(400, classes=2), batch_size=4))  # nothing but the first class is seen
     assert finding.severity == "warning"
+    [finding] = of("PBN703", DataLoader(images(40, classes=1), batch_size=4))  # of few mini-batches, all are seen
+    assert finding.severity == "note"
+    assert of("PBN703", DataLoader(images(40), batch_size=40)) == []
     assert of("PBN703", DataLoader(images(400), batch_size=4, shuffle=True)) == []
     assert of("PBN703", [torch.randn(4, 3, 8, 8)] * 3) == []
 
@@ -63,6 +66,8 @@ def test_a_loader_that_is_not_shuffled():
 def test_mini_batches_of_one_label():
     [finding] = of("PBN711", DataLoader(images(64, classes=8), batch_size=8))
     assert finding.severity == "warning"
+    left_over = TensorDataset(torch.randn(65, 3, 8, 8), torch.arange(65) // 8)
+    assert of("PBN711", DataLoader(left_over, batch_size=8))  # though the last mini-batch has one sample
     assert of("PBN711", DataLoader(images(64, classes=8), batch_size=8, shuffle=True)) == []
     assert of("PBN711", DataLoader(images(64, classes=1), batch_size=8)) == []
 
