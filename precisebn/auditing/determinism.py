@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from precisebn._torch import unwrapped
 from precisebn.auditing.observations.flow import tensors_in
 from precisebn.auditing.surroundings import MOST_ITEMS, ObjectsPicture, Surroundings
 from precisebn.errors import InputError
@@ -328,7 +329,7 @@ def _digest(value: Any) -> tuple[int, ...]:
 def _digest_of(tensor: Tensor) -> tuple[int, ...]:
     if tensor.is_meta:
         return (0,)
-    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    dense = _dense(unwrapped(tensor.detach()))
     bits = dense.contiguous().view(-1).view(_INTEGERS[dense.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), _CHUNK):
@@ -337,6 +338,17 @@ def _digest_of(tensor: Tensor) -> tuple[int, ...]:
         mixed = (part ^ (part >> 17)) * weights
         total += (mixed ^ (mixed >> 29)).sum()
     return (*tensor.shape, int(total))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The values of a tensor of any kind in one that has a memory of its own."""
+    if tensor.is_nested:
+        return torch.cat([part.flatten() for part in tensor.unbind()])
+    if tensor.layout is not torch.strided:
+        return tensor.to_dense()
+    if tensor.is_quantized:
+        return tensor.int_repr()
+    return tensor.resolve_conj().resolve_neg()
 
 
 _ODD = 0x5851F42D4C957F2D  # the multiplier of Knuth's MMIX generator

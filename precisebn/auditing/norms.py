@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from precisebn.auditing.averages import averages_in
 from precisebn.auditing.subject import Subject
 from precisebn.models.families import PAUSED, class_family, is_batch_norm, is_frozen
 from precisebn.nn.frozen import FrozenNorm
@@ -63,7 +64,10 @@ def is_at_initial_values(populations: Iterable[RunningStatistics]) -> bool:
 
 def is_training(subject: Subject) -> bool:
     """Whether the model as a whole is in training mode; not a wrapper around it, which is made in training mode."""
-    return subject.modules[""].training
+    model = subject.modules[""]
+    if model in averages_in(subject.model).values():  # timm's, which keeps the model as any other child
+        model = model.get_submodule("module")
+    return model.training
 
 
 def trains(subject: Subject) -> bool:

@@ -77,7 +77,8 @@ def _inside(item: object) -> Iterable[object]:
         cells = [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
         return [*cells, *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
     if callable(item) and not isinstance(item, type):  # an object with __call__ that wraps a function or a module
-        return list(getattr(item, "__dict__", {}).values())
+        held = getattr(item, "__dict__", {})  # without what functools.wraps has copied from a function: annotations
+        return [value for key, value in held.items() if key not in functools.WRAPPER_ASSIGNMENTS]
     return ()
 
 

@@ -11,7 +11,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -76,6 +76,9 @@ class ObjectsPicture:
         tensors: whether to keep the values of tensors as well, which takes their memory once more.
         most_items: larger containers are data, and not looked into.
         known: identities of tensors that somebody else keeps.
+
+    Attributes:
+        iterators: generators, and Python's own iterators: what is taken out of them cannot be put back.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class ObjectsPicture:
         self._most_items = most_items
         self._contents: list[tuple[Any, Any]] = []
         self._generators: list[tuple[Callable[[Any], object], Any]] = []
+        self.iterators: list[Iterator[Any]] = []
         found: dict[int, Tensor] = {}
         seen = set(known)
         waiting = list(roots)
@@ -101,6 +105,8 @@ class ObjectsPicture:
                 found[id(one)] = one
             elif isinstance(one, (*_CONTAINERS, tuple)):
                 waiting += self._look_into(one)
+            elif isinstance(one, Iterator) and not hasattr(one, "__dict__"):
+                self.iterators.append(one)
             elif hasattr(one, "__dict__"):
                 waiting += self._look_into(vars(one))
         self._tensors = TensorPictures(found.values()) if tensors else None

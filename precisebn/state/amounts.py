@@ -345,6 +345,9 @@ def _by_parts(before: Tensor, after: Tensor) -> Amounts:
     if before.is_quantized and after.is_quantized:
         values = _dense(before.dequantize(), after.dequantize(), (None, None))
         return values if torch.equal(before, after) else replace(values, equal=False)
+    if before.is_nested:  # the caller knows that their parts have the same shapes
+        before, after = (torch.cat([part.flatten() for part in whole.unbind()]) for whole in (before, after))
+        return _dense(before, after, (None, None))
     parts = [[_tensor(part) for part in dense_parts(whole)] for whole in (before, after)]
     pairs = list(zip(*parts, strict=False))
     if len(parts[0]) == len(parts[1]) and all(a.shape == b.shape for a, b in pairs):

@@ -1,6 +1,7 @@
 """State dicts and checkpoint files as one side of a comparison: which part of them is the model, and lazy reading."""
 
 import json
+import os
 import pickle
 import re
 import warnings
@@ -24,12 +25,13 @@ CHOSEN = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts keep the model in a checkpoint; the first that is there is taken."""
 
 
-def state_of_mapping(values: Mapping[Any, Any], name: str) -> State:
-    """A state dict, or the one inside a checkpoint.
+def state_of_mapping(values: Mapping[Any, Any], name: str, source: str = "") -> State:
+    """A state dict, or the one inside a checkpoint; ``source`` is how a user gets at it, by default as ``name``.
 
     A mapping with a tensor among its own values is a state dict. Of others, the mapping or module under the first of
     :data:`CHOSEN` is the model; without one, everything counts, by path.
     """
+    source = source or name
     if not any(isinstance(value, Tensor) for value in values.values()):
         key = next((key for key in CHOSEN if isinstance(values.get(key), Mapping | nn.Module)), None)
         if key is not None:
@@ -37,9 +39,11 @@ def state_of_mapping(values: Mapping[Any, Any], name: str) -> State:
             state = state_of_model(inside) if isinstance(inside, nn.Module) else State(entries_of(inside))
             others = [str(other) for other, value in values.items() if other != key and isinstance(value, Mapping)]
             also = f"; not looked at: {', '.join(map(repr, others))}" if others else ""
+            state.source = f"{source}[{key!r}]" + (".state_dict()" if isinstance(inside, nn.Module) else "")
             state.notes.append(f"{name} is a checkpoint, whose {key!r} was compared{also}")
             return state
-    return State(entries_of(values))
+    inside = frozenset(str(key) for key, value in values.items() if isinstance(value, Mapping))
+    return State(entries_of(values), source=source, inside=inside)
 
 
 def state_of_file(path: Path, name: str) -> State:
@@ -86,21 +90,27 @@ def _of_torch(path: Path, name: str) -> State:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if "TorchScript" in str(error):
             raise InputError(f"{shown} is a TorchScript archive: compare torch.jit.load({str(path)!r})") from error
-        raise InputError(f"{shown} is no checkpoint of torch.save or safetensors, or is damaged: {error}") from error
+        why = _first_sentence(error)
+        raise InputError(f"{shown} is no checkpoint of torch.save or safetensors, or is damaged: {why}") from error
     if isinstance(found, Tensor):
         found = {"": found}
     if not isinstance(found, Mapping):
         found = dict(enumerate(found)) if isinstance(found, list | tuple) else {"": found}
-    state = state_of_mapping(found, name)
+    state = state_of_mapping(found, name, f"torch.load({name}, weights_only=True)")
     state.release = releaser(path) if mapped else None
     return state
+
+
+def _first_sentence(error: Exception) -> str:
+    """What torch says, without its advice; of a byte that no pickle has it says the number alone."""
+    text = "" if isinstance(error, KeyError) else str(error).strip().partition(". ")[0]
+    return text or "it is no pickle of tensors"
 
 
 def _refused(shown: str, error: Exception) -> str:
     text = str(error)
     if "GLOBAL" not in text:
-        first = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
-        return f"{shown} is no checkpoint of torch.save or safetensors, or is damaged: {first}"
+        return f"{shown} is no checkpoint of torch.save or safetensors, or is damaged: it is no pickle of tensors"
     what = re.search(r"GLOBAL ([\w.]+)", text)
     holds = f"{what[1]}, " if what else ""
     return (
@@ -128,7 +138,7 @@ def _of_safetensors(path: Path, name: str) -> State:
         raise InputError(f"{name}={str(path)!r} is no file of safetensors, or is damaged: {error}") from error
     entries = {key: Entry(_InFile(file, key), _kind_in(file, key), names=[key]) for key in names}
     mark_statistics(entries)
-    state = State(entries)
+    state = State(entries, source=f"safetensors.torch.load_file({name})")
     if names:
         file.get_tensor(names[0])  # the file is mapped when the first tensor is asked for
         state.release = releaser(path)
@@ -156,9 +166,13 @@ def _kind_in(file: Any, key: str) -> str:
 def _of_index(path: Path, name: str) -> State:
     """The files that an index lists, as transformers writes it: ``{"weight_map": {name: file}}``."""
     try:
-        files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        files = sorted({os.fspath(file) for file in json.loads(path.read_text())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{name}={str(path)!r} is no index of checkpoint files: it has no 'weight_map'") from error
+        raise InputError(
+            f"{name}={str(path)!r} is no index of checkpoint files: it has no 'weight_map' of names to files"
+        ) from error
+    if nested := [file for file in files if file.endswith(".index.json")]:
+        raise InputError(f"{name}={str(path)!r} leads to another index, {nested[0]!r}, and not to checkpoint files")
     parts = [state_of_file(path.parent / file, name) for file in files]
     entries = {key: entry for part in parts for key, entry in part.entries.items()}
     mark_statistics(entries)  # a layer may lie in two files

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,9 @@ def diff_state(before: Comparable, after: Comparable) -> StateDiff:
 
 def _state_of(given: Any, name: str) -> State:
     if isinstance(given, StateSnapshot):
-        return given.state
+        return replace(given.state, source=name)
     if isinstance(given, nn.Module):
-        return state_of_model(given)
+        return replace(state_of_model(given), source=f"{name}.state_dict()")
     if isinstance(given, Mapping):
         return state_of_mapping(given, name)
     if isinstance(given, str | os.PathLike):
@@ -182,12 +183,12 @@ class _Comparison:
             status, remark = _values(a, b)
         for side, value in (("before", a), ("after", b)):
             if isinstance(value, Tensor):
-                facts[f"shape_{side}"] = tuple(value.shape)
+                facts[f"shape_{side}"] = _shape(value)
                 facts[f"dtype_{side}"] = _dtype(value)
         return TensorDiff(self.names[0], self.kind, status, remark, tuple(self.names[1:]), **facts), same
 
     def _tensors(self, a: Tensor, b: Tensor, old: Entry, new: Entry) -> tuple[str, str, dict[str, Any], bool]:
-        if a.shape != b.shape:
+        if _extent(a) != _extent(b):
             return "other shape", "", {}, False
         try:
             amounts = amounts_between(a, b, release=(self.before.release, self.after.release))
@@ -239,6 +240,19 @@ def _values(a: Any, b: Any) -> tuple[str, str]:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it holds its values itself, and is no shard or wrapper."""
     return not hasattr(tensor, "__tensor_flatten__")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """Its shape; of a nested tensor -1 where its parts differ."""
+    if not tensor.is_nested:
+        return tuple(tensor.shape)
+    parts = [part.shape for part in tensor.unbind()]
+    return len(parts), *(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*parts, strict=True))
+
+
+def _extent(tensor: Tensor) -> object:
+    """What is equal where every value of one has its counterpart in the other: of a nested tensor, of its parts."""
+    return [part.shape for part in tensor.unbind()] if tensor.is_nested else tensor.shape
 
 
 def _brief(value: object) -> str:

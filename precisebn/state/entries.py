@@ -75,6 +75,8 @@ class State:
         training: of modules, by name: whether in training mode.
         requires_grad: of parameters, by name.
         notes: what the reader should know, in sentences.
+        source: the expression that gives its mapping, for messages; empty where there is none.
+        inside: keys of that mapping that lead to mappings.
         release: to be called with what has been read of a tensor: where it lies in a file, memory may forget it.
     """
 
@@ -84,6 +86,8 @@ class State:
     training: dict[str, bool] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    source: str = ""
+    inside: frozenset[str] = frozenset()
     release: Callable[[Tensor], None] | None = None
 
 

@@ -62,15 +62,23 @@ def check_common(before: State, after: State) -> None:
     if not b.entries or not a.entries or b.entries.keys() & a.entries.keys():
         return
     hint = ""
-    for one, other, name in ((b, a, "before"), (a, b, "after")):
+    for one, other, state, name in ((b, a, before, "before"), (a, b, after, "after")):
         ends = [f".{end}" for end in other.entries]
         prefixes = [key[: 1 - len(end)] for key in list(one.entries)[:50] for end in ends if key.endswith(end)]
         if prefixes:
             prefix = max(set(prefixes), key=prefixes.count)
-            remedy = f"{{key.removeprefix({prefix!r}): value for key, value in {name}.items()}}"
-            hint = f". Those of {name} have {prefix!r} in front: pass {remedy}"
+            hint = f". Those of {name} have {prefix!r} in front{_without_prefix(state, prefix)}"
             break
     raise InputError(f"before and after have no name in common: {_first(b)} against {_first(a)}{hint}")
+
+
+def _without_prefix(state: State, prefix: str) -> str:
+    """What to pass instead, in Python."""
+    if not state.source:
+        return ""
+    if prefix.removesuffix(".") in state.inside:
+        return f": pass {state.source}[{prefix.removesuffix('.')!r}]"
+    return f": pass {{key.removeprefix({prefix!r}): value for key, value in {state.source}.items()}}"
 
 
 def _without_wrappers(name: str) -> str:

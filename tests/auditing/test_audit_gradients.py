@@ -224,3 +224,32 @@ def test_what_cannot_be_looked_at_says_what_to_pass():
     assert "needs batch=" in audit(nn.BatchNorm1d(3)).not_run["PBN351"]
     report = audit(nn.BatchNorm1d(4, affine=False), torch.randn(4, 4))
     assert "no trainable parameter" in report.not_run["PBN351"]
+
+
+@pytest.mark.parametrize(
+    ("out_of_torch", "how"),
+    [
+        (lambda x: torch.from_numpy(x.detach().numpy()), "numpy()"),
+        (lambda x: torch.tensor(x.tolist()), "tolist()"),
+    ],
+)
+def test_a_module_whose_last_act_is_to_leave_torch_is_named_with_its_line(out_of_torch, how):
+    class Leaves(nn.Linear):
+        def forward(self, x):
+            return out_of_torch(super().forward(x))
+
+    model = nn.Sequential(nn.Linear(4, 4), Leaves(4, 4), nn.Linear(4, 4))
+    [finding] = gradient_findings(model)
+    assert (finding.code, finding.severity) == ("PBN351", "error")
+    assert f"{how} in module '1' (test_audit_gradients.py:" in finding.what
+    assert "module '2' is the first behind" in finding.what
+
+
+def test_what_no_given_optimizer_steps_may_be_cut_off():
+    """A generator in its discriminator's step; a backbone under no_grad whose head alone is trained."""
+    model = Net(under_no_grad_before)
+    [finding] = gradient_findings(model, optimizer=torch.optim.SGD(model.three.parameters(), lr=0.1))
+    assert (finding.severity, finding.layers) == ("note", ("one.weight", "one.bias"))
+    held = torch.optim.SGD([model.one.weight, *model.three.parameters()], lr=0.1)
+    found = {finding.layers: finding.severity for finding in gradient_findings(model, optimizer=held)}
+    assert found == {("one.weight",): "error", ("one.bias",): "note"}

@@ -90,6 +90,8 @@ def test_batch_norm_in_half_precision(dtype):
     some = nn.Sequential(nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True)).to(dtype)
     [finding] = found("PBN602", some)
     assert (finding.severity, finding.layers) == ("warning", ("0", "1"))
+    assert f" {torch.finfo(dtype).eps / 2:.2%} of a value" in finding.what
+    assert " 0.00%" not in finding.what
     [finding] = found("PBN602", some.eval())
     assert finding.severity == "note"
 

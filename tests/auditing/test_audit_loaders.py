@@ -56,6 +56,9 @@ def test_a_loader_that_is_not_shuffled():
     assert finding.severity == "note"
     [finding] = of("PBN703", DataLoader(images(400, classes=2), batch_size=4))  # nothing but the first class is seen
     assert finding.severity == "warning"
+    [finding] = of("PBN703", DataLoader(images(40, classes=1), batch_size=4))  # of few mini-batches, all are seen
+    assert finding.severity == "note"
+    assert of("PBN703", DataLoader(images(40), batch_size=40)) == []
     assert of("PBN703", DataLoader(images(400), batch_size=4, shuffle=True)) == []
     assert of("PBN703", [torch.randn(4, 3, 8, 8)] * 3) == []
 
@@ -63,6 +66,8 @@ def test_a_loader_that_is_not_shuffled():
 def test_mini_batches_of_one_label():
     [finding] = of("PBN711", DataLoader(images(64, classes=8), batch_size=8))
     assert finding.severity == "warning"
+    left_over = TensorDataset(torch.randn(65, 3, 8, 8), torch.arange(65) // 8)
+    assert of("PBN711", DataLoader(left_over, batch_size=8))  # though the last mini-batch has one sample
     assert of("PBN711", DataLoader(images(64, classes=8), batch_size=8, shuffle=True)) == []
     assert of("PBN711", DataLoader(images(64, classes=1), batch_size=8)) == []
 
@@ -181,3 +186,18 @@ def test_a_loader_that_fails():
     report = audit(net(), loader=DataLoader(Broken()))
     assert "no such file" in report.not_run["PBN701"]
     assert "no mini-batch" in audit(net(), loader=[]).not_run["PBN701"]
+
+
+@pytest.mark.parametrize("kept", [lambda: iter([torch.randn(3, 4, 4)] * 200), lambda: (torch.randn(3) for _ in "ab")])
+def test_a_data_set_that_draws_from_an_iterator_which_it_keeps_is_left_alone(kept):
+    class Stream(IterableDataset):
+        def __init__(self):
+            self.left = kept()
+
+        def __iter__(self):
+            return self.left
+
+    stream = Stream()
+    report = audit(nn.Sequential(nn.BatchNorm2d(3)), loader=DataLoader(stream, 4))
+    assert "an audit would use up" in report.not_run["PBN701"]
+    assert len(list(stream.left)) == len(list(kept()))

@@ -144,3 +144,30 @@ class Graphs:
 
 def test_a_mini_batch_that_does_not_tell_its_samples():
     assert of("PBN713", nn.BatchNorm1d(3), Graphs(), forward=lambda model, graphs: model(graphs.nodes)) == []
+
+
+def test_a_network_that_is_called_twice_is_one_finding():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(5)))
+
+        def forward(self, x):
+            return self.net(x) + self.net(x.flip(0))
+
+    [finding] = of("PBN401", Twice(), torch.randn(8, 4, 8, 8))
+    assert (finding.severity, len(finding.layers)) == ("note", 5)
+
+
+def test_layers_inside_of_torch_func_are_passed_over():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4, track_running_stats=False)
+
+        def forward(self, x):
+            return torch.vmap(self.norm)(x)
+
+    report = audit(Mapped(), torch.randn(3, 8, 4))
+    assert "PBN411" not in report.not_run
+    assert "PBN411" not in report

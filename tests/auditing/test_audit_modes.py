@@ -234,6 +234,7 @@ def test_running_statistics_and_layers_that_need_none():
     assert found("PBN107", model()) == ()
     assert found("PBN107", nn.Sequential(nn.InstanceNorm2d(4), nn.GroupNorm(2, 4))) == ()
     assert found("PBN107", convert_batch_stat(model())) == ()
+    assert found("PBN107", convert_batch_stat(model(track_running_stats=False))) == ()  # its remedy
 
 
 # ---- PBN108, PBN109: left half done ---------------------------------------------------------------------------------

@@ -205,3 +205,18 @@ def test_what_cannot_change_may_be_shared():
     one.size = other.size = (3, "same", torch.float32, nn.ReLU)
     one.act = other.act = torch.relu
     assert alone(one, other)
+
+
+def test_hooks_of_one_annotated_function_share_nothing():
+    """Torch wraps such hooks, and copies the annotations of the function: one dictionary for all models."""
+
+    def fills(module: nn.Module, state: dict[str, object], *others: object) -> None:
+        pass
+
+    def hooked() -> nn.Module:
+        layer = nn.Linear(2, 2)
+        layer._register_load_state_dict_pre_hook(fills, with_module=True)
+        return layer
+
+    assert "PBN504" not in audit(hooked(), other=hooked())
+    assert "PBN504" not in audit(nn.LazyLinear(2), other=nn.LazyLinear(2))

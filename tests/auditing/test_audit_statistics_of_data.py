@@ -153,6 +153,9 @@ def test_averages_of_timm(timm):
         assert of("PBN722", average, loader=data())
         update_bn_stats(average, data(number=20), None, modules="all")
         assert of("PBN722", average, loader=data()) == []
+        assert of("PBN102", average) == []  # the wrapper is made in training mode, the average is in eval mode
+        average.module[1].train()
+        assert of("PBN103", average)
 
 
 def test_an_average_over_steps_that_are_near_is_right():
@@ -169,3 +172,4 @@ def test_too_few_mini_batches_for_standard_errors():
     average, _ = averaged()
     report = audit(average, loader=data(number=3))
     assert "standard errors take 8" in report.not_run["PBN722"]
+    assert "PBN721" in report  # which then is all that can be said

@@ -211,3 +211,26 @@ def test_wrong_calls():
         check_determinism(lambda: None, model="resnet18")
     with pytest.raises(InputError, match="step must be a function"):
         check_determinism(3, model=nn.Linear(1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_steps_inside_of_torch_func_and_with_tensors_of_any_kind():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    odd = Odd()
+    values = [
+        torch.randn(3, dtype=torch.complex64).conj(),
+        torch.randn(3, dtype=torch.complex64).conj().imag,
+        torch.eye(3).to_sparse_csr(),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    ]
+
+    def step():
+        outputs = [odd(value) for value in values]
+        return torch.vmap(odd)(torch.ones(2, 3)), torch.func.grad(lambda x: odd(x).sum())(torch.ones(2)), *outputs
+
+    assert check_determinism(step, model=odd)
+    noise = itertools.count()
+    assert not check_determinism(lambda: torch.vmap(lambda x: odd(x + next(noise)))(torch.ones(2, 3)), model=odd)

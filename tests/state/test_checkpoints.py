@@ -243,3 +243,19 @@ def test_a_users_own_mapped_and_changed_tensors_keep_their_changes(tmp_path):
     [row] = diff_state(path, loaded).changed
     assert row.max_abs == 1
     assert loaded["a"].min() == 1
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {"a": 3}}', '{"weight_map": {"a": "x.index.json"}}'])
+def test_an_index_that_leads_nowhere(content, tmp_path):
+    (tmp_path / "x.index.json").write_text(content)
+    with pytest.raises(InputError, match="index"):
+        diff_state(tmp_path / "x.index.json", {})
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world this is", b"\x89PNG\r\n\x1a\n0000", b"\x1f\x8b\x08\x00"])
+def test_a_file_of_another_kind_is_refused_without_advice_on_torch_load(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(InputError, match="or is damaged") as refused:
+        diff_state(tmp_path / "x.pt", {})
+    assert "documentation" not in str(refused.value)
+    assert str(refused.value)[-1].isalpha()

@@ -484,3 +484,39 @@ def test_the_picture(tmp_path):
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["(the model)", "bn"]
     diff_state({}, {}).plot()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout):
+    def nested(*values, length=3):
+        return torch.nested.nested_tensor([torch.ones(2) * values[0], torch.ones(length) * values[1]], layout=layout)
+
+    assert diff_state({"a": nested(1, 2)}, {"a": nested(1, 2)}).is_empty
+    [row] = diff_state({"a": nested(1, 2)}, {"a": nested(1, 4)}).changed
+    assert (row.shape_before, row.num_changed, row.max_abs) == ((2, -1), 3, 2.0)
+    diff = diff_state({"a": nested(1, 2)}, {"a": nested(1, 2, length=4)})
+    assert len(diff.other_shape) == 1
+    json.dumps(diff.to_dict())
+
+
+def test_the_remedy_for_names_that_do_not_meet_can_be_run(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    values = model.state_dict()
+    path = tmp_path / "a.pt"
+    outer = nn.ModuleDict({"net": model})
+    for given in (
+        {"epoch": 1, "state_dict_ema": values},
+        {"epoch": 1, "state_dict": {f"net.{key}": value for key, value in values.items()}},
+        {f"net.{key}": value for key, value in values.items()},
+        {"epoch": 1, "model": outer},
+        outer,
+        snapshot(outer),
+        path,
+    ):
+        torch.save({"epoch": 1, "state_dict_ema": values}, path)
+        with pytest.raises(InputError) as refused:
+            diff_state(given, model)
+        remedy = str(refused.value).partition(": pass ")[2]
+        assert not remedy or diff_state(eval(remedy, {"torch": torch, "before": given}), snapshot(model)).is_empty
+        assert remedy or "no name in common" not in str(refused.value)

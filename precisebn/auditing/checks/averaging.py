@@ -8,10 +8,12 @@ from torch.optim.swa_utils import AveragedModel
 from precisebn.auditing.averages import averages_in, number_averaged
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.checks.drift import far_layers
-from precisebn.auditing.subject import Subject
+from precisebn.auditing.observations.population import recalibration
+from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.models.families import populations_of
 from precisebn.models.selection import named_modules
 from precisebn.nn.population import STATISTICS
+from precisebn.statistics.estimator import MIN_BLOCKS
 
 __all__ = ["statistics_left_behind", "statistics_of_other_weights"]
 
@@ -26,11 +28,12 @@ def statistics_left_behind(subject: Subject) -> Iterator[Problem]:
         if not isinstance(average, AveragedModel) or average.use_buffers or number_averaged(average) < 2:
             continue
         layers = [n for n, layer in subject.norms.items() if layer in set(average.modules()) and populations_of(layer)]
-        if layers and not subject.has("loader"):
+        if layers and not _is_measured(subject):
             of = f" ({name!r})" if name else ""
             yield Problem(
                 f"the average{of} of {number_averaged(average)} models, made with use_buffers=False, has been given "
-                "the running statistics of the last of them, unless it was recalibrated since; loader= would tell.",
+                "the running statistics of the last of them, unless it was recalibrated since; a loader= of "
+                f"{MIN_BLOCKS} mini-batches and more would tell.",
                 _REMEDY,
                 layers,
                 "warning" if _are_those_of_other(subject) else None,
@@ -53,6 +56,15 @@ def statistics_of_other_weights(subject: Subject) -> Iterator[Problem]:
             _REMEDY,
             list(far),
         )
+
+
+def _is_measured(subject: Subject) -> bool:
+    """Whether the loader tells what a recalibration would find."""
+    try:
+        subject.observe(recalibration)
+    except Unobservable:
+        return False
+    return True
 
 
 def _are_those_of_other(subject: Subject) -> bool:

@@ -1,5 +1,6 @@
 """Calls: layers that are called more than once in a forward."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import combinations
 
@@ -18,6 +19,7 @@ __all__ = ["shared_population"]
 )  # fmt: skip
 def shared_population(subject: Subject) -> Iterator[Problem]:
     """Each call normalizes by its own statistics in training, and all by their average at test time."""
+    alike: dict[int, list[str]] = defaultdict(list)
     for name, calls in subject.observe(TrainingStep).completed_calls().items():
         layer = subject.norms[name]
         if not is_batch_norm(layer) or not populations_of(layer) or not calls[0].by_batch or len(calls) < 2:
@@ -30,13 +32,15 @@ def shared_population(subject: Subject) -> Iterator[Problem]:
                 [name],
             )
         else:
-            yield Problem(
-                f"it is called {len(calls)} times in a forward, on values of one distribution as far as can be told; "
-                "its running statistics move as often.",
-                f"nothing, or a momentum divided by {len(calls)}, for an average as long as that of other layers.",
-                [name],
-                "note",
-            )
+            alike[len(calls)].append(name)
+    for number, names in alike.items():
+        yield Problem(
+            f"each is called {number} times in a forward, on values of one distribution as far as can be told; its "
+            "running statistics move as often.",
+            f"nothing, or a momentum divided by {number}, for an average as long as that of other layers.",
+            names,
+            "note",
+        )
 
 
 def _farthest(calls: list[NormCall]) -> Distance | None:

@@ -32,10 +32,10 @@ def last_of_one_sample(subject: Subject) -> Iterator[Problem]:
 def not_shuffled(subject: Subject) -> Iterator[Problem]:
     """The running average forgets: at the end of an epoch it is that of the last part of the data set."""
     look = subject.observe(LoaderLook)
-    if not look.is_sequential or look.is_all or not normalizes_by_batch(subject):
+    if not look.is_sequential or len(look.batches) < 2 or not normalizes_by_batch(subject):
         return
     labels = look.labels()
-    one_label = labels is not None and len({int(label) for of in labels for label in of}) == 1
+    one_label = not look.is_all and labels is not None and len({int(label) for of in labels for label in of}) == 1
     seen = f", and the first {len(look.batches)} mini-batches are all of one label" if one_label else ""
     yield Problem(
         f"samples come in the order of the data set{seen}: running statistics are those of its last part at the end of "

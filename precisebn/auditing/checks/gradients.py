@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from precisebn.auditing.check import Problem, check
+from precisebn.auditing.checks.optimizer import names_held
 from precisebn.auditing.observations.training import TrainingStep
 from precisebn.auditing.subject import Subject
 
@@ -19,15 +20,25 @@ _DDP = "https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.Distrib
 
 @check("PBN351", "error", "trainable parameters cut off from the loss", source=_AUTOGRAD, needs=("batch",))
 def gradients_cut(subject: Subject) -> Iterator[Problem]:
-    """The loss is worked out from them, and autograd does not lead back to them."""
+    """The loss is worked out from them, and autograd does not lead back to them.
+
+    Cut off and in no optimizer that was given, they may be meant to be: a GAN's generator in the discriminator's step.
+    """
+    held = names_held(subject) if subject.has("optimizer") else None
     for (behind, origin), names in subject.observe(TrainingStep).gradients().cut.items():
         where = f"module {behind!r}" if behind else "the loss, or the model's own forward"
         did = "something" if origin is None else f"{origin.how} in {_place(origin.module, origin.line)}"
-        yield Problem(
-            f"the loss depends on them, but {did} cuts their gradients off; {where} is the first behind the cut.",
-            "take that away to train them; or freeze(model, ...) what is not to be trained, and say so.",
-            names,
-        )
+        for is_stepped in (True, False):
+            these = [name for name in names if (held is None or name in held) == is_stepped]
+            if not these:
+                continue
+            yield Problem(
+                f"the loss depends on them, but {did} cuts their gradients off; {where} is the first behind the cut.",
+                "take that away to train them; pass the loss that trains them, where it is another, as loss=; or "
+                "freeze(model, ...) what is not to be trained, and say so.",
+                these,
+                None if is_stepped else "note",  # PBN302 says of them that no optimizer steps them
+            )
 
 
 @check("PBN352", "warning", "values taken out of torch", source=_AUTOGRAD, needs=("batch",))

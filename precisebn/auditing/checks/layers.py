@@ -97,9 +97,9 @@ def half_precision(subject: Subject) -> Iterator[Problem]:
         yield Problem(
             f"Their statistics or parameters are {str(dtype).removeprefix('torch.')}, which "
             + (
-                f"loses changes below {digits / 2:.1%} of a value, as most of a moving average's are."
+                f"loses changes below {digits / 2:.2%} of a value, as most of a moving average's are."
                 if training
-                else f"holds them to {digits / 2:.1%}: enough to deploy, not to train."
+                else f"holds them to {digits / 2:.2%}: enough to deploy, not to train."
             ),
             "Train in float32 under torch.autocast, where BatchNorm takes half precision and keeps its own in float32; "
             "layer.float() for each of these.",

@@ -22,14 +22,14 @@ _LEAKAGE = "Rethinking 'Batch' in BatchNorm, arXiv 2105.07576, section 6"
 def one_label(subject: Subject) -> Iterator[Problem]:
     """The statistics of such a mini-batch tell its label, in training; at test time they are those of all."""
     look = subject.observe(LoaderLook)
-    labels = look.labels()
-    if labels is None or len(labels) < 2 or min(look.sizes) < 2 or not normalizes_by_batch(subject):
+    labels = [one for one in look.labels() or () if len(one) > 1]  # a last one of one sample tells nothing
+    if len(labels) < 2 or not normalizes_by_batch(subject):
         return
     everything = torch.cat([one.long().cpu() for one in labels])
     if len(everything.unique()) == 1:
         return  # nothing is known of other labels
     seen = [len(one.unique()) for one in labels]
-    expected = _expected_labels(everything, look.sizes)
+    expected = _expected_labels(everything, [len(one) for one in labels])
     if max(seen) == 1:
         yield Problem(
             f"each of the {len(labels)} mini-batches that were looked at holds samples of one label, of "

@@ -8,6 +8,7 @@ from precisebn.auditing.check import Problem, check
 from precisebn.auditing.norms import batch_norms, is_live, is_training, keeps_moving, kept
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.models.families import PAUSED, is_frozen
+from precisebn.nn.batch_stat import BatchStatBN
 from precisebn.nn.cycle import CycleBatchNormList
 from precisebn.tracking.pause import is_in_block
 
@@ -188,7 +189,9 @@ def no_running_statistics(subject: Subject) -> Iterator[Problem]:
     without = [
         name
         for name, layer in batch_norms(subject).items()
-        if "running_mean" in layer._buffers and layer._buffers["running_mean"] is None
+        if "running_mean" in layer._buffers
+        and layer._buffers["running_mean"] is None
+        and not isinstance(layer, BatchStatBN)
     ]
     if without:
         yield Problem(

@@ -16,6 +16,7 @@ from precisebn.auditing.subject import Subject
 __all__ = [
     "frozen_parameters_in_the_optimizer",
     "memory_of_the_model_that_is_no_parameter",
+    "names_held",
     "optimizer_of_another_model",
     "parameters_held_twice",
     "parameters_that_no_optimizer_holds",
@@ -137,6 +138,12 @@ def memory_of_the_model_that_is_no_parameter(subject: Subject) -> Iterator[Probl
             "Make the optimizer anew from trainable_parameters(model), after layers are frozen or converted.",
             list(written),
         )
+
+
+def names_held(subject: Subject) -> set[str]:
+    """Names of the model's parameters that an optimizer holds; of all, where mixed precision keeps copies of them."""
+    compared = _compared(subject)
+    return {name for _, name in _parameters(subject).values() if name not in compared.missing}
 
 
 def _held(subject: Subject) -> list[Tensor]:

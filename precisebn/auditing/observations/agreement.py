@@ -11,10 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from precisebn import ops
 from precisebn.auditing.observations.flow import tensors_in
 from precisebn.auditing.observations.loader import training_batch
-from precisebn.auditing.observations.normalization import Distance, NormCall, Statistics, records_calls
+from precisebn.auditing.observations.normalization import (
+    Distance,
+    NormCall,
+    Statistics,
+    can_be_measured,
+    records_calls,
+)
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.models.families import populations_of
 from precisebn.models.interrupts import HeldBack
@@ -91,7 +96,7 @@ def _outputs(subject: Subject, batch: Any, interrupts: HeldBack) -> tuple[dict[s
 def _records_outputs(norms: Mapping[str, nn.Module], found: dict[str, Statistics]) -> Iterator[None]:
     def note(name: str) -> Any:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim() >= 2 and output.dtype in ops.DTYPES and output.numel():
+            if isinstance(output, Tensor) and can_be_measured(output):
                 found[name] = Statistics.of(output, eps=1e-12)
 
         return hook

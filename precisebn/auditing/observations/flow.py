@@ -97,6 +97,7 @@ class GradientFlow(TorchFunctionMode):
         self._parameters = list(parameters.values())  # whose identities must not be given to others
         self._flows = WeakTensorKeyDictionary()
         self._modules: list[str] = []
+        self._exits_before: list[int] = []  # how many there were when each of these modules began
         self.used = 0
         self.cuts: list[Cut] = []
         self.exits: list[tuple[int, Origin]] = []
@@ -127,10 +128,11 @@ class GradientFlow(TorchFunctionMode):
     def enter(self, module: str) -> None:
         """A module of that name begins to run."""
         self._modules.append(module)
+        self._exits_before.append(len(self.exits))
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """The module that runs has ended: of its outputs that nothing is known of, what went in is behind."""
-        self._modules.pop()
+        name, inside = self._modules.pop(), self.exits[self._exits_before.pop() :]
         unknown = [t for t in tensors_in(output) if self._flow(t) is None and t.is_floating_point()]
         if not unknown:
             return
@@ -138,8 +140,10 @@ class GradientFlow(TorchFunctionMode):
         together = self._merged(sources)
         if together.parameters:
             self.used |= self._merged(module.parameters()).parameters
+            # Where values left torch in it, what came out was most likely made of them.
+            origin = inside[-1][1] if inside else Origin("a call that autograd does not see", name, "")
             for tensor in unknown:
-                self._note(tensor, together, self._origin("a call that autograd does not see"))
+                self._note(tensor, together, origin)
 
     def bits(self, tensor: Tensor) -> int:
         """The bit of a parameter."""
@@ -269,7 +273,9 @@ class GradientFlow(TorchFunctionMode):
 _EXITS = frozenset({"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__dlpack__"})
 _NO_WORK = frozenset({"detach", "detach_", "requires_grad_"})  # what cuts by itself is not what is behind the cut
 _IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_TORCH = str(Path(torch.__file__).parent)
+_PRECISEBN = Path(__file__).parents[2]
+_CALLERS = (str(_PRECISEBN / "auditing"), str(_PRECISEBN / "models"))  # of the model, in whose frames its own end
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -296,7 +302,13 @@ def _shown(func: Callable[..., Any]) -> str:
 
 
 def _users_line() -> str:
+    """The line that runs, of code that is neither torch's nor ours; empty where only these run."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_CALLERS) and file != __file__:
+            return ""
+        if not file.startswith((_TORCH, str(_PRECISEBN))):
+            return f"{Path(file).name}:{frame.f_lineno}"
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame is not None else ""
+    return ""

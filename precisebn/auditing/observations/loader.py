@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from precisebn.auditing.subject import Subject, Unobservable
+from precisebn.auditing.surroundings import MOST_ITEMS, ObjectsPicture
 from precisebn.models.batches import num_samples
 from precisebn.statistics.estimator import MIN_BLOCKS
 
@@ -50,6 +51,11 @@ class LoaderLook:
             raise Unobservable(
                 f"loader= is an iterator ({type(loader).__name__}), which an audit would use up; pass the DataLoader, "
                 "or a list of its first mini-batches"
+            )
+        if used_up := ObjectsPicture([loader], tensors=False, most_items=MOST_ITEMS).iterators:
+            raise Unobservable(
+                f"loader= draws from an iterator ({type(used_up[0]).__name__}) that its data set or sampler keeps, and "
+                "that an audit would use up; pass a list of its first mini-batches"
             )
         with subject.undisturbed() as interrupts:
             try:

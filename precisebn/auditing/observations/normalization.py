@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from precisebn import ops
+from precisebn._torch import is_transformed
 from precisebn.models.families import normalizes_its_input
 from precisebn.nn.ghost import GhostBN
 from precisebn.statistics.estimator import is_dead
 from precisebn.statistics.moments import Moments
 
-__all__ = ["FAR", "FAR_LOG", "Distance", "NormCall", "Statistics", "records_calls"]
+__all__ = ["FAR", "FAR_LOG", "Distance", "NormCall", "Statistics", "can_be_measured", "records_calls"]
 
 FAR = 0.25
 """From how many standard deviations on a mean counts as far off: behind it ReLU passes 60% of values and not 50%."""
@@ -187,11 +188,16 @@ def records_calls(
             handle.remove()
 
 
+def can_be_measured(x: Tensor) -> bool:
+    """Whether :meth:`Statistics.of` can be taken; not inside of torch.func, whose tensors are none outside of it."""
+    return x.dim() >= 2 and x.dtype in ops.DTYPES and x.numel() > 0 and not x.is_meta and not is_transformed()
+
+
 @torch.no_grad()
 def _call(name: str, layer: nn.Module, x: Tensor) -> NormCall:
     spatial = x[0, 0].numel() if x.shape[0] and x.shape[1] else 0
     num_samples = min(x.shape[0], layer.ghost_size) if isinstance(layer, GhostBN) else x.shape[0]
-    known = normalizes_its_input(layer) and x.dtype in ops.DTYPES and x.numel() > 0 and not x.is_meta
+    known = normalizes_its_input(layer) and can_be_measured(x)
     by_batch = layer.training or getattr(layer, "running_mean", None) is None
     statistics = Statistics.of(x, layer.eps) if known and isinstance(layer.eps, float) else None
     return NormCall(name, tuple(x.shape), num_samples, num_samples * spatial, by_batch, statistics)
