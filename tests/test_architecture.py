@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "precisebn"
 
 FLOORS: list[set[str]] = [
-    {"errors", "_version", "_warnings"},
+    {"errors", "_reports", "_version", "_warnings"},
     {"_torch"},
     {"distributed"},
     {"ops"},

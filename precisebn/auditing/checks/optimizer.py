@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from precisebn._reports import counted
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.memory import overlapping
 from precisebn.auditing.optimizers import optimizers_of
@@ -39,7 +40,7 @@ def optimizer_of_another_model(subject: Subject) -> Iterator[Problem]:
     if len(foreign) == len(held) or stand_ins:
         whose = _of_the_other_model(subject, foreign)
         yield Problem(
-            f"Of {_count(len(held), 'parameter')} in the optimizer, {len(foreign)} are not of this model{whose}; "
+            f"Of {counted(len(held), 'parameter')} in the optimizer, {len(foreign)} are not of this model{whose}; "
             "those of this model that are named here stay as they are.",
             "Make the optimizer anew from trainable_parameters(model), after copying or converting; then "
             "load_state_dict(old.state_dict()).",
@@ -47,7 +48,7 @@ def optimizer_of_another_model(subject: Subject) -> Iterator[Problem]:
         )
     else:
         yield Problem(
-            f"The optimizer also steps {_count(len(foreign), 'parameter')} not of this model: of a loss, or of layers "
+            f"The optimizer also steps {counted(len(foreign), 'parameter')} not of this model: of a loss, or of layers "
             "that have been replaced.",
             "Nothing, if they are meant to be trained as well; else trainable_parameters(model) has only the model's.",
             (),
@@ -208,7 +209,3 @@ def _of_the_other_model(subject: Subject, foreign: list[Tensor]) -> str:
     theirs = {id(p) for p in subject.other.parameters()}
     number = sum(id(p) in theirs for p in foreign)
     return f" ({number} are of the other)" if number else ""
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
