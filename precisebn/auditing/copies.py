@@ -6,7 +6,6 @@ built around one part, or loaded with ``assign=True``, have memory in common.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from precisebn.auditing.reach import attributes, hooks, objects_held
 from precisebn.auditing.report import AuditReport
 from precisebn.auditing.run import choose, run_checks
 from precisebn.auditing.subject import Subject
+from precisebn.auditing.tensors import parameters_and_buffers_of
 from precisebn.distributed import is_sharded
 from precisebn.errors import InputError
 from precisebn.models.selection import named_modules
@@ -105,7 +105,7 @@ def different_values(subject: Subject) -> Iterator[Problem]:
     """Classes, hooks; names, shapes, dtypes and bits of parameters and buffers, also of those in no state dict."""
     original = _original(subject)
     yield from _different_parts(subject.modules, original)
-    own, theirs = _state(subject.modules), _state(original)
+    own, theirs = parameters_and_buffers_of(subject.modules), parameters_and_buffers_of(original)
     if lacking := own.keys() ^ theirs.keys():
         yield Problem(
             "They are in one of the two models alone.",
@@ -135,7 +135,7 @@ def different_modes(subject: Subject) -> Iterator[Problem]:
             "copy.train(model.training), or copy.deepcopy(model), which keeps the mode of each part.",
             modes,
         )
-    own, theirs = _state(subject.modules), _state(original)
+    own, theirs = parameters_and_buffers_of(subject.modules), parameters_and_buffers_of(original)
     trained = [name for name, t in own.items() if name in theirs and t.requires_grad != theirs[name].requires_grad]
     if trained:
         yield Problem(
@@ -237,15 +237,6 @@ def _generator_states(modules: Mapping[str, nn.Module]) -> dict[str, list[object
 def _original(subject: Subject) -> dict[str, nn.Module]:
     assert subject.other is not None  # needed
     return dict(named_modules(subject.other))
-
-
-def _state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}".lstrip("."): tensor
-        for prefix, module in modules.items()
-        for name, tensor in chain(module._parameters.items(), module._buffers.items())
-        if tensor is not None
-    }
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

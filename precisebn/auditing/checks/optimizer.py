@@ -13,6 +13,7 @@ from precisebn.auditing.check import Problem, check
 from precisebn.auditing.memory import overlapping
 from precisebn.auditing.optimizers import optimizers_of
 from precisebn.auditing.subject import Subject
+from precisebn.auditing.tensors import parameters_and_buffers_of, parameters_of
 
 __all__ = [
     "frozen_parameters_in_the_optimizer",
@@ -126,12 +127,7 @@ def memory_of_the_model_that_is_no_parameter(subject: Subject) -> Iterator[Probl
     """Parameters that have become buffers since, as a frozen layer's: in the same memory, which steps still write."""
     own = _parameters(subject)
     foreign = {str(i): p for i, p in enumerate(_held(subject)) if id(p) not in own}
-    tensors: dict[str, Tensor] = {}
-    for prefix, module in subject.modules.items():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                tensors[f"{prefix}.{name}" if prefix else name] = tensor
-    written = overlapping(tensors, foreign)
+    written = overlapping(parameters_and_buffers_of(subject.modules), foreign)
     if written:
         yield Problem(
             "The optimizer holds tensors that are no parameters of the model, but lie in the memory of these.",
@@ -148,10 +144,8 @@ def _held(subject: Subject) -> list[Tensor]:
 def _parameters(subject: Subject) -> dict[int, tuple[Tensor, str]]:
     """The model's parameters by identity, each with its first name."""
     found: dict[int, tuple[Tensor, str]] = {}
-    for prefix, module in subject.modules.items():
-        for name, p in module._parameters.items():
-            if p is not None:
-                found.setdefault(id(p), (p, f"{prefix}.{name}" if prefix else name))
+    for name, p in parameters_of(subject.modules).items():
+        found.setdefault(id(p), (p, name))
     return found
 
 
