@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precisebn.distributed import describe_shards, is_sharded, reshard, sharded_flat, whole_of
+from precisebn.models.checksums import checksums
 from precisebn.models.families import populations_of
 from precisebn.models.selection import named_modules
 from precisebn.models.tensor_pictures import PLAIN_TENSORS, bytes_of, memory_of
 from precisebn.nn.population import STATISTICS
-from precisebn.ranks.checksums import checksums
 
 __all__ = ["Fact", "Facts", "Scale"]
 
