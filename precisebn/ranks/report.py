@@ -44,7 +44,7 @@ class Difference:
 
     Attributes:
         name: of the parameter or buffer; of the module, for the flag ``training``.
-        kind: "parameter", "running statistics", "buffer", "requires_grad" or "training".
+        kind: "parameter", "statistic" (running statistics), "buffer" (others), "requires_grad" or "training" (flags).
         variants: what ranks hold; the first is the reference's.
     """
 
@@ -140,7 +140,7 @@ class RankReport:
             return f"{what}: all equal, bit for bit"
         kinds = dict.fromkeys(difference.kind for difference in self.differences)
         numbers = {kind: sum(difference.kind == kind for difference in self.differences) for kind in kinds}
-        shown = ", ".join(f"{number} {kind}" for kind, number in numbers.items())
+        shown = ", ".join(counted(number, _TITLES.get(kind, kind)) for kind, number in numbers.items())
         return f"{what}: NOT equal; from rank {self.reference} differ: {shown}"
 
     def _table(self) -> list[str]:
@@ -169,6 +169,8 @@ class RankReport:
             for reason, names in by_reason(self.skipped).items()
         ]
 
+
+_TITLES = {"statistic": "running statistic", "requires_grad": "requires_grad flag", "training": "training flag"}
 
 MOST_ROWS, MOST_VARIANTS = 40, 8
 """How many differences, and variants of each, the table shows; ``differences`` has all."""
