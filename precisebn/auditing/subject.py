@@ -6,10 +6,10 @@ eval mode whatever is called (frozen ones) do not follow.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class Subject:
         num_steps: optimizer steps of the training run.
         forward: ``forward(model, batch)``, which gives the output; as for :func:`precisebn.update_bn_stats` by default.
     """
+
+    argument_names: ClassVar[Mapping[str, str]] = {}
+    """What the user calls an argument, where that is another name."""
 
     def __init__(
         self,
