@@ -16,7 +16,7 @@ from precisebn.distributed.sharding import (
     sharded_flat,
     whole_of,
 )
-from precisebn.distributed.shuffling import Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
+from precisebn.distributed.shuffling import Shuffle, local_shuffle, permutation_of, shuffle_over_ranks
 
 __all__ = [
     "ProcessGroup",
@@ -25,7 +25,6 @@ __all__ = [
     "Tally",
     "communicates",
     "describe_shards",
-    "has_others",
     "is_sharded",
     "local_shuffle",
     "number_of_ranks",
