@@ -27,6 +27,7 @@ __all__ = [
     "is_transformed",
     "join_disabled",
     "unflatten_tree",
+    "unwrapped",
 ]
 
 
@@ -43,6 +44,14 @@ def is_batched(tensor: Tensor) -> bool:
             return True
         tensor = functorch.get_unwrapped(tensor)
     return False
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What a tensor inside torch.func stands for, a plain tensor: of a batched one, all together."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_exporting() -> bool:

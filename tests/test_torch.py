@@ -112,3 +112,16 @@ def test_trees_of_every_kind_of_container_are_taken_apart_and_put_together():
     assert _torch.unflatten_tree(leaves, form) == tree
     assert isinstance(_torch.unflatten_tree(leaves, form)["y"], pair)
     assert _torch.unflatten_tree(list("abcde"), form)["x"] == ["a", ("b", "c")]
+
+
+def test_unwrapped_gives_what_is_inside_of_torch_func_at_any_depth():
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(_torch.unwrapped(x).shape))
+        return x.sin().sum()
+
+    torch.vmap(torch.func.grad(look))(torch.ones(3, 2))
+    assert seen == [(3, 2)]
+    plain = torch.ones(2)
+    assert _torch.unwrapped(plain) is plain

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from precisebn._torch import unwrapped
 from precisebn.auditing.observations.flow import tensors_in
 from precisebn.auditing.optimizers import Optimizers, checked_optimizers, optimizers_of
 from precisebn.auditing.surroundings import MOST_ITEMS, ObjectsPicture, Surroundings
@@ -322,5 +323,7 @@ _HAS_NONE = " does not have a deterministic implementation"  # what torch warns 
 @torch.no_grad()
 def _digest(value: Any) -> tuple[object, ...]:
     """Shapes and checksums of all tensors in nested containers; of sparse ones of what they stand for, in any order."""
-    tensors = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors_in(value)]
-    return (*(tensor.shape for tensor in tensors), *checksums(map(bytes_of, tensors)))
+    tensors = [unwrapped(tensor) for tensor in tensors_in(value)]
+    dense = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
+    shapes = (tensor.shape for tensor in tensors if not tensor.is_nested)  # a jagged one has another name each time
+    return (*shapes, *checksums(map(bytes_of, dense)))
