@@ -41,6 +41,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def pythons_own_handler() -> Iterator[None]:
     """Of SIGINT, which raises KeyboardInterrupt, whatever pytest's runner has put in its place."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,6 +5,7 @@ Every rule is a function of (file, source), so that each can be shown to catch w
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "precisebn"
 
 FLOORS: list[set[str]] = [
-    {"errors", "_version", "_warnings"},
+    {"errors", "_reports", "_version", "_warnings"},
     {"_torch"},
     {"distributed"},
     {"ops"},
@@ -129,6 +130,31 @@ def test_a_file_imports_from_its_own_room_and_from_lower_floors(path: Path) -> N
 def test_only_distributed_knows_torch_distributed(path: Path) -> None:
     if room_of(path) not in ("distributed", "_torch"):  # where what is private of it stands
         assert {name for name in torch_names(path.read_text()) if name.startswith("torch.distributed")} == set()
+
+
+def place_in_the_table(path: Path, rows: list[list[str]]) -> int:
+    """Which row of docs/design.md lists a file: by its name, as one of ``room/NAME.py``, or with its room."""
+    name = path.relative_to(PACKAGE).as_posix()
+    room = name.rpartition("/")[0]
+    for entry in (name, f"{room}/NAME.py", f"{room}/", f"{room.partition('/')[0]}/"):
+        for index, row in enumerate(rows):
+            if entry in row:
+                return index
+    raise AssertionError(f"docs/design.md does not list {name}")
+
+
+def test_the_table_of_files_has_all_in_the_order_in_which_they_import_each_other() -> None:
+    lines = (ROOT / "docs" / "design.md").read_text().splitlines()
+    rows = [re.findall(r"`([^`]+)`", line.split(" | ")[0]) for line in lines if line.startswith("| `")]
+    files = [path for path in FILES if path.name not in ("__init__.py", "_version.py")]
+    place = {f"precisebn.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}": path for path in files}
+    upward = []
+    for path in files:
+        for name in imported(path.read_text()):
+            found = place.get(name) or place.get(name.rpartition(".")[0])
+            if found is not None and place_in_the_table(found, rows) > place_in_the_table(path, rows):
+                upward.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert upward == []
 
 
 def test_private_names_of_torch_stand_in_one_file_and_the_exceptions_do_not_grow() -> None:

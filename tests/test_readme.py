@@ -10,7 +10,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_every_code_block_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
     for block in blocks:

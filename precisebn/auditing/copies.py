@@ -6,8 +6,7 @@ built around one part, or loaded with ``assign=True``, have memory in common.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -22,6 +21,7 @@ from precisebn.auditing.reach import attributes, hooks, objects_held
 from precisebn.auditing.report import AuditReport
 from precisebn.auditing.run import choose, run_checks
 from precisebn.auditing.subject import Subject
+from precisebn.auditing.tensors import parameters_and_buffers_of
 from precisebn.distributed import is_sharded
 from precisebn.errors import InputError
 from precisebn.models.selection import named_modules
@@ -83,14 +83,13 @@ def check_copy(
         optimizer=checked_optimizers("copy_optimizer", copy_optimizer),
         other_optimizer=checked_optimizers("optimizer", optimizer),
     )  # fmt: skip
-    report = run_checks(choose(COPY_CHECKS, only, ignore), subject)
-    not_run = {code: reason.replace("other_optimizer", "optimizer") if "other_" in reason else
-               reason.replace("optimizer", "copy_optimizer") for code, reason in report.not_run.items()}  # fmt: skip
-    return AuditReport(report.findings, not_run, report.passed)
+    return run_checks(choose(COPY_CHECKS, only, ignore), subject)
 
 
 class _Copy(Subject):
     """A copy, with the original as the other model, and the optimizers of both."""
+
+    argument_names: ClassVar = {"optimizer": "copy_optimizer", "other_optimizer": "optimizer"}
 
     def __init__(self, model: nn.Module, *, other_optimizer: Any, **given: Any) -> None:
         super().__init__(model, **given)
@@ -105,7 +104,7 @@ def different_values(subject: Subject) -> Iterator[Problem]:
     """Classes, hooks; names, shapes, dtypes and bits of parameters and buffers, also of those in no state dict."""
     original = _original(subject)
     yield from _different_parts(subject.modules, original)
-    own, theirs = _state(subject.modules), _state(original)
+    own, theirs = parameters_and_buffers_of(subject.modules), parameters_and_buffers_of(original)
     if lacking := own.keys() ^ theirs.keys():
         yield Problem(
             "They are in one of the two models alone.",
@@ -135,7 +134,7 @@ def different_modes(subject: Subject) -> Iterator[Problem]:
             "copy.train(model.training), or copy.deepcopy(model), which keeps the mode of each part.",
             modes,
         )
-    own, theirs = _state(subject.modules), _state(original)
+    own, theirs = parameters_and_buffers_of(subject.modules), parameters_and_buffers_of(original)
     trained = [name for name, t in own.items() if name in theirs and t.requires_grad != theirs[name].requires_grad]
     if trained:
         yield Problem(
@@ -237,15 +236,6 @@ def _generator_states(modules: Mapping[str, nn.Module]) -> dict[str, list[object
 def _original(subject: Subject) -> dict[str, nn.Module]:
     assert subject.other is not None  # needed
     return dict(named_modules(subject.other))
-
-
-def _state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}".lstrip("."): tensor
-        for prefix, module in modules.items()
-        for name, tensor in chain(module._parameters.items(), module._buffers.items())
-        if tensor is not None
-    }
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

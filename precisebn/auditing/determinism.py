@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from precisebn._torch import unwrapped
 from precisebn.auditing.observations.flow import tensors_in
+from precisebn.auditing.optimizers import Optimizers, checked_optimizers, optimizers_of
 from precisebn.auditing.surroundings import MOST_ITEMS, ObjectsPicture, Surroundings
 from precisebn.errors import InputError
+from precisebn.models.checksums import checksums
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import named_modules
+from precisebn.models.tensor_pictures import bytes_of
 from precisebn.models.transaction import Transaction
 
 __all__ = ["DeterminismReport", "check_determinism"]
@@ -70,7 +72,7 @@ def check_determinism(
     step: Callable[[], Any],
     *,
     model: nn.Module | Sequence[nn.Module],
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers = None,
     restore: Iterable[object] = (),
 ) -> DeterminismReport:
     """Run a training step twice from one state, and say where the two first part.
@@ -92,7 +94,7 @@ def check_determinism(
         A report, true where all bits are the same.
 
     Raises:
-        InputError: no module where one has to be, or a step that cannot be called.
+        InputError: no module or no optimizer where one has to be, or a step that cannot be called.
         Exception: whatever the step raises; all is put back before.
 
     Example:
@@ -111,7 +113,7 @@ def check_determinism(
         raise InputError(f"model must be a module, or several in a list, not {type(model).__name__}")
     if not callable(step):
         raise InputError(f"step must be a function without arguments, not {type(step).__name__}")
-    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [] if optimizer is None else [optimizer]
+    optimizers = optimizers_of(checked_optimizers("optimizer", optimizer))
     with HeldBack() as interrupts:
         trial = _Trial(step, models, optimizers, list(restore), interrupts)
         try:
@@ -129,7 +131,7 @@ class _Event(NamedTuple):
 
     kind: str
     name: str
-    digest: tuple[int, ...]
+    digest: tuple[object, ...]
     about: str = ""
 
 
@@ -148,7 +150,7 @@ class _Trial:
         self,
         step: Callable[[], Any],
         models: list[nn.Module],
-        optimizers: list[Optimizer],
+        optimizers: Sequence[Any],
         restore: list[object],
         interrupts: HeldBack,
     ) -> None:
@@ -316,39 +318,12 @@ def _with_deterministic_algorithms(trial: _Trial) -> tuple[str, bool]:
 
 
 _HAS_NONE = " does not have a deterministic implementation"  # what torch warns of
-_CHUNK = 1 << 22
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 @torch.no_grad()
-def _digest(value: Any) -> tuple[int, ...]:
-    """The bits of all tensors in nested containers, in short: sums modulo 2^64, which have no order to differ by."""
-    return tuple(number for tensor in tensors_in(value) for number in _digest_of(tensor))
-
-
-def _digest_of(tensor: Tensor) -> tuple[int, ...]:
-    if tensor.is_meta:
-        return (0,)
-    dense = _dense(unwrapped(tensor.detach()))
-    bits = dense.contiguous().view(-1).view(_INTEGERS[dense.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].to(torch.int64)
-        weights = torch.arange(start, start + part.numel(), device=bits.device) * _ODD + 1
-        mixed = (part ^ (part >> 17)) * weights
-        total += (mixed ^ (mixed >> 29)).sum()
-    return (*tensor.shape, int(total))
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The values of a tensor of any kind in one that has a memory of its own."""
-    if tensor.is_nested:
-        return torch.cat([part.flatten() for part in tensor.unbind()])
-    if tensor.layout is not torch.strided:
-        return tensor.to_dense()
-    if tensor.is_quantized:
-        return tensor.int_repr()
-    return tensor.resolve_conj().resolve_neg()
-
-
-_ODD = 0x5851F42D4C957F2D  # the multiplier of Knuth's MMIX generator
+def _digest(value: Any) -> tuple[object, ...]:
+    """Shapes and checksums of all tensors in nested containers; of sparse ones of what they stand for, in any order."""
+    tensors = [unwrapped(tensor) for tensor in tensors_in(value)]
+    dense = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
+    shapes = (tensor.shape for tensor in tensors if not tensor.is_nested)  # a jagged one has another name each time
+    return (*shapes, *checksums(map(bytes_of, dense)))

@@ -2,13 +2,14 @@
 
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from precisebn.auditing.reach import objects_held
 
-__all__ = ["generators_in", "state_of"]
+__all__ = ["generators_in", "setter_and_state", "state_of"]
 
 
 def generators_in(value: object) -> list[Any]:
@@ -22,18 +23,30 @@ def generators_in(value: object) -> list[Any]:
     return [held for held in objects_held(value) if isinstance(held, kinds) and all(held is not g for g in everybodys)]
 
 
-def state_of(generator: Any) -> object:
-    """Its state, in what can be compared."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state().tolist()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    # NumPy's. Not its pickle, which has the seed as well, and a deep copy has another (numpy issue 27727).
-    return _plain(generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state())
+def setter_and_state(one: object) -> tuple[Callable[[Any], object], Any] | None:
+    """How to set the state of a random generator, and the state; None for anything else, or where it has none."""
+    if isinstance(one, torch.Generator):
+        return one.set_state, one.get_state()
+    if isinstance(one, random.Random):
+        return None if isinstance(one, random.SystemRandom) else (one.setstate, one.getstate())
+    numpy_random: Any = sys.modules.get("numpy.random")
+    if numpy_random is not None and isinstance(one, numpy_random.RandomState):
+        return one.set_state, one.get_state()
+    if numpy_random is not None and isinstance(one, numpy_random.Generator):
+        # Not its pickle, which has the seed as well, and a deep copy has another (numpy issue 27727).
+        bits = one.bit_generator
+        return (lambda state: setattr(bits, "state", state)), bits.state
+    return None
+
+
+def state_of(generator: object) -> object:
+    """The state of a random generator, in what can be compared."""
+    found = setter_and_state(generator)
+    return None if found is None else _plain(found[1])
 
 
 def _plain(state: Any) -> object:
-    """A state with lists in the place of arrays, which are neither equal nor not."""
+    """A state with lists in the place of tensors and arrays, which are neither equal nor not."""
     if isinstance(state, dict):
         return {key: _plain(value) for key, value in state.items()}
     if isinstance(state, tuple):

@@ -16,7 +16,17 @@ from precisebn.models.families import PAUSED, class_family, is_batch_norm, is_fr
 from precisebn.nn.frozen import FrozenNorm
 from precisebn.nn.population import STATISTICS, Recordable, RunningStatistics
 
-__all__ = ["batch_norms", "is_at_initial_values", "is_live", "is_training", "keepers", "keeps_moving", "kept", "trains"]
+__all__ = [
+    "batch_norms",
+    "is_at_initial_values",
+    "is_fresh",
+    "is_live",
+    "is_training",
+    "keepers",
+    "keeps_moving",
+    "kept",
+    "trains",
+]
 
 
 def kept(layer: nn.Module) -> Sequence[RunningStatistics]:
@@ -60,6 +70,18 @@ def keeps_moving(layer: nn.Module) -> bool:
 def is_at_initial_values(populations: Iterable[RunningStatistics]) -> bool:
     """Whether every one is at the mean 0 and the variance 1 of a new layer."""
     return all(not torch.any(one.mean) and bool(torch.all(one.var == 1)) for one in populations)
+
+
+def is_fresh(layer: nn.Module) -> bool:
+    """Whether the initial values (mean 0, variance 1) make up more than 5% of the running statistics of a layer."""
+    return any(is_at_initial_values([one]) or _weight_of_initial(layer, one) > 0.05 for one in kept(layer))
+
+
+def _weight_of_initial(layer: nn.Module, one: RunningStatistics) -> float:
+    """What is left of them in the moving average. A count of 0 beside other values is that of an old checkpoint."""
+    momentum = getattr(layer, "momentum", None)
+    number = float(one.num_batches) if one.num_batches is not None else 0.0
+    return (1.0 - momentum) ** number if isinstance(momentum, float) and number else 0.0
 
 
 def is_training(subject: Subject) -> bool:

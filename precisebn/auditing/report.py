@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from precisebn._reports import by_reason, counted
 from precisebn.auditing.finding import SEVERITIES, Finding, Severity
 from precisebn.auditing.grouping import grouped
 from precisebn.errors import AuditError, InputError
@@ -132,15 +133,12 @@ class AuditReport:
 
     def _headline(self) -> str:
         counts = {severity: sum(one.severity == severity for one in self) for severity in reversed(SEVERITIES)}
-        shown = ", ".join(f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items() if n)
+        shown = ", ".join(counted(n, name) for name, n in counts.items() if n)
         run = len({one.code for one in self.findings}) + len(self.passed)
         return (shown or "nothing found") + (f" ({run} checks)" if run else "")
 
     def _remarks(self, width: int) -> list[str]:
-        by_reason: dict[str, list[str]] = {}
-        for code, reason in self.not_run.items():
-            by_reason.setdefault(reason, []).append(code)
-        lines = [f"not run: {', '.join(codes)}: {reason}" for reason, codes in by_reason.items()]
+        lines = [f"not run: {', '.join(codes)}: {reason}" for reason, codes in by_reason(self.not_run).items()]
         return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
 
 

@@ -113,7 +113,7 @@ def run_checks(checks: Iterable[Check], subject: Subject) -> AuditReport:
     not_run: dict[str, str] = {}
     passed: list[str] = []
     for one in checks:
-        missing = [f"{name}=" for name in one.needs if not subject.has(name)]
+        missing = [f"{subject.argument_names.get(name, name)}=" for name in one.needs if not subject.has(name)]
         if missing:
             not_run[one.code] = f"needs {' and '.join(missing)}"
             continue

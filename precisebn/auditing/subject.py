@@ -6,17 +6,17 @@ eval mode whatever is called (frozen ones) do not follow.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
+from precisebn.auditing.optimizers import Optimizers, optimizers_of
 from precisebn.auditing.surroundings import Surroundings
 from precisebn.errors import PreciseBNError
 from precisebn.models.batches import ForwardFn, call_model, common_device, move_to
@@ -52,12 +52,15 @@ class Subject:
         forward: ``forward(model, batch)``, which gives the output; as for :func:`precisebn.update_bn_stats` by default.
     """
 
+    argument_names: ClassVar[Mapping[str, str]] = {}
+    """What the user calls an argument, where that is another name."""
+
     def __init__(
         self,
         model: nn.Module,
         batch: Any = None,
         *,
-        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        optimizer: Optimizers = None,
         loss: LossFn | None = None,
         loader: Iterable[Any] | None = None,
         other: nn.Module | None = None,
@@ -167,8 +170,7 @@ class Subject:
 
     @cached_property
     def _before(self) -> Surroundings:
-        several = self.optimizer if isinstance(self.optimizer, Sequence) else [self.optimizer]
-        return Surroundings(self.model, [one for one in several if one is not None], [self.loader])
+        return Surroundings(self.model, optimizers_of(self.optimizer), [self.loader])
 
 
 def _copied(batch: Any) -> Any:

@@ -7,8 +7,6 @@ loader counts in an attribute. A :class:`ObjectsPicture` follows attributes and 
 """
 
 import math
-import random
-import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precisebn.auditing.generators import setter_and_state
 from precisebn.models.random_state import RandomState
 from precisebn.models.snapshot import Snapshot
 from precisebn.models.tensor_pictures import TensorPictures
@@ -98,7 +97,7 @@ class ObjectsPicture:
                 continue
             seen.add(id(one))
             keep.append(one)
-            generator = _state_of_generator(one)
+            generator = setter_and_state(one)
             if generator is not None:
                 self._generators.append(generator)
             elif isinstance(one, Tensor):
@@ -145,21 +144,6 @@ _NOTHING_INSIDE = (
 )  # fmt: skip
 _RUNNING = ("multiprocessing", "torch.multiprocessing", "threading", "_thread", "queue", "concurrent", "logging")
 _OF_MODULES = frozenset(vars(nn.Module()))
-
-
-def _state_of_generator(one: object) -> tuple[Callable[[Any], object], Any] | None:
-    """How to set the state of a random generator of the user's own, and the state; None for anything else."""
-    if isinstance(one, torch.Generator):
-        return one.set_state, one.get_state()
-    if isinstance(one, random.Random):
-        return one.setstate, one.getstate()
-    numpy: Any = sys.modules.get("numpy.random")
-    if numpy is not None and isinstance(one, numpy.RandomState):
-        return one.set_state, one.get_state()
-    if numpy is not None and isinstance(one, numpy.Generator):
-        bits = one.bit_generator
-        return (lambda state: setattr(bits, "state", state)), bits.state
-    return None
 
 
 def _same_items(now: Any, then: Any) -> bool:

@@ -17,7 +17,7 @@ from precisebn.distributed.sharding import (
     sharded_flat,
     whole_of,
 )
-from precisebn.distributed.shuffling import Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
+from precisebn.distributed.shuffling import Shuffle, local_shuffle, permutation_of, shuffle_over_ranks
 
 __all__ = [
     "ProcessGroup",
@@ -27,7 +27,6 @@ __all__ = [
     "communicates",
     "describe_shards",
     "dtype_of_policy",
-    "has_others",
     "is_sharded",
     "local_shuffle",
     "number_of_ranks",

@@ -17,7 +17,7 @@ from precisebn.distributed.exchange import Routes, exchange_rows, other_ranks_ma
 from precisebn.distributed.groups import ProcessGroup, group_of, wire_device
 from precisebn.errors import InputError
 
-__all__ = ["Shuffle", "Sizes", "has_others", "local_shuffle", "permutation_of", "shuffle_over_ranks"]
+__all__ = ["Shuffle", "Sizes", "local_shuffle", "permutation_of", "shuffle_over_ranks"]
 
 Sizes = Literal["equal"] | Sequence[int] | None
 """How many samples each rank has: as many as this one, these, or (None) to be asked."""
@@ -54,12 +54,6 @@ class Shuffle:
     def unshuffle(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The exact inverse."""
         return exchange_rows(tensors, self.routes.inverse(), self.group)
-
-
-def has_others(process_group: ProcessGroup | Literal[False] | None) -> bool:
-    """Whether there is more than one rank."""
-    group = group_of(process_group)
-    return group is not None and dist.get_world_size(group) > 1
 
 
 def permutation_of(total: int, seed: int, number: int = 0) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "family_of",
     "is_batch_norm",
     "is_frozen",
+    "is_instance_norm",
     "is_norm_with_statistics",
     "normalizes_its_input",
     "populations_of",
@@ -89,6 +90,11 @@ def is_batch_norm(module: nn.Module) -> bool:
 def is_norm_with_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
     """Whether a module is of a class that can keep running statistics: BatchNorm, InstanceNorm, and ours."""
     return isinstance(module, _NormBase)
+
+
+def is_instance_norm(module: nn.Module) -> bool:
+    """Whether a module is torch's InstanceNorm, which tracks averages over samples and counts no mini-batches."""
+    return isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
 
 
 FROZEN = "_precisebn_frozen"

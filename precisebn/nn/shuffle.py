@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from precisebn._torch import flatten_tree, in_backward, is_tracing, unflatten_tree
-from precisebn.distributed import ProcessGroup, Shuffle, has_others, local_shuffle, permutation_of, shuffle_over_ranks
+from precisebn.distributed import ProcessGroup, Shuffle, local_shuffle, permutation_of, shuffle_over_ranks
+from precisebn.distributed.collectives import ranks_beside
 from precisebn.distributed.groups import Carried
 from precisebn.errors import InputError
 from precisebn.nn.population import Recordable
@@ -112,7 +113,7 @@ class ShuffleBN(Recordable):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the head, in training on the shuffled samples of all ranks."""
-        if not self.training or self.recorder is not None or not has_others(self.process_group):
+        if not self.training or self.recorder is not None or ranks_beside(self.process_group) is None:
             return self.head(*args, **kwargs)
         args, kwargs, shuffle = self._shuffle(args, kwargs)
         return self._unshuffle(self.head(*args, **kwargs), shuffle)
@@ -185,7 +186,7 @@ class ShuffleBN(Recordable):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in its place: the head, which is all that it is at test time."""
-        if self.training and has_others(self.process_group):
+        if self.training and ranks_beside(self.process_group) is not None:
             raise InputError(f"{self._shown()}: torch.jit.script cannot shuffle over ranks; call eval() before")
         prepare = getattr(self.head, "__prepare_scriptable__", None)
         head: nn.Module = self.head if prepare is None else prepare()

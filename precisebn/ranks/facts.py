@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precisebn.distributed import describe_shards, is_sharded, reshard, sharded_flat, whole_of
+from precisebn.models.checksums import checksums
 from precisebn.models.families import populations_of
 from precisebn.models.selection import named_modules
 from precisebn.models.tensor_pictures import PLAIN_TENSORS, bytes_of, memory_of
 from precisebn.nn.population import STATISTICS
-from precisebn.ranks.checksums import checksums
 
 __all__ = ["Fact", "Facts", "Scale"]
 
@@ -24,7 +24,7 @@ class Fact(NamedTuple):
     """One thing that is to be equal on all ranks: so it is where all but ``skipped`` is; made of what JSON knows.
 
     Attributes:
-        kind: "parameter", "running statistics", "buffer"; or "requires_grad", "training": flags.
+        kind: "parameter", "statistic" (running statistics), "buffer"; or "requires_grad", "training": flags.
         name: of the tensor or the module.
         text: what it is in words: dtype and shape, or the flag itself.
         checksum: of its values; None where they are not compared, and of flags.
@@ -124,7 +124,7 @@ class Facts:
 
 
 SHARDED = "sharded: every rank holds a part of it"
-_TENSORS = frozenset({"parameter", "running statistics", "buffer"})
+_TENSORS = frozenset({"parameter", "statistic", "buffer"})
 
 
 def _tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
@@ -134,7 +134,7 @@ def _tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, str, Tensor]
     statistics = _memory_of_populations(module)
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
         is_statistics = name in STATISTICS or (memory_of(buffer) or None) in statistics
-        yield _joined(prefix, name), "running statistics" if is_statistics else "buffer", buffer
+        yield _joined(prefix, name), "statistic" if is_statistics else "buffer", buffer
 
 
 @cache

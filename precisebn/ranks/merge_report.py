@@ -1,8 +1,9 @@
 """MergeReport: how far the running statistics of the ranks lay apart before they were merged."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from precisebn._reports import aligned, by_reason, few, plain
 
 __all__ = ["MergeReport", "MergedLayer"]
 
@@ -79,14 +80,8 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON (Inf, which JSON has not, becomes None)."""
-        rows = [{key: _finite(value) for key, value in asdict(layer).items()} for layer in self.layers]
-        return {
-            "world_size": self.world_size,
-            "reduce": self.reduce,
-            "weights": self.weights,
-            "layers": rows,
-            "skipped": dict(self.skipped),
-        }
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
     def __repr__(self) -> str:
         return (
@@ -98,20 +93,12 @@ class MergeReport:
         done = "merged" if self.reduce else "now those of rank 0"
         lines = [f"running statistics of {len(self.layers)} BatchNorm layer(s) on {self.world_size} rank(s), {done}"]
         if self.layers:
-            width = max(5, *(len(layer.name) for layer in self.layers))
-            lines.append(f"{'layer':<{width}}  mean spread  worst channel  variance between")
-            lines += [
-                f"{layer.name:<{width}}  {layer.mean_spread:>11.4f}  {layer.max_mean_spread:>13.4f}  "
-                f"{layer.variance_lost:>16.2%}"
+            rows = [
+                (layer.name, f"{layer.mean_spread:.4f}", f"{layer.max_mean_spread:.4f}", f"{layer.variance_lost:.2%}")
                 for layer in self.layers
             ]
+            lines += aligned([("layer", "mean spread", "worst channel", "variance between"), *rows])
             lines.append("(spread of the ranks' means in standard deviations; averaging loses the variance between)")
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            by_reason.setdefault(reason, []).append(name)
-        lines += [f"{len(names)} left alone: {reason}: {', '.join(names[:3])}" for reason, names in by_reason.items()]
+        skipped = by_reason(self.skipped).items()
+        lines += [f"{len(names)} left alone: {reason}: {few(names)}" for reason, names in skipped]
         return "\n".join(lines)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

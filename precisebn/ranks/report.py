@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from precisebn._reports import aligned, by_reason, counted, few, plain
 from precisebn.errors import RanksDifferError
 
 __all__ = ["NOT_THERE", "Difference", "RankReport", "Variant"]
@@ -43,7 +44,7 @@ class Difference:
 
     Attributes:
         name: of the parameter or buffer; of the module, for the flag ``training``.
-        kind: "parameter", "running statistics", "buffer", "requires_grad" or "training".
+        kind: "parameter", "statistic" (running statistics), "buffer" (others), "requires_grad" or "training" (flags).
         variants: what ranks hold; the first is the reference's.
     """
 
@@ -125,7 +126,7 @@ class RankReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON (NaN and Inf, which JSON has not, become None)."""
-        return {**_plain(asdict(self)), "equal": self.equal}
+        return {**plain(asdict(self)), "equal": self.equal}
 
     def __repr__(self) -> str:
         return f"<RankReport: {len(self.differences)} differences, {self.num_tensors} tensors, {self.world_size} ranks>"
@@ -134,12 +135,12 @@ class RankReport:
         return "\n".join([self._headline(), *self._table(), *self._remarks()])
 
     def _headline(self) -> str:
-        what = f"{_count(self.num_tensors, 'tensor')}, on {_count(self.world_size, 'rank')}"
+        what = f"{counted(self.num_tensors, 'tensor')}, on {counted(self.world_size, 'rank')}"
         if self.equal:
             return f"{what}: all equal, bit for bit"
         kinds = dict.fromkeys(difference.kind for difference in self.differences)
         numbers = {kind: sum(difference.kind == kind for difference in self.differences) for kind in kinds}
-        shown = ", ".join(f"{number} {kind}" for kind, number in numbers.items())
+        shown = ", ".join(counted(number, _TITLES.get(kind, kind)) for kind, number in numbers.items())
         return f"{what}: NOT equal; from rank {self.reference} differ: {shown}"
 
     def _table(self) -> list[str]:
@@ -155,14 +156,7 @@ class RankReport:
             if len(difference.variants) > 1 + MOST_VARIANTS:
                 more = len(difference.variants) - 1 - MOST_VARIANTS
                 rows.append((difference.name, difference.kind, "...", f"{more} more variants", "", "", ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [f"{cell:<{w}}" for cell, w in zip(row[:4], widths[:4], strict=True)]
-                + [f"{cell:>{w}}" for cell, w in zip(row[4:], widths[4:], strict=True)]
-            ).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows, left=("kind", "ranks", "what"))
         if len(self.differences) > MOST_ROWS:
             lines.append(f"... and {len(self.differences) - MOST_ROWS} more")
         if not math.isnan(_largest(difference.max_drift for difference in self.differences)):
@@ -170,15 +164,13 @@ class RankReport:
         return lines
 
     def _remarks(self) -> list[str]:
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            by_reason.setdefault(reason, []).append(name)
         return [
-            f"{_count(len(names), 'tensor')} not compared: {reason}: {', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}"
-            for reason, names in by_reason.items()
+            f"{counted(len(names), 'tensor')} not compared: {reason}: {few(names)}"
+            for reason, names in by_reason(self.skipped).items()
         ]
 
+
+_TITLES = {"statistic": "running statistic", "requires_grad": "requires_grad flag", "training": "training flag"}
 
 MOST_ROWS, MOST_VARIANTS = 40, 8
 """How many differences, and variants of each, the table shows; ``differences`` has all."""
@@ -211,15 +203,3 @@ def _largest(numbers: Iterable[float | None]) -> float:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from precisebn import ops
+from precisebn._reports import aligned, by_reason, counted, few, plain
 from precisebn.models.families import is_frozen
 from precisebn.models.selection import ModuleSelection
 from precisebn.recalibration.undo import Undo
@@ -210,8 +210,8 @@ class UpdateReport:
         """Plain Python values, ready for JSON (NaN and Inf, which JSON has not, become None)."""
         result = {one.name: getattr(self, one.name) for one in fields(self) if not one.name.startswith("_")}
         result["layers"] = [asdict(layer) for layer in self.layers]
-        plain: dict[str, Any] = _plain(result)
-        return plain
+        values: dict[str, Any] = plain(result)
+        return values
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Draw the drift of every layer beside the standard errors of the new statistics, on logarithmic axes.
@@ -253,7 +253,7 @@ class UpdateReport:
         data = f"{self.num_samples} samples in {self.num_iters} mini-batches"
         if self.world_size > 1:
             data = f"{self.num_samples} samples on {self.world_size} ranks ({self.num_iters} mini-batches on this rank)"
-        return f"{_count(len(self.layers), 'BatchNorm layer')}, {data}, estimator {self.estimator!r}"
+        return f"{counted(len(self.layers), 'BatchNorm layer')}, {data}, estimator {self.estimator!r}"
 
     def _table(self) -> list[str]:
         if not self.layers:
@@ -265,12 +265,7 @@ class UpdateReport:
             for layer in self.layers
         ]  # fmt: skip
         used = 7 if self.dead_channels else 6
-        first, *others = (max(map(len, column)) for column in list(zip(*rows, strict=True))[:used])
-        widths = [max(width, 9) for width in others]
-        lines = [
-            "  ".join([f"{row[0]:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:used], widths, strict=True))])
-            for row in rows
-        ]
+        lines = aligned([row[:used] for row in rows], least=9)
         lines.append("(drift: old from new; mean in new standard deviations, var as |log ratio|; s.e. likewise)")
         if all(math.isnan(layer.mean_error) for layer in self.layers):
             lines.append("(no standard errors: they take at least 8 mini-batches)")
@@ -282,11 +277,9 @@ class UpdateReport:
         return lines
 
     def _remarks(self) -> list[str]:
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            by_reason.setdefault(reason, []).append(name)
         lines = [
-            f"{_count(len(names), 'layer')} left alone: {reason}: {_some(names)}" for reason, names in by_reason.items()
+            f"{counted(len(names), 'layer')} left alone: {reason}: {few(names)}"
+            for reason, names in by_reason(self.skipped).items()
         ]
         if len(self.layers) > 1:
             mean = max(self.layers, key=lambda layer: _nan_is_infinite(layer.max_mean_drift))
@@ -299,8 +292,8 @@ class UpdateReport:
         if self.frozen:
             whose = "its" if len(self.frozen) == 1 else "their"
             lines.append(
-                f"{_count(len(self.frozen), 'layer')} recalibrated although all {whose} parameters are frozen: "
-                f"{_some(self.frozen)}"
+                f"{counted(len(self.frozen), 'layer')} recalibrated although all {whose} parameters are frozen: "
+                f"{few(self.frozen)}"
             )
         if self.tolerance is not None:
             verdict = "reached" if self.converged else "NOT reached"
@@ -320,7 +313,7 @@ class UpdateReport:
             or [other for other in names if other.endswith(f".{name}")]
             or difflib.get_close_matches(name, names)
         )
-        hint = f"did you mean {_some(list(map(repr, near)))}?" if near else f"there are {_some(names) or 'none'}"
+        hint = f"did you mean {few(list(map(repr, near)))}?" if near else f"there are {few(names) or 'none'}"
         return f"no layer {name!r} was recalibrated; {hint}"
 
 
@@ -360,29 +353,6 @@ def largest(errors: Iterable[float]) -> float:
 
 def _nan_is_infinite(drift: float) -> float:
     return math.inf if math.isnan(drift) else drift
-
-
-def _plain(value: Any) -> Any:
-    """Containers of Python's own numbers: NumPy's are none to JSON."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if math.isfinite(value) else None
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _some(names: Iterable[str]) -> str:
-    """The names if they are few; else the first ones and the last."""
-    names = list(names)
-    return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
 
 
 def _known(error: float) -> str:

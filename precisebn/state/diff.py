@@ -2,12 +2,12 @@
 
 import difflib
 import math
-import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from precisebn._reports import aligned, by_reason, counted, few, plain
 from precisebn.state.entries import KINDS
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class StateDiff:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON (NaN and Inf, which JSON has not, become None)."""
-        result: dict[str, Any] = _plain(
+        result: dict[str, Any] = plain(
             {"different": bool(self), "counts": self.counts(), **asdict(self), "layers": list(self.layers)}
         )
         return result
@@ -262,9 +262,9 @@ class StateDiff:
         """
         largest = sorted((row for row in self.rows if row.status in DIFFERENT), key=lambda row: -row.size)
         shown = largest[:limit]
-        lines = [self._headline(), *_aligned(self._summary())]
+        lines = [self._headline(), *aligned(self._summary())]
         if shown:
-            lines += ["", *_aligned([_HEAD, *map(_cells, shown)])]
+            lines += ["", *aligned([_HEAD, *map(_cells, shown)], left=("kind", "shape"))]
             if len(largest) > len(shown):
                 lines.append(f"... and {len(largest) - len(shown)} more")
             lines += _legend(shown)
@@ -273,10 +273,10 @@ class StateDiff:
     def _headline(self) -> str:
         different = [row for row in self.rows if row.status in DIFFERENT]
         if not different:
-            return f"nothing differs in {_count(len(self.rows), 'tensor')}"
+            return f"nothing differs in {counted(len(self.rows), 'tensor')}"
         layers = len({row.layer for row in different})
-        whose = f"{len(different)} of {_count(len(self.rows), 'tensor')}"
-        return f"{whose} differ{'s' if len(different) == 1 else ''}, in {_count(layers, 'layer')}"
+        whose = f"{len(different)} of {counted(len(self.rows), 'tensor')}"
+        return f"{whose} differ{'s' if len(different) == 1 else ''}, in {counted(layers, 'layer')}"
 
     def _summary(self) -> list[Sequence[str]]:
         counts = self.counts()
@@ -292,11 +292,9 @@ class StateDiff:
             for value in (True, False):
                 names = [repr(name) for name, (_, after) in flips.items() if after is value]
                 if names:
-                    lines.append(f"{what} is now {value} in {len(names)}: {_some(names)}")
-        by_reason: dict[str, list[str]] = {}
-        for row in self.not_compared:
-            by_reason.setdefault(row.remark, []).append(row.name)
-        lines += [f"{len(names)} not compared: {reason}: {_some(names)}" for reason, names in by_reason.items()]
+                    lines.append(f"{what} is now {value} in {len(names)}: {few(names)}")
+        reasons = by_reason({row.name: row.remark for row in self.not_compared})
+        lines += [f"{len(names)} not compared: {reason}: {few(names)}" for reason, names in reasons.items()]
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
 
@@ -343,41 +341,5 @@ def _legend(rows: Iterable[TensorDiff]) -> list[str]:
     return lines
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side: names on the left, figures on the right; columns without content are left out."""
-    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    left = {index for index, column in enumerate(columns) if not index or column[0] in ("kind", "shape")}
-    widths = [max(map(len, column)) for column in columns]
-    return [
-        "  ".join(
-            cell.ljust(width) if index in left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in zip(*columns, strict=True)
-    ]
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _some(names: Sequence[str]) -> str:
-    """The names if they are few; else the first ones and the last."""
-    return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
-
-
-def _plain(value: Any) -> Any:
-    """Containers of Python's own numbers."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if math.isfinite(value) else None

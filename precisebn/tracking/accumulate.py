@@ -13,7 +13,14 @@ from torch import nn
 
 from precisebn.distributed import ProcessGroup, Ranks
 from precisebn.errors import InputError
-from precisebn.models.families import class_family, is_batch_norm, is_frozen, is_norm_with_statistics, populations_of
+from precisebn.models.families import (
+    class_family,
+    is_batch_norm,
+    is_frozen,
+    is_instance_norm,
+    is_norm_with_statistics,
+    populations_of,
+)
 from precisebn.models.in_use import claim, release
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import select
@@ -24,8 +31,6 @@ from precisebn.nn.population import ACCUMULATOR, PopulationNorm, Recordable
 from precisebn.tracking.gathering import Averages, Gathered, GatheringForward, merge_over_ranks
 
 __all__ = ["accumulate_statistics"]
-
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @contextmanager
@@ -100,7 +105,7 @@ class _Block:
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         self.model = model
         self.gathered = {
-            layer: Averages(name, layer) if isinstance(layer, INSTANCE_NORMS) else Gathered(name, layer)
+            layer: Averages(name, layer) if is_instance_norm(layer) else Gathered(name, layer)
             for name, layer in layers.items()
             if len(populations_of(layer)) > 0 and not isinstance(layer, FrozenNorm)
         }
@@ -162,7 +167,7 @@ class _Block:
                 with suppress(Exception, type(error)), Ranks(group):
                     raise error
 
-    def _synchronized(self) -> list[tuple[ProcessGroup | None, "list[Gathered]"]]:
+    def _synchronized(self) -> list[tuple[ProcessGroup | None, list[Gathered]]]:
         """What was gathered of layers that normalize by the statistics of all ranks, by process group."""
         groups: dict[int, tuple[ProcessGroup | None, list[Gathered]]] = {}
         for layer, gathered in self.gathered.items():

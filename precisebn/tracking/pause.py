@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from precisebn.errors import InputError
-from precisebn.models.families import PAUSED, is_norm_with_statistics
+from precisebn.models.families import PAUSED, is_instance_norm, is_norm_with_statistics
 from precisebn.models.selection import select
 
 __all__ = ["is_in_block", "pause_tracking"]
@@ -53,11 +53,11 @@ def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Iterator[nn.M
     try:
         for layer in layers:
             paused.append(layer)
-            _pause(paused[-1])
+            _pause(layer)
         yield model
     finally:
-        for norm in paused:
-            _resume(norm)
+        for layer in paused:
+            _resume(layer)
 
 
 def is_in_block(layer: nn.Module) -> bool:
@@ -74,11 +74,7 @@ def _switch(layer: nn.Module) -> tuple[str, Any]:
     """The attribute that makes a layer's forward write nothing, and its value for that."""
     # torch's BatchNorm in training mode hands on its running statistics only where the flag is set; in eval mode,
     # always. Its InstanceNorm takes an unset flag to mean, in eval mode too, that there are none; it counts nothing.
-    return (
-        ("momentum", 0.0)
-        if isinstance(layer, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
-        else ("track_running_stats", False)
-    )
+    return ("momentum", 0.0) if is_instance_norm(layer) else ("track_running_stats", False)
 
 
 def _pause(layer: nn.Module) -> None:

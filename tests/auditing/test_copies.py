@@ -237,6 +237,7 @@ def test_what_is_not_given_is_not_looked_at():
     original = model()
     report = check_copy(original, copy.deepcopy(original), optimizer=stepped(original))
     assert report.not_run["PBN301"] == report.not_run["PBN513"] == "needs copy_optimizer="
+    assert check_copy(original, copy.deepcopy(original)).not_run["PBN513"] == "needs copy_optimizer= and optimizer="
     report = check_copy(original, copy.deepcopy(original), copy_optimizer=stepped(original))
     assert report.not_run["PBN513"] == "needs optimizer="
 

@@ -49,6 +49,10 @@ def test_generators_go_on_from_where_they_were():
     assert draw() == first
 
 
+def test_a_generator_without_a_state_is_left_alone():
+    ObjectsPicture([random.SystemRandom()], tensors=False).put_back()  # its getstate raises
+
+
 def test_large_containers_are_data_and_those_of_an_optimizer_are_not():
     data = list(range(MOST_ITEMS + 1))
     picture = ObjectsPicture([data], tensors=False, most_items=MOST_ITEMS)

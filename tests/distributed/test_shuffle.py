@@ -1,6 +1,7 @@
 """Shuffles over ranks: real processes over gloo, held against one process that shuffles the whole batch."""
 
 import copy
+import datetime
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from precisebn import Moments, update_bn_stats
+from precisebn._torch import group_store
 from precisebn.distributed import permutation_of
 from precisebn.nn import GhostBN, ShuffleBN, batch_shuffle, batch_unshuffle
 
@@ -472,6 +474,21 @@ SCENARIOS: tuple[Scenario, ...] = (
 )  # fmt: skip
 
 
+def compiled_before(rank: int, world: int) -> Result:
+    """A graph from before init_process_group, and what runs afterwards."""
+    store = group_store(dist.group.WORLD)
+    dist.destroy_process_group()
+    layer = ShuffleBN(nn.BatchNorm1d(3))
+    fast = torch.compile(layer, backend="eager")
+    fast(torch.randn(4, 3))
+    before = layer.calls
+    timeout = datetime.timedelta(seconds=processes.HANG_S)
+    again = dist.PrefixStore("again", store)
+    dist.init_process_group("gloo", store=again, rank=rank, world_size=world, timeout=timeout)
+    fast(torch.randn(4, 3))
+    return {"shuffles": (before, layer.calls)}
+
+
 def left_alone(rank: int, world: int) -> Result:
     """One rank does not come, as its process has ended."""
     if rank == 0:
@@ -486,7 +503,7 @@ def left_alone(rank: int, world: int) -> Result:
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     processes.skip_without_gloo()
-    once = (compiled, left_alone) if request.param == 2 else ()  # what takes long, and what ends all
+    once = (compiled, compiled_before, left_alone) if request.param == 2 else ()  # what takes long, and what ends all
     return Outcome(SCENARIOS + once, request.param, tmp_path_factory.mktemp("shuffle"))
 
 
@@ -652,6 +669,12 @@ def test_compiled_code_breaks_its_graph_at_the_two_exchanges_and_nowhere_else(ra
         assert result["graphs"] == 3
         assert result["off"] == 1
         assert result["same"]
+
+
+def test_code_that_was_compiled_before_there_were_ranks_shuffles_when_there_are(ranks):
+    if ranks.world > 2:
+        pytest.skip("of two ranks only")
+    assert [result["shuffles"] for result in ranks.of(compiled_before)] == [(0, 1)] * ranks.world
 
 
 def test_ddp_averages_the_gradients_that_one_process_sums(ranks):

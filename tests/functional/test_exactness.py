@@ -4,7 +4,7 @@
 two functions take. Both backends: run with PRECISEBN_BACKEND=native and with PRECISEBN_BACKEND=fallback.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -24,13 +24,6 @@ pytestmark = [
 BOUND = 1e-6
 EPS = 1e-5
 CHANNELS = 3
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def as_rows(x: Tensor) -> np.ndarray:

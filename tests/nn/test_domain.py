@@ -4,7 +4,7 @@ import copy
 import itertools
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -582,13 +582,6 @@ def test_activation_checkpointing_updates_statistics_once_and_changes_no_gradien
 
 
 # ---- torch.compile and torch.export -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -4,7 +4,7 @@ import copy
 import io
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -485,13 +485,6 @@ def test_under_autocast():
     ((x, y),) = seen
     assert x.dtype == y.dtype == torch.bfloat16
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -255,10 +255,16 @@ WRONG = {
         "distributed=False, but batch_shuffle was called with the opposite",
     ),
     "no ranks": (
-        lambda: ShuffleBN(head(), process_group=object())(torch.ones(4, 4)),
+        lambda: batch_shuffle(torch.ones(4, 4), True, process_group=object()),
         "process_group was given, but torch.distributed is not initialized",
     ),
 }
+
+
+def test_a_process_group_does_not_matter_where_there_are_no_ranks():
+    layer, x = ShuffleBN(head(), process_group=object()), torch.randn(4, 4)
+    assert torch.equal(layer(x), layer.head(x))
+    assert layer.calls == 0
 
 
 @pytest.mark.parametrize("name", WRONG)

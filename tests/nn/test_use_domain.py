@@ -6,7 +6,6 @@ import copy
 import io
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -72,13 +71,6 @@ def x() -> Tensor:
 def told() -> Net:
     """A copy of the net of :class:`Net`, to be told by argument and compared with."""
     return Net()
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 MIXED = torch.tensor([3, 0, 0, 1, 3, 0, 3, 1])

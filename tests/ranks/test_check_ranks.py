@@ -255,9 +255,9 @@ def test_what_differs_is_named_with_the_ranks(ranks):
     assert differing(report) == {
         "0.weight requires_grad": [(0, 1, 3), (2,)],
         "1 training": [(0, 1, 3), (2,)],
-        "1.running_mean running statistics": [(0, 1, 3), (2,)],
-        "1.running_var running statistics": [(0, 1, 3), (2,)],
-        "1.num_batches_tracked running statistics": [(0, 1, 3), (2,)],
+        "1.running_mean statistic": [(0, 1, 3), (2,)],
+        "1.running_var statistic": [(0, 1, 3), (2,)],
+        "1.num_batches_tracked statistic": [(0, 1, 3), (2,)],
         "3.weight parameter": [(0, 1, 3), (2,)],
         "3.bias parameter": [(1, 3), (0, 2)],
     }
@@ -332,7 +332,7 @@ def test_buffers_of_odd_kinds(ranks):
 
 def test_a_wrapped_model_is_compared_with_a_plain_one(ranks):
     assert differing(ranks.of_rank(ddp_and_plain, 0)["report"]) == {
-        "1.running_mean running statistics": [(0,), (1,), (2,), (3,)]
+        "1.running_mean statistic": [(0,), (1,), (2,), (3,)]
     }
 
 
@@ -346,7 +346,7 @@ def test_a_group_of_some_ranks_and_no_group(ranks):
     for rank in (1, 3):
         report = ranks.of_rank(some_ranks, rank)["report"]
         assert report.world_size == 2
-        assert differing(report) == {"1.running_mean running statistics": [(0,), (1,)]}
+        assert differing(report) == {"1.running_mean statistic": [(0,), (1,)]}
     assert "does not belong to the process_group" in ranks.of_rank(some_ranks, 0)["error"][1]
     assert all(result["report"].equal for result in ranks.of(alone))
 

@@ -83,7 +83,7 @@ def test_running_statistics_of_any_kind_are_known_with_their_scale():
     model = convert_domain_specific(net(), num_domains=2)
     facts = Facts(nn.Sequential(model, GhostBN(4, 2), nn.InstanceNorm2d(3, track_running_stats=True)))
     kinds = {fact.name: fact.kind for fact in facts.by_key.values() if "running" in fact.name}
-    assert set(kinds.values()) == {"running statistics"}
+    assert set(kinds.values()) == {"statistic"}
     assert len(kinds) == 6
     assert set(facts.scales) == set(kinds)
     assert facts.scales["0.1.running_mean"].var_name == "0.1.running_var"
@@ -137,16 +137,16 @@ def test_wrong_calls_say_what_is_wrong():
 
 def test_a_report_of_differences():
     variants = (Variant((0, 1, 2, 5), "float32 (6,)"), Variant((3,), "float32 (6,)", 1.0, 0.5, 2.0, 1.0))
-    mean = Difference("1.running_mean", "running statistics", variants)
+    mean = Difference("1.running_mean", "statistic", variants)
     mode = Difference("1", "training", (Variant((0,), "training"), Variant((1, 2, 3, 5), "eval mode")))
     report = RankReport(6, 0, (mode, mean), {"0.weight": "sharded: every rank holds a part of it"}, 7)
     text = str(report)
-    assert "NOT equal; from rank 0 differ: 1 training, 1 running statistics" in text
+    assert "NOT equal; from rank 0 differ: 1 training flag, 1 running statistic" in text
     assert report["1.running_mean"] is mean
     assert report.max_drift == 2.0
     with pytest.raises(KeyError, match="'2' does not differ"):
         report["2"]
-    with pytest.raises(RanksDifferError, match=r"1.running_mean +running statistics +3 +other values +1 +0.5 +2"):
+    with pytest.raises(RanksDifferError, match=r"1.running_mean +statistic +3 +other values +1 +0.5 +2"):
         report.raise_if_different()
     assert report.to_dict()["differences"][1]["variants"][1]["max_drift"] == 2.0
     assert repr(report) == "<RankReport: 2 differences, 7 tensors, 6 ranks>"

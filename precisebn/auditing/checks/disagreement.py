@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from precisebn.auditing.check import Problem, check
-from precisebn.auditing.fresh import is_fresh
+from precisebn.auditing.norms import is_fresh
 from precisebn.auditing.observations.agreement import Agreement
 from precisebn.auditing.observations.normalization import FAR
 from precisebn.auditing.subject import Subject

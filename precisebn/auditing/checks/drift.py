@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from precisebn.auditing.averages import averages_in
 from precisebn.auditing.check import Problem, check
-from precisebn.auditing.fresh import is_fresh
+from precisebn.auditing.norms import is_fresh
 from precisebn.auditing.observations.normalization import Distance, Statistics
 from precisebn.auditing.observations.population import recalibration
 from precisebn.auditing.observations.training import TrainingStep

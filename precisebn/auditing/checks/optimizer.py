@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from precisebn._reports import counted
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.memory import overlapping
 from precisebn.auditing.optimizers import optimizers_of
 from precisebn.auditing.subject import Subject
+from precisebn.auditing.tensors import parameters_and_buffers_of, parameters_of
 
 __all__ = [
     "frozen_parameters_in_the_optimizer",
@@ -40,7 +42,7 @@ def optimizer_of_another_model(subject: Subject) -> Iterator[Problem]:
     if len(foreign) == len(held) or stand_ins:
         whose = _of_the_other_model(subject, foreign)
         yield Problem(
-            f"Of {_count(len(held), 'parameter')} in the optimizer, {len(foreign)} are not of this model{whose}; "
+            f"Of {counted(len(held), 'parameter')} in the optimizer, {len(foreign)} are not of this model{whose}; "
             "those of this model that are named here stay as they are.",
             "Make the optimizer anew from trainable_parameters(model), after copying or converting; then "
             "load_state_dict(old.state_dict()).",
@@ -48,7 +50,7 @@ def optimizer_of_another_model(subject: Subject) -> Iterator[Problem]:
         )
     else:
         yield Problem(
-            f"The optimizer also steps {_count(len(foreign), 'parameter')} not of this model: of a loss, or of layers "
+            f"The optimizer also steps {counted(len(foreign), 'parameter')} not of this model: of a loss, or of layers "
             "that have been replaced.",
             "Nothing, if they are meant to be trained as well; else trainable_parameters(model) has only the model's.",
             (),
@@ -126,12 +128,7 @@ def memory_of_the_model_that_is_no_parameter(subject: Subject) -> Iterator[Probl
     """Parameters that have become buffers since, as a frozen layer's: in the same memory, which steps still write."""
     own = _parameters(subject)
     foreign = {str(i): p for i, p in enumerate(_held(subject)) if id(p) not in own}
-    tensors: dict[str, Tensor] = {}
-    for prefix, module in subject.modules.items():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                tensors[f"{prefix}.{name}" if prefix else name] = tensor
-    written = overlapping(tensors, foreign)
+    written = overlapping(parameters_and_buffers_of(subject.modules), foreign)
     if written:
         yield Problem(
             "The optimizer holds tensors that are no parameters of the model, but lie in the memory of these.",
@@ -154,10 +151,8 @@ def _held(subject: Subject) -> list[Tensor]:
 def _parameters(subject: Subject) -> dict[int, tuple[Tensor, str]]:
     """The model's parameters by identity, each with its first name."""
     found: dict[int, tuple[Tensor, str]] = {}
-    for prefix, module in subject.modules.items():
-        for name, p in module._parameters.items():
-            if p is not None:
-                found.setdefault(id(p), (p, f"{prefix}.{name}" if prefix else name))
+    for name, p in parameters_of(subject.modules).items():
+        found.setdefault(id(p), (p, name))
     return found
 
 
@@ -215,7 +210,3 @@ def _of_the_other_model(subject: Subject, foreign: list[Tensor]) -> str:
     theirs = {id(p) for p in subject.other.parameters()}
     number = sum(id(p) in theirs for p in foreign)
     return f" ({number} are of the other)" if number else ""
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,7 +1,7 @@
 """Sharing: what two models that should be independent have in common, from memory to random generators."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from precisebn.auditing.generators import generators_in
 from precisebn.auditing.memory import overlapping
 from precisebn.auditing.reach import attributes, hooks, modules_held, objects_held
 from precisebn.auditing.subject import Subject
+from precisebn.auditing.tensors import buffers_of, parameters_and_buffers_of, parameters_of
 from precisebn.models.selection import named_modules
 
 __all__ = [
@@ -31,8 +32,7 @@ _COPY = "copy.deepcopy(model) makes a copy that shares nothing of this."
 )  # fmt: skip
 def shared_parameters(subject: Subject) -> Iterator[Problem]:
     """The same tensors, or views of the same memory, as after ``load_state_dict(other.state_dict(), assign=True)``."""
-    own = _tensors(subject.modules, lambda module: module._parameters)
-    if shared := overlapping(own, _all_tensors(_other(subject))):
+    if shared := overlapping(parameters_of(subject.modules), parameters_and_buffers_of(_other(subject))):
         yield Problem(
             "They lie in the memory of parameters of the other model: a step of either one changes both.",
             f"{_COPY} load_state_dict(other.state_dict()) without assign=True copies values.",
@@ -46,8 +46,7 @@ def shared_parameters(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def shared_buffers(subject: Subject) -> Iterator[Problem]:
     """Running statistics among them: a forward of either model in training mode then changes the other's output."""
-    own = _tensors(subject.modules, lambda module: module._buffers)
-    if shared := overlapping(own, _all_tensors(_other(subject))):
+    if shared := overlapping(buffers_of(subject.modules), parameters_and_buffers_of(_other(subject))):
         yield Problem(
             "They lie in the memory of the other model: running statistics among them move with the forwards of both.",
             f"{_COPY} load_state_dict(other.state_dict()) without assign=True copies values.",
@@ -180,22 +179,6 @@ def _others_alone(subject: Subject) -> set[nn.Module]:
 
 def _is_inside(name: str, other: str) -> bool:
     return name != other and (not other or name.startswith(f"{other}."))
-
-
-def _tensors(
-    modules: Mapping[str, nn.Module], place: Callable[[nn.Module], Mapping[str, Tensor | None]]
-) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}".lstrip("."): tensor
-        for prefix, module in modules.items()
-        for name, tensor in place(module).items()
-        if tensor is not None
-    }
-
-
-def _all_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    parameters, buffers = (lambda m: m._parameters), (lambda m: m._buffers)
-    return {**_tensors(modules, parameters), **_tensors(modules, buffers)}
 
 
 def _attribute_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from precisebn.auditing.observations.flow import Cut, GradientFlow, Origin, tens
 from precisebn.auditing.observations.loader import training_batch
 from precisebn.auditing.observations.normalization import NormCall, records_calls
 from precisebn.auditing.subject import Subject, Unobservable
+from precisebn.auditing.tensors import parameters_of
 from precisebn.distributed import is_sharded
 from precisebn.models.batches import num_samples
 from precisebn.models.interrupts import HeldBack
@@ -67,7 +68,7 @@ class TrainingStep:
         self.calls: list[NormCall] = []
         self.failure: Unobservable | None = None
         self._gradients: GradientReport | Unobservable
-        trainable = {name: p for name, p in _parameters(subject.modules).items() if p.requires_grad}
+        trainable = _trainable(subject.modules)
         with subject.undisturbed() as interrupts, torch.inference_mode(False), torch.enable_grad():
             subject.set_training_modes()
             try:
@@ -161,14 +162,12 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
     return False
 
 
-def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Each parameter once, under its name without those of wrappers."""
-    seen: dict[int, tuple[str, Tensor]] = {}
-    for name, module in modules.items():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                seen.setdefault(id(parameter), (f"{name}.{key}" if name else key, parameter))
-    return dict(seen.values())
+def _trainable(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Each parameter that is trained, once, under its first name."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, parameter in parameters_of(modules).items():
+        first.setdefault(id(parameter), (name, parameter))
+    return {name: parameter for name, parameter in first.values() if parameter.requires_grad}
 
 
 def _loss(subject: Subject, output: Any, batch: Any) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from precisebn.models import checksums as module
+from precisebn.models.checksums import checksums
 from precisebn.models.tensor_pictures import bytes_of
-from precisebn.ranks import checksums as module
-from precisebn.ranks.checksums import checksums
 
 BIG = 2**64
 

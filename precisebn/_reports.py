@@ -1,0 +1,63 @@
+"""What reports have in common: aligned tables, counts and names in short, and values that JSON takes."""
+
+import math
+import numbers
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["aligned", "by_reason", "counted", "few", "plain"]
+
+
+def aligned(rows: Iterable[Sequence[str]], *, left: Collection[str] = (), least: int = 0) -> list[str]:
+    """The lines of a table: the first column on the left, figures on the right; columns without content are left out.
+
+    Args:
+        rows: the cells, a row of titles first.
+        left: titles of columns that go to the left as well.
+        least: how wide each column on the right is at least.
+
+    Example:
+        >>> aligned([("layer", "kind", "drift", "dead"), ("stem.bn", "mean", "0.5", ""), ("bn", "var", "12.5", "")])
+        ['layer    kind  drift', 'stem.bn  mean    0.5', 'bn        var   12.5']
+    """
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    padded = []
+    for index, column in enumerate(columns):
+        width = max(map(len, column))
+        if index == 0 or column[0] in left:
+            padded.append([cell.ljust(width) for cell in column])
+        else:
+            padded.append([cell.rjust(max(width, least)) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+
+
+def counted(number: int, what: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def few(names: Iterable[str]) -> str:
+    """The names if they are few; else the first ones and the last."""
+    names = list(names)
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
+
+
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by reason, of reasons by name."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return names
+
+
+def plain(value: Any) -> Any:
+    """Containers of Python's own numbers, as JSON takes them: NumPy's are none to it, NaN and Inf become None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
