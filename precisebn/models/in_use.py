@@ -46,8 +46,7 @@ def claim(owner: object, modules: Iterable[nn.Module], *, name: str, doing: str)
 
 def why_not_free(module: nn.Module) -> str | None:
     """What is done with a module, for messages; None where nothing is."""
-    with _lock:
-        held = _claims.get(module)
+    held = _claims.get(module)  # without the lock, which an interrupt may leave locked where it is not held back
     return None if held is None else held.doing
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from precisebn.errors import InputError
 from precisebn.models.families import PAUSED, is_instance_norm, is_norm_with_statistics
+from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import select
 
 __all__ = ["is_in_block", "pause_tracking"]
@@ -51,13 +52,15 @@ def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Iterator[nn.M
     )
     paused: list[nn.Module] = []
     try:
-        for layer in layers:
-            paused.append(layer)
-            _pause(layer)
+        with HeldBack():  # an interrupt could leave the lock locked
+            for layer in layers:
+                _pause(layer)
+                paused.append(layer)
         yield model
     finally:
-        for layer in paused:
-            _resume(layer)
+        with HeldBack():
+            for layer in paused:
+                _resume(layer)
 
 
 def is_in_block(layer: nn.Module) -> bool:
