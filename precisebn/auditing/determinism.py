@@ -32,7 +32,7 @@ __all__ = ["DeterminismReport", "check_determinism"]
 
 @dataclass(frozen=True, slots=True)
 class DeterminismReport:
-    """What :func:`precisebn.check_determinism` has found; true where both runs gave the same bits.
+    """What :func:`precisebn.check_determinism` has found: ask ``report.deterministic``.
 
     Attributes:
         deterministic: whether they did.
@@ -54,7 +54,8 @@ class DeterminismReport:
     remedy: str = ""
 
     def __bool__(self) -> bool:
-        return self.deterministic
+        """Neither: a report of an audit is true where something was found, and this might be meant the other way."""
+        raise TypeError("ask report.deterministic, whether both runs gave the same bits")
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, in what JSON knows."""
@@ -105,7 +106,7 @@ def check_determinism(
         ...     optimizer.zero_grad()
         ...     model(x).square().mean().backward()
         ...     optimizer.step()
-        >>> bool(check_determinism(step, model=model, optimizer=optimizer))
+        >>> check_determinism(step, model=model, optimizer=optimizer).deterministic
         True
     """
     models = [model] if isinstance(model, nn.Module) else list(model)

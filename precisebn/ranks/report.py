@@ -95,6 +95,10 @@ class RankReport:
         """Whether nothing differs, among what was compared."""
         return not self.differences
 
+    def __bool__(self) -> bool:
+        """Neither: a diff of states is true where something differs, and this might be meant the other way."""
+        raise TypeError("ask report.equal, whether nothing differs between ranks")
+
     @property
     def max_drift(self) -> float:
         """The largest drift of any running mean or variance; 0 where none differs."""

@@ -44,7 +44,7 @@ def check(between, **arguments):
 
 def test_a_step_with_dropout_and_moving_buffers_is_deterministic():
     report = check(lambda net, x: x)
-    assert report
+    assert report.deterministic
     assert report.compared > 20
     assert str(report).startswith("deterministic")
 
@@ -56,11 +56,11 @@ def test_a_generator_of_its_own():
         return x + torch.randn(x.shape, generator=generator)
 
     report = check(noise)
-    assert not report
+    assert not report.deterministic
     assert (report.kind, report.name) == ("input", "two")
     assert "right after the output of 'norm'" in report.what
     assert "restore=" in report.remedy
-    assert check(noise, restore=[generator])
+    assert check(noise, restore=[generator]).deterministic
 
 
 class OwnDropout(nn.Module):
@@ -81,7 +81,7 @@ def test_dropout_of_its_own_generator():
 def test_a_generator_in_an_attribute_is_put_back():
     model = Net(lambda net, x: x * torch.rand(1, generator=net.generator))
     model.generator = torch.Generator()
-    assert check_determinism(lambda: model(torch.ones(8, 4)), model=model)
+    assert check_determinism(lambda: model(torch.ones(8, 4)), model=model).deterministic
 
 
 def test_other_data():
@@ -97,7 +97,7 @@ def test_the_same_data_again():
     model = Net(lambda net, x: x)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = itertools.repeat(torch.randn(8, 4))
-    assert check_determinism(step_of(model, optimizer, batches), model=model, optimizer=optimizer)
+    assert check_determinism(step_of(model, optimizer, batches), model=model, optimizer=optimizer).deterministic
 
 
 def test_another_order_of_calls():
@@ -201,7 +201,7 @@ def test_two_models_and_a_teacher_that_follows():
                 p.lerp_(q + 1, 0.5)
         return loss
 
-    assert check_determinism(step, model=[student, teacher])
+    assert check_determinism(step, model=[student, teacher]).deterministic
     report = check_determinism(step, model=student)
     assert report.kind == "result"  # what the teacher does is not seen
 
@@ -231,6 +231,14 @@ def test_steps_inside_of_torch_func_and_with_tensors_of_any_kind():
         outputs = [odd(value) for value in values]
         return torch.vmap(odd)(torch.ones(2, 3)), torch.func.grad(lambda x: odd(x).sum())(torch.ones(2)), *outputs
 
-    assert check_determinism(step, model=odd)
+    assert check_determinism(step, model=odd).deterministic
     noise = itertools.count()
-    assert not check_determinism(lambda: torch.vmap(lambda x: odd(x + next(noise)))(torch.ones(2, 3)), model=odd)
+    report = check_determinism(lambda: torch.vmap(lambda x: odd(x + next(noise)))(torch.ones(2, 3)), model=odd)
+    assert not report.deterministic
+
+
+def test_a_report_is_neither_true_nor_false():
+    """``assert check_determinism(...)`` and ``if audit(...)`` would mean opposite things."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"report\.deterministic"):
+        bool(check_determinism(lambda: model(torch.ones(2, 4)), model=model))
