@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import precisebn
+from benchmarks.peers import installed
 from precisebn.models.families import is_norm_with_statistics
 
 PAGE = Path(__file__).parents[1] / "docs" / "audit_models.md"
@@ -147,7 +148,8 @@ TRANSFORMERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    torchvision = _torchvision()
+    torchvision = installed("torchvision")
+    assert torchvision is not None, "the table is of three libraries: install the extra bench"
     for name in TORCHVISION:
         arguments = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         size = {"inception_v3": 299, "maxvit_t": 224}.get(name, 128)
@@ -172,22 +174,6 @@ def cases() -> Iterator[Case]:
         model, configuration = getattr(transformers, name, None), getattr(transformers, config, None)
         if model is not None and configuration is not None:
             yield Case("transformers", name, _built(model, configuration, smaller), _pixels())
-
-
-def _torchvision() -> Any:
-    """torchvision, also one that was built for another torch, whose operators are missing; its models need none."""
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for operator in ("nms", "qnms"):
-            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{operator}", schema)
-        import torchvision
-    return torchvision
 
 
 def _calling(function: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:

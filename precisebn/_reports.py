@@ -1,11 +1,16 @@
-"""What reports have in common: aligned tables, counts and names in short, and values that JSON takes."""
+"""What reports have in common: aligned tables, counts and names in short, values that JSON takes, and pictures."""
 
+import importlib
 import math
 import numbers
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["aligned", "by_reason", "counted", "few", "plain"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["aligned", "by_reason", "counted", "drawn", "few", "plain"]
 
 
 def aligned(rows: Iterable[Sequence[str]], *, left: Collection[str] = (), least: int = 0) -> list[str]:
@@ -61,3 +66,22 @@ def plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if math.isfinite(value) else None
+
+
+def drawn(report: object, module: str, path: str | Path | None) -> "Figure":
+    """What ``draw(report)`` of a module draws, the one in its room that imports matplotlib; saved, if a path is given.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        draw = importlib.import_module(module).draw
+    except ImportError as error:
+        raise ImportError(
+            f"{type(report).__name__}.plot needs matplotlib: pip install matplotlib, or install precisebn with the "
+            "extra that brings it, precisebn[plot]"
+        ) from error
+    figure: Figure = draw(report)
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure

@@ -24,7 +24,6 @@ from precisebn.auditing.subject import Subject
 from precisebn.auditing.tensors import parameters_and_buffers_of
 from precisebn.distributed import is_sharded
 from precisebn.errors import InputError
-from precisebn.models.selection import named_modules
 from precisebn.models.tensor_pictures import same_bits
 
 __all__ = ["COPY_CHECKS", "check_copy"]
@@ -102,7 +101,7 @@ class _Copy(Subject):
 )  # fmt: skip
 def different_values(subject: Subject) -> Iterator[Problem]:
     """Classes, hooks; names, shapes, dtypes and bits of parameters and buffers, also of those in no state dict."""
-    original = _original(subject)
+    original = subject.other_modules
     yield from _different_parts(subject.modules, original)
     own, theirs = parameters_and_buffers_of(subject.modules), parameters_and_buffers_of(original)
     if lacking := own.keys() ^ theirs.keys():
@@ -126,7 +125,7 @@ def different_values(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def different_modes(subject: Subject) -> Iterator[Problem]:
     """Training and eval mode, and which parameters require gradients: a state dict has neither."""
-    original = _original(subject)
+    original = subject.other_modules
     modes = [name for name, m in subject.modules.items() if name in original and m.training != original[name].training]
     if modes:
         yield Problem(
@@ -231,11 +230,6 @@ def _different_parts(modules: Mapping[str, nn.Module], original: Mapping[str, nn
 def _generator_states(modules: Mapping[str, nn.Module]) -> dict[str, list[object]]:
     """The states of random generators in attributes, by name; all in Python's own values."""
     return {name: found for name, value in attributes(modules) if (found := list(map(state_of, generators_in(value))))}
-
-
-def _original(subject: Subject) -> dict[str, nn.Module]:
-    assert subject.other is not None  # needed
-    return dict(named_modules(subject.other))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -83,6 +83,11 @@ class Subject:
         return dict(named_modules(self.model))
 
     @cached_property
+    def other_modules(self) -> dict[str, nn.Module]:
+        """Those of the other model, likewise; none where none was given."""
+        return {} if self.other is None else dict(named_modules(self.other))
+
+    @cached_property
     def norms(self) -> dict[str, nn.Module]:
         """The layers that can keep running statistics: BatchNorm of any kind, InstanceNorm, ours."""
         return {name: m for name, m in self.modules.items() if is_batch_norm(m) or is_norm_with_statistics(m)}

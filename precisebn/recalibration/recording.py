@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from precisebn.distributed import reshard
 from precisebn.errors import InputError, NonFiniteStatisticsError
+from precisebn.models.copies import Copies
 from precisebn.models.families import is_batch_norm, normalizes_its_input, populations_of
 from precisebn.models.in_use import claim, release
 from precisebn.models.selection import named_modules
@@ -211,7 +212,8 @@ class Recording(AbstractContextManager["Recording"]):
             RecordedPopulation(shown, module, one, estimators[one.mean.device], position)
             for shown, module, one, position in found
         ]
-        self._scratch = _Scratch([one.statistics for one in self.populations if not isinstance(one.layer, Recordable)])
+        recorded = [one.statistics for one in self.populations if not isinstance(one.layer, Recordable)]
+        self._scratch = iter(Copies([buffer for one in recorded for buffer in (one.mean, one.var)]))
 
     def _record(self, layer: "_Layer") -> None:
         """Put one layer under recording, and among what is temporary how it comes out again."""
@@ -225,7 +227,7 @@ class Recording(AbstractContextManager["Recording"]):
         moments = one.estimator.slot(one.position)
         averages = self.kind == "batch-mean"
         slot = Slot(layer.name, type(module).__name__, moments, averages, partial(self._reached, index))
-        scratch = dict(zip(("running_mean", "running_var"), self._scratch.take(), strict=True))
+        scratch = {name: next(self._scratch) for name in ("running_mean", "running_var")}
         if normalizes_its_input(module):
             InputForward(module, slot, scratch, mixture).put(self._temporary)
         else:
@@ -280,21 +282,6 @@ class _Layer(NamedTuple):
     """The number of its first population."""
     number: int
     """How many it has."""
-
-
-class _Scratch:
-    """Copies of running means and variances, cut from one allocation for each dtype and device."""
-
-    def __init__(self, populations: list[RunningStatistics]) -> None:
-        buffers = [buffer.detach() for one in populations for buffer in (one.mean, one.var)]
-        kinds = [(buffer.dtype, buffer.device) for buffer in buffers]
-        alike = {kind: [b for b, other in zip(buffers, kinds, strict=True) if other == kind] for kind in set(kinds)}
-        copies = {kind: iter(torch.cat(own).split([b.numel() for b in own])) for kind, own in alike.items()}
-        self._left = (next(copies[kind]) for kind in kinds)
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The next pair, in the order of the populations."""
-        return next(self._left), next(self._left)
 
 
 def _no_recorder(moments: Moments, population: int | None) -> None:

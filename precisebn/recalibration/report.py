@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from precisebn import ops
-from precisebn._reports import aligned, by_reason, counted, few, plain
+from precisebn._reports import aligned, by_reason, counted, drawn, few, plain
 from precisebn.models.families import is_frozen
 from precisebn.models.selection import ModuleSelection
 from precisebn.recalibration.undo import Undo
@@ -227,17 +227,7 @@ class UpdateReport:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from precisebn.recalibration.plot import draw
-        except ImportError as error:
-            raise ImportError(
-                "UpdateReport.plot needs matplotlib: pip install matplotlib, or install precisebn with the extra that "
-                "brings it, precisebn[plot]"
-            ) from error
-        figure = draw(self)
-        if path is not None:
-            figure.savefig(path, dpi=120)
-        return figure
+        return drawn(self, "precisebn.recalibration.plot", path)
 
     def __repr__(self) -> str:
         """One line: the table is what ``print`` shows."""

@@ -10,11 +10,10 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from precisebn._torch import flattened
 from precisebn.errors import UndoError
+from precisebn.models.copies import Copies
 from precisebn.models.families import populations_of
 from precisebn.models.in_use import claim, release
 from precisebn.models.interrupts import HeldBack
@@ -35,8 +34,7 @@ class Undo:
     def __init__(self) -> None:
         self._model: weakref.ref[nn.Module] | None = None
         self._places: list[_Place] = []
-        self._old: list[Tensor] = []
-        self._new: list[Tensor] = []
+        self._old = self._new = Copies()
         self.is_needed = False
         """Whether a recalibration has been done, for good, and has not been undone."""
 
@@ -48,11 +46,11 @@ class Undo:
             _Place(one.name, weakref.ref(one.layer), one.statistics.index or 0, len(_tensors(one.statistics)))
             for one in populations
         ]
-        self._old = _copies([tensor for one in populations for tensor in _tensors(one.statistics)])
+        self._old = Copies([tensor for one in populations for tensor in _tensors(one.statistics)])
 
     def note_new(self, populations: Iterable[RecordedPopulation]) -> None:
         """Keep those that have been written in their place."""
-        self._new = _copies([tensor for one in populations for tensor in _tensors(one.statistics)])
+        self._new = Copies([tensor for one in populations for tensor in _tensors(one.statistics)])
 
     def put_back(self, force: bool = False) -> None:
         """Put the old statistics back, in place: those of all layers, or of none.
@@ -84,7 +82,7 @@ class Undo:
                         if tensor is not None:
                             changes.write(tensor, old)
                 self.is_needed = False
-                self._old, self._new = [], []
+                self._old = self._new = Copies()
             finally:
                 release(self)
 
@@ -151,15 +149,6 @@ class _Place(NamedTuple):
 def _tensors(statistics: RunningStatistics) -> list[Tensor]:
     tensors = (statistics.mean, statistics.var, statistics.num_batches)
     return [tensor for tensor in tensors if tensor is not None]
-
-
-@torch.no_grad()
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies, cut from one allocation for each dtype and device: there may be hundreds."""
-    kinds = [(tensor.dtype, tensor.device) for tensor in tensors]
-    alike = {kind: [t for t, other in zip(tensors, kinds, strict=True) if other == kind] for kind in set(kinds)}
-    copies = {kind: iter(flattened(own).split([t.numel() for t in own])) for kind, own in alike.items()}
-    return [next(copies[kind]).view(tensor.shape) for kind, tensor in zip(kinds, tensors, strict=True)]
 
 
 def _listed(names: Iterable[str]) -> str:

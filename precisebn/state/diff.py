@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precisebn._reports import aligned, by_reason, counted, few, plain
+from precisebn._reports import aligned, by_reason, counted, drawn, few, plain
 from precisebn.state.entries import KINDS
 
 if TYPE_CHECKING:
@@ -234,17 +234,7 @@ class StateDiff:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from precisebn.state.plot import draw
-        except ImportError as error:
-            raise ImportError(
-                "StateDiff.plot needs matplotlib: pip install matplotlib, or install precisebn with the extra that "
-                "brings it, precisebn[plot]"
-            ) from error
-        figure = draw(self)
-        if path is not None:
-            figure.savefig(path, dpi=120)
-        return figure
+        return drawn(self, "precisebn.state.plot", path)
 
     def __repr__(self) -> str:
         """One line: the table is what ``print`` shows."""

@@ -11,7 +11,6 @@ from precisebn.auditing.memory import overlapping
 from precisebn.auditing.reach import attributes, hooks, modules_held, objects_held
 from precisebn.auditing.subject import Subject
 from precisebn.auditing.tensors import buffers_of, parameters_and_buffers_of, parameters_of
-from precisebn.models.selection import named_modules
 
 __all__ = [
     "shared_attributes",
@@ -32,7 +31,7 @@ _COPY = "copy.deepcopy(model) makes a copy that shares nothing of this."
 )  # fmt: skip
 def shared_parameters(subject: Subject) -> Iterator[Problem]:
     """The same tensors, or views of the same memory, as after ``load_state_dict(other.state_dict(), assign=True)``."""
-    if shared := overlapping(parameters_of(subject.modules), parameters_and_buffers_of(_other(subject))):
+    if shared := overlapping(parameters_of(subject.modules), parameters_and_buffers_of(subject.other_modules)):
         yield Problem(
             "They lie in the memory of parameters of the other model: a step of either one changes both.",
             f"{_COPY} load_state_dict(other.state_dict()) without assign=True copies values.",
@@ -46,7 +45,7 @@ def shared_parameters(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def shared_buffers(subject: Subject) -> Iterator[Problem]:
     """Running statistics among them: a forward of either model in training mode then changes the other's output."""
-    if shared := overlapping(buffers_of(subject.modules), parameters_and_buffers_of(_other(subject))):
+    if shared := overlapping(buffers_of(subject.modules), parameters_and_buffers_of(subject.other_modules)):
         yield Problem(
             "They lie in the memory of the other model: running statistics among them move with the forwards of both.",
             f"{_COPY} load_state_dict(other.state_dict()) without assign=True copies values.",
@@ -60,7 +59,7 @@ def shared_buffers(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def shared_modules(subject: Subject) -> Iterator[Problem]:
     """The same module in both, as after ``copy.copy``, or where both were built around one encoder."""
-    theirs = set(_other(subject).values())
+    theirs = set(subject.other_modules.values())
     shared = [name for name, module in subject.modules.items() if module in theirs]
     outermost = [name for name in shared if not any(_is_inside(name, other) for other in shared)]
     if outermost:
@@ -86,7 +85,7 @@ def shared_hooks(subject: Subject) -> Iterator[Problem]:
             "handle.remove() before copying, and register the hooks of each model with functions of its own.",
             list(dict.fromkeys(bound)),
         )
-    common = _states(hook for _, hook in hooks(_other(subject)))
+    common = _states(hook for _, hook in hooks(subject.other_modules))
     both = [name for name, hook in own if name not in bound and not common.isdisjoint(_states([hook]))]
     if both:
         yield Problem(
@@ -127,7 +126,7 @@ def shared_generators(subject: Subject) -> Iterator[Problem]:
 
     The global generators, which are everybody's, are not meant.
     """
-    theirs = {id(held) for _, value in attributes(_other(subject)) for held in generators_in(value)}
+    theirs = {id(held) for _, value in attributes(subject.other_modules) for held in generators_in(value)}
     shared = [
         name for name, value in attributes(subject.modules) if any(id(g) in theirs for g in generators_in(value))
     ]  # fmt: skip
@@ -145,14 +144,14 @@ def shared_generators(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def shared_attributes(subject: Subject) -> Iterator[Problem]:
     """Tensors and containers in attributes: caches, queues, lists of losses. A configuration may be meant for both."""
-    tensors = overlapping(_attribute_tensors(subject.modules), _attribute_tensors(_other(subject)))
+    tensors = overlapping(_attribute_tensors(subject.modules), _attribute_tensors(subject.other_modules))
     if tensors:
         yield Problem(
             "These attributes hold tensors in the memory of the other model.",
             _COPY,
             list(tensors),
         )
-    theirs = {id(held) for _, value in attributes(_other(subject)) for held in _containers(value)}
+    theirs = {id(held) for _, value in attributes(subject.other_modules) for held in _containers(value)}
     containers = [
         name
         for name, value in attributes(subject.modules)
@@ -167,14 +166,9 @@ def shared_attributes(subject: Subject) -> Iterator[Problem]:
         )
 
 
-def _other(subject: Subject) -> dict[str, nn.Module]:
-    assert subject.other is not None  # needed
-    return dict(named_modules(subject.other))
-
-
 def _others_alone(subject: Subject) -> set[nn.Module]:
     """The other model's modules that are not this one's too: PBN503 speaks of those."""
-    return set(_other(subject).values()) - set(subject.modules.values())
+    return set(subject.other_modules.values()) - set(subject.modules.values())
 
 
 def _is_inside(name: str, other: str) -> bool:
