@@ -25,10 +25,10 @@ class SumsOfElements {
     const int64_t byte = offset * element_size_;
     kernels_.planes(dy_ + byte, x_ + byte, plane_stride_, channels, length, mean_[group] + first, sum, product);
   }
-  void rows(int64_t group, int64_t offset, int64_t stride, int64_t width, int64_t rows, double, double* sum,
-            double* product) const {
+  void rows(int64_t group, int64_t offset, int64_t first, int64_t stride, int64_t width, int64_t rows, double,
+            double* sum, double* product) const {
     const int64_t byte = offset * element_size_;
-    kernels_.rows(dy_ + byte, x_ + byte, stride, width, rows, mean_[group], sum, product);
+    kernels_.rows(dy_ + byte, x_ + byte, stride, width, rows, mean_[group] + first, sum, product);
   }
   static void merge(double& sum, double& product, double other_sum, double other_product, MergeWeights) {
     sum += other_sum;

@@ -25,7 +25,7 @@ class MomentsOfElements {
               double* m2) const {
     kernels_.planes(x_ + offset * element_size_, plane_stride_, channels, length, before, mean, m2);
   }
-  void rows(int64_t, int64_t offset, int64_t stride, int64_t width, int64_t rows, double before, double* mean,
+  void rows(int64_t, int64_t offset, int64_t, int64_t stride, int64_t width, int64_t rows, double before, double* mean,
             double* m2) const {
     kernels_.rows(x_ + offset * element_size_, stride, width, rows, before, mean, m2);
   }

@@ -9,7 +9,8 @@ namespace {
 constexpr int64_t kMaxTasks = 256;
 constexpr int64_t kMinTaskBytes = 128 << 10;
 constexpr int64_t kStreamBytes = 64 << 10;  // planes read in sequence before the next sample's
-constexpr int64_t kMinSlabRows = 64;        // below, merging slabs would cost more than the work in them
+constexpr int64_t kMinSlabRows = 192;       // the first rows of a slab cost twice what the others do
+constexpr int64_t kRowBlock = 1024;         // channels of wider rows that are a task of their own
 constexpr int64_t kVectorLanes = 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,8 +56,11 @@ Partition partition(const View& view, int64_t element_size, const std::optional<
   // A slab boundary falls between blocks of the kernels; among planes, between samples where a slab holds several.
   int64_t max_slabs = kMaxTasks / 2, min_units = divide_up(kMinTaskBytes, unit_bytes), multiple;
   if (view.by_rows) {
-    multiple = 32 * rows_joined(view);
+    multiple = 4 * rows_joined(view);
     min_units = std::max(min_units, kMinSlabRows);
+    if (view.inner == 1) result.channel_block = std::min(view.channels, kRowBlock);
+    // As many for each of 2, 4 or 8 threads.
+    max_slabs = std::clamp(view.batch * sample_units / min_units / 8 * 8, int64_t{1}, max_slabs);
   } else {
     result.channel_block = std::clamp<int64_t>(kStreamBytes / (view.length * element_size), 1, view.channels);
     max_slabs = std::max<int64_t>(1, kMaxTasks / result.channel_blocks(view));

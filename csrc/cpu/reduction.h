@@ -17,7 +17,7 @@ namespace precisebn::cpu {
 
 // A Kernel has
 //   void planes(group, offset, first channel, channels, length, before, a, b) const
-//   void rows(group, offset, stride, width, rows, before, a, b) const
+//   void rows(group, offset, first channel, stride, width, rows, before, a, b) const
 // which add new values, from element `offset` on, to a and b, which hold `before` values per channel already, and
 //   static void merge(a, b, other a, other b, weights)
 // which adds what another part of the data gave.
@@ -66,7 +66,8 @@ class Reduction {
     for (int64_t i = slab.first; i < slab.last; before += partition_.segments[i].length, ++i) {
       const auto [offset, length] = partition_.segments[i];
       if (view_.by_rows) {
-        kernel_.rows(slab.group, offset, view_.row_stride, view_.width, length, static_cast<double>(before), a, b);
+        kernel_.rows(slab.group, offset + first, first, view_.row_stride, last - first, length,
+                     static_cast<double>(before), a + first, b + first);
       } else {
         kernel_.planes(slab.group, offset + first * view_.plane_stride, first, last - first, length,
                        static_cast<double>(before), a + first, b + first);
@@ -85,8 +86,8 @@ class Reduction {
     for (int64_t i = slab.first; i < slab.last; ++i) {
       const auto [offset, length] = partition_.segments[i];
       const int64_t whole = length / joined, rest = length % joined;
-      kernel_.rows(slab.group, offset, joined * view_.row_stride, width, whole, joined_count, joined_a, joined_b);
-      kernel_.rows(slab.group, offset + whole * joined * view_.row_stride, view_.row_stride, view_.width, rest,
+      kernel_.rows(slab.group, offset, 0, joined * view_.row_stride, width, whole, joined_count, joined_a, joined_b);
+      kernel_.rows(slab.group, offset + whole * joined * view_.row_stride, 0, view_.row_stride, view_.width, rest,
                    rest_count, rest_a, rest_b);
       joined_count += static_cast<double>(whole);
       rest_count += static_cast<double>(rest);

@@ -4,6 +4,7 @@
 // they would in the float32 backward of torch.
 #include "backward_reduce.h"
 
+#include "columns.h"
 #include "vec.h"
 
 namespace precisebn::cpu::PRECISEBN_ISA {
@@ -62,6 +63,10 @@ void planes(const void* dy, const void* x, int64_t stride, int64_t channels, int
   }
 }
 
+// Narrow rows, of no more bytes than these in both tensors, are read a few vectors at a time, down a block: so they are
+// read as they lie, or nearly, with all sums in registers.
+constexpr int64_t kNarrowBytes = 1024;
+
 // kWidth vectors of channels, or one of which only the first n lanes count.
 template <class T, int kWidth, bool kPartial>
 PRECISEBN_INLINE void add_columns(const T* dy, const T* x, int64_t stride, int64_t rows, int n, const double* mean,
@@ -92,21 +97,106 @@ PRECISEBN_INLINE void add_columns(const T* dy, const T* x, int64_t stride, int64
 }
 
 template <class T>
-void rows(const void* dy, const void* x, int64_t stride, int64_t width, int64_t rows, const double* mean, double* sum,
-          double* product) {
-  constexpr int kL = kLanes<typename Compute<T>::Vec>, kColumns = 4;
+void narrow_rows(const T* dy, const T* x, int64_t stride, int64_t width, int64_t rows, const double* mean, double* sum,
+                 double* product) {
+  constexpr int kL = kLanes<typename Compute<T>::Vec>, kAbreast = 4;
   for (int64_t r = 0; r < rows; r += kChain) {
-    const T *g = static_cast<const T*>(dy) + r * stride, *v = static_cast<const T*>(x) + r * stride;
+    const T *g = dy + r * stride, *v = x + r * stride;
     const int64_t height = rows - r < kChain ? rows - r : kChain;
     int64_t c = 0;
-    for (; c + kColumns * kL <= width; c += kColumns * kL) {
-      add_columns<T, kColumns, false>(g + c, v + c, stride, height, kColumns * kL, mean + c, sum + c, product + c);
+    for (; c + kAbreast * kL <= width; c += kAbreast * kL) {
+      add_columns<T, kAbreast, false>(g + c, v + c, stride, height, kAbreast * kL, mean + c, sum + c, product + c);
     }
     for (; c + kL <= width; c += kL) {
       add_columns<T, 1, false>(g + c, v + c, stride, height, kL, mean + c, sum + c, product + c);
     }
     const int rest = static_cast<int>(width - c);
     if (rest) add_columns<T, 1, true>(g + c, v + c, stride, height, rest, mean + c, sum + c, product + c);
+  }
+}
+
+// One vector of channels of wide rows, which are read as columns.h says.
+template <class V>
+struct Column {
+  V center, sum, product;
+};
+
+template <class T, int kRows, bool kPartial>
+PRECISEBN_INLINE void add_to_column(const T* dy, const T* x, int64_t stride, int n,
+                                    Column<typename Compute<T>::Vec>& column) {
+  using V = typename Compute<T>::Vec;
+  V g[kRows], d[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    g[i] = kPartial ? load_first(dy + i * stride, n) : load(dy + i * stride);
+    d[i] = (kPartial ? load_first(x + i * stride, n) : load(x + i * stride)) - column.center;
+  }
+  column.sum += in_pairs<kRows>([&](int i) { return g[i]; });
+  column.product += in_pairs<kRows>([&](int i) { return g[i] * d[i]; });
+}
+
+template <class T>
+PRECISEBN_INLINE void add_wide_block(const T* dy, const T* x, int64_t stride, int64_t rows, int64_t channels, int64_t ahead,
+                                Column<typename Compute<T>::Vec>* columns) {
+  for_each_four(rows, [&]<int kRows>(int64_t r) {
+    const T *const from_dy = dy + r * stride, *const from_x = x + r * stride;
+    for_each_column<T, kRows>(
+        channels,
+        [&](int row, int64_t byte) {
+          __builtin_prefetch(reinterpret_cast<const char*>(from_dy + row * stride + ahead) + byte);
+          __builtin_prefetch(reinterpret_cast<const char*>(from_x + row * stride + ahead) + byte);
+        },
+        [&]<bool kPartial>(int64_t k, int n) {
+          constexpr int kL = kLanes<typename Compute<T>::Vec>;
+          add_to_column<T, kRows, kPartial>(from_dy + k * kL, from_x + k * kL, stride, n, columns[k]);
+        });
+  });
+}
+
+// Four rows are one link, of two additions among them.
+constexpr int64_t kBlock = kTogether * (kChain - 2);
+
+template <class T>
+void wide_rows(const T* dy, const T* x, int64_t stride, int64_t channels, int64_t rows, const double* mean, double* sum,
+               double* product) {
+  using V = typename Compute<T>::Vec;
+  using Scalar = typename Compute<T>::Scalar;
+  constexpr int kL = kLanes<V>;
+  const int64_t ahead = ahead_in_rows<T>(stride, channels);
+  Column<V> columns[kColumns<T>];
+  for (int64_t c = 0; c < channels; c += kL) {
+    Scalar rounded[kL];
+    for (int i = 0; i < kL; ++i) rounded[i] = c + i < channels ? static_cast<Scalar>(mean[c + i]) : 0;
+    columns[c / kL] = {load(rounded), V{}, V{}};
+  }
+  for (int64_t r = 0; r < rows; r += kBlock) {
+    const int64_t height = rows - r < kBlock ? rows - r : kBlock;
+    add_wide_block(dy + r * stride, x + r * stride, stride, height, channels, ahead, columns);
+    for (int64_t c = 0; c < channels; c += kL) {
+      auto& [center, of_dy, of_product] = columns[c / kL];
+      Scalar rounded[kL], block_sum[kL], block_product[kL];
+      store(rounded, center);
+      store(block_sum, of_dy);
+      store(block_product, of_product);
+      for (int i = 0; i < kL && c + i < channels; ++i) {
+        const double s = block_sum[i];
+        sum[c + i] += s;
+        product[c + i] += block_product[i] + (static_cast<double>(rounded[i]) - mean[c + i]) * s;
+      }
+      of_dy = of_product = V{};
+    }
+  }
+}
+
+template <class T>
+void rows(const void* dy, const void* x, int64_t stride, int64_t channels, int64_t rows, const double* mean, double* sum,
+          double* product) {
+  const T *from_dy = static_cast<const T*>(dy), *from_x = static_cast<const T*>(x);
+  if (2 * channels * static_cast<int64_t>(sizeof(T)) <= kNarrowBytes) {
+    return narrow_rows(from_dy, from_x, stride, channels, rows, mean, sum, product);
+  }
+  for (int64_t c = 0; c < channels; c += kRun) {
+    wide_rows(from_dy + c, from_x + c, stride, channels - c < kRun ? channels - c : kRun, rows, mean + c, sum + c,
+              product + c);
   }
 }
 

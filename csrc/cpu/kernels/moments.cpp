@@ -2,6 +2,7 @@
 //
 // Exact one-pass formulas carry a serial dependency (Welford) or cancel (E[x^2] - E[x]^2). So the data is taken in
 // blocks that fit in cache, and each block is read twice: for its mean, then for the sums of d = x - mean and of d * d.
+// (Rows of channels do without the first reading once enough rows have come before: see there.)
 // The second reading costs no memory traffic, and while it runs the block that follows is prefetched, so memory never
 // rests. Lanes are float32: with the mean taken off, d is small and exact where it matters. sum(d) would be 0 in exact
 // arithmetic; that it is not corrects both mean and m2 for the rounding of the block's mean, so that the first reading
@@ -15,6 +16,7 @@
 // shows it, and such a block is then done again with float64 lanes. A constant channel lands there too: its sum is 0.
 #include "moments.h"
 #include "../../moments.h"
+#include "columns.h"
 #include "vec.h"
 
 namespace precisebn::cpu::PRECISEBN_ISA {
@@ -307,12 +309,14 @@ void planes(const void* x, int64_t stride, int64_t channels, int64_t length, dou
 }
 
 // ---- Rows ----
-// Channels are lanes, so nothing is summed across lanes. A block is up to 32 rows of a few vectors of channels, read
-// down the columns with all sums in registers, and merged into the accumulators on the spot.
+// Read as columns.h says, in blocks whose sums are merged into the accumulators. Four rows are one link.
 
-constexpr int kColumns = 4;
-constexpr int kBlockRows = 32;
-static_assert(kBlockRows / 4 + 4 <= kLinks);  // three among four rows, and one to add the rows left over
+// One vector of channels of a block: sums of deviations from a center. Beside each other, because arrays of their own
+// would lie a page apart, as the rows do, and there are only so many places for lines of the same offset in a page.
+template <class V>
+struct Column {
+  V center, sum, squares;
+};
 
 PRECISEBN_INLINE void load_accumulator(const double* p, WideVec& v) {
   memcpy(&v.lo, p, sizeof v.lo);
@@ -328,45 +332,43 @@ PRECISEBN_INLINE void store_accumulator(double* p, VecD v) { memcpy(p, &v, sizeo
 PRECISEBN_INLINE VecD not_negative(VecD v) { return (VecD)((VecI64)v & ~(v < VecD{})); }
 PRECISEBN_INLINE WideVec not_negative(WideVec v) { return {not_negative(v.lo), not_negative(v.hi)}; }
 
-// One vector of channels, `rows` values each, down a column, in the arithmetic of V.
-template <class V, class T, bool kPartial>
-PRECISEBN_INLINE void column(const T* p, int64_t stride, int64_t rows, int n, V shift, V& sum, V& squares) {
-  const auto deviation = [&](int64_t r) {
-    return (kPartial ? load_first_as<V>(p + r * stride, n) : load_as<V>(p + r * stride)) - shift;
-  };
-  sum = squares = V{};
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    add_four(deviation(r), deviation(r + 1), deviation(r + 2), deviation(r + 3), sum, squares);
-  }
-  V last_squares = {};
-  for (; r < rows; ++r) {
-    const V d = deviation(r);
+// Of the first n channels, `rows` values each, sums of deviations in float64.
+template <class T>
+PRECISEBN_INLINE void exact_column(const T* p, int64_t stride, int64_t rows, int n, WideVec shift, WideVec& sum,
+                                   WideVec& squares) {
+  sum = squares = WideVec{};
+  for (int64_t r = 0; r < rows; ++r) {
+    const WideVec d = load_first_as<WideVec>(p + r * stride, n) - shift;
     sum += d;
-    last_squares += d * d;
+    squares += d * d;
   }
-  squares += last_squares;
 }
 
-// All bits set in the lanes of `squares`, among the first n, that need float64; whether there are any.
-PRECISEBN_INLINE bool lanes_that_fail(VecF squares, int n, double count, VecI32& failing) {
+// Whether float32 lanes suffice for the first n of `squares`, the sums of `count` squares; if not, all bits are set in
+// those of `failing` that need float64.
+PRECISEBN_INLINE bool lanes_suffice(VecF squares, int n, double count, VecI32& failing) {
   const VecF low = VecF{} + static_cast<float>(count * 0x1p-120), high = VecF{} + 0x1p127f;
+#if defined(__AVX512F__)
+  const __mmask16 sound = _mm512_cmp_ps_mask((__m512)squares, (__m512)low, _CMP_GE_OQ) &
+                          _mm512_cmp_ps_mask((__m512)squares, (__m512)high, _CMP_LE_OQ);
+  if (__builtin_expect((sound | (0xffffu << n & 0xffffu)) == 0xffffu, 1)) return true;
+#endif
   failing = (VecI32)first_lanes((VecF) ~((squares >= low) & (squares <= high)), n);
   int64_t words[kBytes / 8], any = 0;
   memcpy(words, &failing, sizeof words);
   for (int64_t word : words) any |= word;
-  return any != 0;
+  return any == 0;
 }
-PRECISEBN_INLINE bool lanes_that_fail(VecD, int, double, VecI32&) { return false; }
+PRECISEBN_INLINE bool lanes_suffice(VecD, int, double, VecI32&) { return true; }
 
 // Replaces the sums of the failing lanes, and of no other: what one channel holds never touches the bits of another.
 template <class T>
-__attribute__((noinline)) void column_in_float64(const T* p, int64_t stride, int64_t rows, int n, VecI32 failing,
+PRECISEBN_INLINE void column_in_float64(const T* p, int64_t stride, int64_t rows, int n, VecI32 failing,
                                                  WideVec& shift, WideVec& sum, WideVec& squares) {
   WideVec exact_sum, exact_squares, ignored;
-  column<WideVec, T, true>(p, stride, rows, n, WideVec{}, exact_sum, ignored);
+  exact_column(p, stride, rows, n, WideVec{}, exact_sum, ignored);
   const WideVec exact_shift = exact_sum * broadcast<WideVec>(1.0 / static_cast<double>(rows));
-  column<WideVec, T, true>(p, stride, rows, n, exact_shift, exact_sum, exact_squares);
+  exact_column(p, stride, rows, n, exact_shift, exact_sum, exact_squares);
   for (int i = 0; i < kLanes<VecD>; ++i) {
     if (failing[i]) shift.lo[i] = exact_shift.lo[i], sum.lo[i] = exact_sum.lo[i], squares.lo[i] = exact_squares.lo[i];
     if (failing[i + kLanes<VecD>]) {
@@ -374,121 +376,162 @@ __attribute__((noinline)) void column_in_float64(const T* p, int64_t stride, int
     }
   }
 }
-template <class T>
-PRECISEBN_INLINE void column_in_float64(const T*, int64_t, int64_t, int, VecI32, VecD&, VecD&, VecD&) {}
+// Consecutive rows, `before` after the first of those in the accumulators.
+struct Block {
+  int64_t stride, rows;
+  MergeWeights weights;
+  double inverse;  // 1 / rows where that is exact, else 0
 
-template <class T>
-PRECISEBN_INLINE void merge_column(const T* p, int64_t stride, int64_t rows, int n, typename Compute<T>::Vec shift,
-                                   typename Compute<T>::Vec sum, typename Compute<T>::Vec squares, MergeWeights weights,
-                                   double* mean, double* m2) {
-  using W = typename Compute<T>::Wide;
-  W wide_shift = widen(shift), wide_sum = widen(sum), wide_squares = widen(squares);
-  VecI32 failing;
-  if (__builtin_expect(lanes_that_fail(squares, n, static_cast<double>(rows), failing), 0)) {
-    column_in_float64(p, stride, rows, n, failing, wide_shift, wide_sum, wide_squares);
-  }
+  PRECISEBN_INLINE Block(int64_t row_stride, int64_t number, double before)
+      : stride(row_stride),
+        rows(number),
+        weights(before, static_cast<double>(number)),
+        inverse((number & (number - 1)) == 0 ? 1 / static_cast<double>(number) : 0) {}
+};
+
+// Merges a block of one column, of n channels, into mean and m2, and makes it ready for the next: the new mean is its
+// center.
+template <class V, class W>
+PRECISEBN_INLINE void merge_sums(W shift, W sum, W squares, const Block& block, int n, Column<V>& column, double* mean,
+                                 double* m2) {
   // Divide where the reciprocal is not exact: m2 of a constant channel is then exactly 0.
-  const W residual = rows == kBlockRows ? wide_sum * broadcast<W>(1.0 / kBlockRows)
-                                        : wide_sum / broadcast<W>(static_cast<double>(rows));
-  const W part_mean = wide_shift + residual, part_m2 = not_negative(wide_squares - wide_sum * residual);
+  const W residual = block.inverse != 0 ? sum * broadcast<W>(block.inverse)
+                                        : sum / broadcast<W>(static_cast<double>(block.rows));
+  const W part_mean = shift + residual, part_m2 = not_negative(squares - sum * residual);
 
-  double buffer[2][kLanes<typename Compute<T>::Vec>];
-  const bool partial = n < kLanes<typename Compute<T>::Vec>;
+  double buffer[2][kLanes<V>];
+  const bool partial = n < kLanes<V>;
   double *to_mean = mean, *to_m2 = m2;
   if (partial) {
-    for (int i = 0; i < n; ++i) buffer[0][i] = mean[i], buffer[1][i] = m2[i];
+    for (int i = 0; i < kLanes<V>; ++i) buffer[0][i] = i < n ? mean[i] : 0, buffer[1][i] = i < n ? m2[i] : 0;
     to_mean = buffer[0], to_m2 = buffer[1];
   }
   W total_mean, total_m2;
   load_accumulator(to_mean, total_mean);
   load_accumulator(to_m2, total_m2);
   const W delta = part_mean - total_mean;
-  store_accumulator(to_mean, total_mean + delta * broadcast<W>(weights.mean));
-  store_accumulator(to_m2, total_m2 + (part_m2 + delta * broadcast<W>(weights.m2) * delta));
+  total_mean = total_mean + delta * broadcast<W>(block.weights.mean);
+  store_accumulator(to_mean, total_mean);
+  store_accumulator(to_m2, total_m2 + (part_m2 + delta * broadcast<W>(block.weights.m2) * delta));
   if (partial) {
     for (int i = 0; i < n; ++i) mean[i] = buffer[0][i], m2[i] = buffer[1][i];
   }
+  column = {narrow(total_mean), V{}, V{}};
 }
 
-// Prefetches one half of what lies `ahead` elements past the kWidth vectors at p.
-template <class T, int kWidth>
-PRECISEBN_INLINE void prefetch_half(const T* p, int64_t ahead, int half) {
-  constexpr int kRowBytes = kWidth * kLanes<typename Compute<T>::Vec> * static_cast<int>(sizeof(T));
-  const char* line = reinterpret_cast<const char*>(p + ahead) + half * kRowBytes / 2;
-  if (kRowBytes < 128 && half) return;
-  for (int byte = 0; byte < (kRowBytes < 128 ? kRowBytes : kRowBytes / 2); byte += 64) __builtin_prefetch(line + byte);
+// The same where some lanes need float64; the values of the column begin at p.
+template <class T>
+__attribute__((noinline)) void merge_in_float64(const T* p, const Block& block, int n, VecI32 failing,
+                                                Column<VecF>& column, double* mean, double* m2) {
+  WideVec shift = widen(column.center), sum = widen(column.sum), squares = widen(column.squares);
+  column_in_float64(p, block.stride, block.rows, n, failing, shift, sum, squares);
+  merge_sums(shift, sum, squares, block, n, column, mean, m2);
+}
+PRECISEBN_INLINE void merge_in_float64(const double*, const Block&, int, VecI32, Column<VecD>&, double*, double*) {}
+
+template <class T, class V>
+PRECISEBN_INLINE void merge_column(const T* p, const Block& block, int n, Column<V>& column, double* mean, double* m2) {
+  VecI32 failing;
+  if (__builtin_expect(lanes_suffice(column.squares, n, static_cast<double>(block.rows), failing), 1)) {
+    merge_sums(widen(column.center), widen(column.sum), widen(column.squares), block, n, column, mean, m2);
+  } else {
+    merge_in_float64(p, block, n, failing, column, mean, m2);
+  }
 }
 
-template <class T, int kWidth>
-PRECISEBN_INLINE void block_of_rows(const T* p, int64_t stride, int64_t rows, MergeWeights weights, double* mean,
-                                    double* m2, int64_t ahead) {
+// Adds kRows rows to a column, as one link of the chains of its sums; or to its sum alone.
+template <class T, int kRows, bool kDeviations, bool kPartial>
+PRECISEBN_INLINE void add_to_column(const T* p, int64_t stride, int n, Column<typename Compute<T>::Vec>& column) {
+  using V = typename Compute<T>::Vec;
+  V d[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    d[i] = kPartial ? load_first(p + i * stride, n) : load(p + i * stride);
+    if constexpr (kDeviations) d[i] -= column.center;
+  }
+  column.sum += in_pairs<kRows>([&](int i) { return d[i]; });
+  if constexpr (kDeviations) column.squares += in_pairs<kRows>([&](int i) { return d[i] * d[i]; });
+}
+
+// The mean of so many rows, whose sum the column has, as its center.
+template <class V>
+PRECISEBN_INLINE Column<V> centered(const Column<V>& column, int64_t rows) {
+  const auto count = static_cast<double>(rows);
+  return {column.sum * broadcast<V>(static_cast<decltype(column.sum[0] + column.sum[0])>(1.0 / count)), V{}, V{}};
+}
+
+// A block needs no reading for its mean where n_a rows have come before, enough against its own n_b: the mean of those is
+// the center of the deviations. With S = sum d, Q = sum d * d and n = n_a + n_b, m2 grows by I = Q - S^2 / n,
+// and as S^2 <= n_b Q, at most r = n_b / n of Q cancels: I >= (1 - r) Q, for any data. Each I is right to 1e-6, and so is
+// their sum, where (q + 2 r s) / (1 - r) is below 16.7, 1e-6 in units of 2^-24; q and s are the roundings in Q and S: two
+// in d, for it is squared, one in d * d, two among four rows, one for every four but the first; in S one, two, and those.
+// So there are 6 and 4 in a block of 8 rows, 8 and 6 in one of 16, 12 and 10 in one of 32, which may follow 11, 37 and
+// 218 rows.
+constexpr double kFew = 11;
+PRECISEBN_INLINE int64_t rows_of_block(double before, int64_t left) {
+  const int64_t rows = before == 0 || before >= 218 ? 32 : before < 37 ? 8 : 16;
+  // What is left over at the end is a block of its own: its rows are links each.
+  return left >= rows ? rows : left >= kTogether ? left / kTogether * kTogether : left;
+}
+
+template <class V>
+PRECISEBN_INLINE Column<V> centered(const double* mean, int n) {
+  decltype(widen(V{})) center;
+  if (n == kLanes<V>) {
+    load_accumulator(mean, center);
+  } else {
+    double padded[kLanes<V>] = {};
+    for (int i = 0; i < n; ++i) padded[i] = mean[i];
+    load_accumulator(padded, center);
+  }
+  return {narrow(center), V{}, V{}};
+}
+
+template <class T, bool kDeviations>
+PRECISEBN_INLINE void add_block(const T* p, const Block& block, int64_t channels, int64_t ahead,
+                                     Column<typename Compute<T>::Vec>* columns) {
+  for_each_four(block.rows, [&]<int kRows>(int64_t r) {
+    const T* const from = p + r * block.stride;
+    for_each_column<T, kRows>(
+        channels,
+        [&](int row, int64_t byte) {
+          __builtin_prefetch(reinterpret_cast<const char*>(from + row * block.stride + ahead) + byte);
+        },
+        [&]<bool kPartial>(int64_t k, int n) {
+          constexpr int kL = kLanes<typename Compute<T>::Vec>;
+          add_to_column<T, kRows, kDeviations, kPartial>(from + k * kL, block.stride, n, columns[k]);
+        });
+  });
+}
+
+template <class T>
+void run_of_rows(const T* p, int64_t stride, int64_t channels, int64_t rows, double before, double* mean, double* m2) {
   using V = typename Compute<T>::Vec;
   constexpr int kL = kLanes<V>;
-  V shift[kWidth] = {}, sum[kWidth] = {}, squares[kWidth] = {};
-  const T* row = p;
-  for (int64_t r = 0; r < rows; ++r, row += stride) {
-    prefetch_half<T, kWidth>(row, ahead, 0);
-    for (int k = 0; k < kWidth; ++k) shift[k] += load(row + k * kL);
-  }
-  const V inverse = broadcast<V>(static_cast<typename Compute<T>::Scalar>(1.0 / static_cast<double>(rows)));
-  for (int k = 0; k < kWidth; ++k) shift[k] *= inverse;
-  row = p;
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4, row += 4 * stride) {
-    for (int i = 0; i < 4; ++i) prefetch_half<T, kWidth>(row + i * stride, ahead, 1);
-    for (int k = 0; k < kWidth; ++k) {
-      const T* const at = row + k * kL;
-      add_four(load(at) - shift[k], load(at + stride) - shift[k], load(at + 2 * stride) - shift[k],
-               load(at + 3 * stride) - shift[k], sum[k], squares[k]);
+  const int64_t ahead = ahead_in_rows<T>(stride, channels);
+  const auto lanes = [&](int64_t c) { return channels - c < kL ? static_cast<int>(channels - c) : kL; };
+  Column<V> columns[kColumns<T>];
+  for (int64_t c = 0; c < channels; c += kL) columns[c / kL] = centered<V>(mean + c, lanes(c));
+  while (rows > 0) {
+    const Block block(stride, rows_of_block(before, rows), before);
+    if (before < kFew) {
+      add_block<T, false>(p, block, channels, ahead, columns);
+      for (int64_t c = 0; c < channels; c += kL) columns[c / kL] = centered(columns[c / kL], block.rows);
     }
+    add_block<T, true>(p, block, channels, ahead, columns);
+    int64_t c = 0;
+    for (; c + kL <= channels; c += kL) merge_column(p + c, block, kL, columns[c / kL], mean + c, m2 + c);
+    if (c < channels) merge_column(p + c, block, lanes(c), columns[c / kL], mean + c, m2 + c);
+    before += static_cast<double>(block.rows);
+    rows -= block.rows;
+    p += block.rows * stride;
   }
-  V last_squares[kWidth] = {};
-  for (; r < rows; ++r, row += stride) {
-    prefetch_half<T, kWidth>(row, ahead, 1);
-    for (int k = 0; k < kWidth; ++k) {
-      const V d = load(row + k * kL) - shift[k];
-      sum[k] += d;
-      last_squares[k] += d * d;
-    }
-  }
-  for (int k = 0; k < kWidth; ++k) squares[k] += last_squares[k];
-  for (int k = 0; k < kWidth; ++k) {
-    const int c = k * kL;
-    merge_column(p + c, stride, rows, kL, shift[k], sum[k], squares[k], weights, mean + c, m2 + c);
-  }
-}
-
-// The last channels, fewer than a vector.
-template <class T>
-PRECISEBN_INLINE void block_of_partial_rows(const T* p, int64_t stride, int64_t rows, int n, MergeWeights weights,
-                                            double* mean, double* m2) {
-  using V = typename Compute<T>::Vec;
-  V shift, sum, squares;
-  column<V, T, true>(p, stride, rows, n, V{}, shift, squares);
-  shift *= broadcast<V>(static_cast<typename Compute<T>::Scalar>(1.0 / static_cast<double>(rows)));
-  column<V, T, true>(p, stride, rows, n, shift, sum, squares);
-  merge_column(p, stride, rows, n, shift, sum, squares, weights, mean, m2);
 }
 
 template <class T>
 void rows(const void* x, int64_t stride, int64_t channels, int64_t rows, double before, double* mean, double* m2) {
-  constexpr int kL = kLanes<typename Compute<T>::Vec>;
   const T* p = static_cast<const T*>(x);
-  for (int64_t r = 0; r < rows; r += kBlockRows, p += kBlockRows * stride) {
-    const int64_t height = rows - r < kBlockRows ? rows - r : kBlockRows;
-    const MergeWeights weights(before + static_cast<double>(r), static_cast<double>(height));
-    // What follows a column in these rows, and behind the last, the first of the next rows.
-    const auto ahead = [&](int64_t c, int width) { return c + width < channels ? width : height * stride - c; };
-    int64_t c = 0;
-    for (; c + kColumns * kL <= channels; c += kColumns * kL) {
-      block_of_rows<T, kColumns>(p + c, stride, height, weights, mean + c, m2 + c, ahead(c, kColumns * kL));
-    }
-    for (; c + kL <= channels; c += kL) {
-      block_of_rows<T, 1>(p + c, stride, height, weights, mean + c, m2 + c, ahead(c, kL));
-    }
-    if (c < channels) {
-      block_of_partial_rows(p + c, stride, height, static_cast<int>(channels - c), weights, mean + c, m2 + c);
-    }
+  for (int64_t c = 0; c < channels; c += kRun) {
+    run_of_rows(p + c, stride, channels - c < kRun ? channels - c : kRun, rows, before, mean + c, m2 + c);
   }
 }
 

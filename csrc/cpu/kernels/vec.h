@@ -101,6 +101,24 @@ PRECISEBN_INLINE WideVec widen(VecF v) {
 PRECISEBN_INLINE WideVec widen(WideVec v) { return v; }
 PRECISEBN_INLINE VecD widen(VecD v) { return v; }
 
+PRECISEBN_INLINE VecF narrow(WideVec v) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)v.lo)),
+                                  _mm512_cvtpd_ps((__m512d)v.hi), 1);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)v.hi), _mm256_cvtpd_ps((__m256d)v.lo));
+#elif defined(__SSE2__)
+  return (VecF)_mm_movelh_ps(_mm_cvtpd_ps((__m128d)v.lo), _mm_cvtpd_ps((__m128d)v.hi));
+#else
+  const HalfVecF lo = __builtin_convertvector(v.lo, HalfVecF), hi = __builtin_convertvector(v.hi, HalfVecF);
+  VecF both;
+  memcpy(&both, &lo, sizeof lo);
+  memcpy(reinterpret_cast<char*>(&both) + sizeof lo, &hi, sizeof hi);
+  return both;
+#endif
+}
+PRECISEBN_INLINE VecD narrow(VecD v) { return v; }
+
 // value - 0 is value, whatever it is; value + 0 is not for -0, and costs an addition.
 template <class V, class S>
 PRECISEBN_INLINE V broadcast(S value) {
