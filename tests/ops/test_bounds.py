@@ -67,6 +67,27 @@ def test_variance_of_sparse_values(seed, length, log_density, center, channels_l
     assert_within_1e_6(center + torch.randn(shape, generator=generator).abs() * present, channels_last)
 
 
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(2, 700),
+    first=st.integers(1, 400),
+    channels=st.sampled_from([3, 17, 64, 300, 1100]),
+    log_spread=st.floats(-6, 0),
+    step=st.sampled_from([1.0, -300.0, 2.0**-12]),
+    again=st.booleans(),
+)
+@example(0, 64, 32, 300, -6.0, 1.0, False)
+@example(0, 700, 218, 300, -6.0, 1.0, False)
+@settings(max_examples=100, deadline=None)
+def test_variance_where_the_first_rows_tell_nothing_of_the_rest(seed, rows, first, channels, log_spread, step, again):
+    """The mean of the rows so far is the centre of the next block, and cancels most if they are unlike it."""
+    generator = torch.Generator().manual_seed(seed)
+    position = torch.arange(rows)
+    raised = (position // first % 2 if again else (position >= first).long())[:, None] * step
+    x = (raised + torch.randn(rows, channels, generator=generator) * 10**log_spread).float()
+    assert_within_1e_6(x.T.reshape(1, channels, rows), channels_last=True)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("lead", [1 / 32, 1 / 16, 1 / 8, 1 / 2])
 def test_variance_of_one_value_and_then_another(lead, channels_last):
