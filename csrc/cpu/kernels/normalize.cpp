@@ -7,8 +7,6 @@
 namespace precisebn::cpu::PRECISEBN_ISA {
 namespace {
 
-constexpr int kRowsAbreast = 4;
-
 template <class T>
 void planes(const void* x, void* y, int64_t stride, int64_t channels, int64_t length, const void* center,
             const void* scale, const void* shift) {
@@ -28,40 +26,27 @@ void planes(const void* x, void* y, int64_t stride, int64_t channels, int64_t le
   }
 }
 
-// Several rows side by side: the coefficients are loaded once for them.
-template <class T, int kRows>
-PRECISEBN_INLINE void rows_abreast(const T* from, T* to, int64_t stride, int64_t width,
-                                   const typename Compute<T>::Scalar* center, const typename Compute<T>::Scalar* scale,
-                                   const typename Compute<T>::Scalar* shift) {
-  using V = typename Compute<T>::Vec;
-  constexpr int kL = kLanes<V>;
-  int64_t i = 0;
-  for (; i + kL <= width; i += kL) {
-    const V m = load(center + i), a = load(scale + i), b = load(shift + i);
-    for (int r = 0; r < kRows; ++r) store(to + r * stride + i, (load(from + r * stride + i) - m) * a + b);
-  }
-  const int rest = static_cast<int>(width - i);
-  if (rest) {
-    const V m = load_first(center + i, rest), a = load_first(scale + i, rest), b = load_first(shift + i, rest);
-    for (int r = 0; r < kRows; ++r) {
-      store_first(to + r * stride + i, (load_first(from + r * stride + i, rest) - m) * a + b, rest);
-    }
-  }
-}
-
+// One row after the other, though the coefficients are loaded anew for each: they come from L1, and memory is up to half
+// faster than where several rows are read and written side by side.
 template <class T>
 void rows(const void* x, void* y, int64_t stride, int64_t width, int64_t rows, const void* center, const void* scale,
           const void* shift) {
+  using V = typename Compute<T>::Vec;
   using Scalar = typename Compute<T>::Scalar;
+  constexpr int kL = kLanes<V>;
   const auto *m = static_cast<const Scalar*>(center), *a = static_cast<const Scalar*>(scale),
              *b = static_cast<const Scalar*>(shift);
   const T* from = static_cast<const T*>(x);
   T* to = static_cast<T*>(y);
-  int64_t r = 0;
-  for (; r + kRowsAbreast <= rows; r += kRowsAbreast) {
-    rows_abreast<T, kRowsAbreast>(from + r * stride, to + r * stride, stride, width, m, a, b);
+  for (int64_t r = 0; r < rows; ++r, from += stride, to += stride) {
+    int64_t i = 0;
+    for (; i + kL <= width; i += kL) store(to + i, (load(from + i) - load(m + i)) * load(a + i) + load(b + i));
+    const int rest = static_cast<int>(width - i);
+    if (rest) {
+      const V difference = load_first(from + i, rest) - load_first(m + i, rest);
+      store_first(to + i, difference * load_first(a + i, rest) + load_first(b + i, rest), rest);
+    }
   }
-  for (; r < rows; ++r) rows_abreast<T, 1>(from + r * stride, to + r * stride, stride, width, m, a, b);
 }
 
 }  // namespace
