@@ -77,6 +77,7 @@ def measure(
     rounds: int,
     budget: float,
     calls: int,
+    before: Work | None = None,
 ) -> Times:
     """Time what each contestant takes for one call, in turns.
 
@@ -87,20 +88,24 @@ def measure(
         rounds: how many rounds, at most.
         budget: seconds after which no further round starts.
         calls: on CUDA, how many calls are measured together, see :class:`_OnCuda`; on the CPU it is always one.
+        before: is called with the same arguments before each call, outside the measurement; on the CPU only.
     """
     arguments = itertools.cycle(feed)
     if device == "cuda":
+        assert before is None, "calls are enqueued together"
         timed: dict[str, Callable[[], float]] = {
             name: _OnCuda(work, arguments, calls) for name, work in contestants.items()
         }
     else:
-        timed = {name: _on_cpu(work, arguments) for name, work in contestants.items()}
+        timed = {name: _on_cpu(work, arguments, before) for name, work in contestants.items()}
     return interleave(timed, rounds, budget)
 
 
-def _on_cpu(work: Work, feed: Iterator[tuple[Any, ...]]) -> Callable[[], float]:
+def _on_cpu(work: Work, feed: Iterator[tuple[Any, ...]], before: Work | None) -> Callable[[], float]:
     def once() -> float:
         arguments = next(feed)
+        if before is not None:
+            before(*arguments)
         start = now()
         work(*arguments)
         return now() - start

@@ -190,7 +190,15 @@ constexpr int kHeld = 4;
 constexpr int kHeld = 0;
 #endif
 
-template <class T, bool kHold>
+// Planes of up to four vectors need no reading for their mean after four others or more: that of those will do. Why, and
+// when, is said at rows below; here q = 10, two in d, one in d * d, three in a chain of four, four among the lanes, and
+// s = 8, so r <= 0.2 is enough.
+template <class T>
+PRECISEBN_INLINE bool follows_enough(int64_t length, double before) {
+  return length <= 4 * kLanes<typename Compute<T>::Vec> && before >= 4 * static_cast<double>(length);
+}
+
+template <class T, bool kHold, bool kFollows>
 PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeWeights weights, double* mean,
                                   double* m2) {
   using V = typename Compute<T>::Vec;
@@ -205,19 +213,25 @@ PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeW
   for (int64_t i = 0; i < (kHold ? (kHeld - 1) * kL : whole); i += kL) {
     for (int k = 0; k < 4; ++k) {
       __builtin_prefetch(reinterpret_cast<const char*>(p[k] + i) + kShortAhead);
-      const V x = load(p[k] + i);
-      if constexpr (kHold) held[k][i / kL] = x;
-      sum[k] += x;
+      if constexpr (kHold || !kFollows) {
+        const V x = load(p[k] + i);
+        if constexpr (kHold) held[k][i / kL] = x;
+        if constexpr (!kFollows) sum[k] += x;
+      }
     }
   }
-  if (rest) {
+  if (rest && (kHold || !kFollows)) {
     for (int k = 0; k < 4; ++k) {
       const V x = load_first(p[k] + whole, rest);
       if constexpr (kHold) held[k][kHeld - 1] = x;
-      sum[k] += x;
+      if constexpr (!kFollows) sum[k] += x;
     }
   }
-  const Four shift = sums_of_lanes(sum) * static_cast<typename Compute<T>::Scalar>(1 / count);
+  FourD total_mean, total_m2;
+  memcpy(&total_mean, mean, sizeof total_mean);
+  memcpy(&total_m2, m2, sizeof total_m2);
+  const Four shift = kFollows ? __builtin_convertvector(total_mean, Four)
+                              : sums_of_lanes(sum) * static_cast<typename Compute<T>::Scalar>(1 / count);
   for (int k = 0; k < 4; ++k) {
     center[k] = broadcast<V>(shift[k]);
     sum[k] = V{};
@@ -259,9 +273,6 @@ PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeW
   }
   part_m2 = part_m2 < 0 ? 0 - FourD{} : part_m2;
 
-  FourD total_mean, total_m2;
-  memcpy(&total_mean, mean, sizeof total_mean);
-  memcpy(&total_m2, m2, sizeof total_m2);
   const FourD delta = part_mean - total_mean;
   total_mean += delta * weights.mean;
   total_m2 += part_m2 + delta * weights.m2 * delta;
@@ -269,12 +280,12 @@ PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeW
   memcpy(m2, &total_m2, sizeof total_m2);
 }
 
-template <class T, bool kHold>
+template <class T, bool kHold, bool kFollows>
 PRECISEBN_INLINE void short_planes(const T* p, int64_t stride, int64_t channels, int64_t length, MergeWeights weights,
                                    double* mean, double* m2) {
   int64_t c = 0;
   for (; c + 4 <= channels; c += 4, p += 4 * stride) {
-    four_planes<T, kHold>({p, p + stride, p + 2 * stride, p + 3 * stride}, length, weights, mean + c, m2 + c);
+    four_planes<T, kHold, kFollows>({p, p + stride, p + 2 * stride, p + 3 * stride}, length, weights, mean + c, m2 + c);
   }
   if (c == channels) return;
   // The first plane left stands in for those that are missing: a channel's bits must not depend on how many channels
@@ -283,7 +294,7 @@ PRECISEBN_INLINE void short_planes(const T* p, int64_t stride, int64_t channels,
   double last_mean[4] = {}, last_m2[4] = {};
   memcpy(last_mean, mean + c, left * sizeof(double));
   memcpy(last_m2, m2 + c, left * sizeof(double));
-  four_planes<T, kHold>({p, left > 1 ? p + stride : p, left > 2 ? p + 2 * stride : p, p}, length, weights, last_mean,
+  four_planes<T, kHold, kFollows>({p, left > 1 ? p + stride : p, left > 2 ? p + 2 * stride : p, p}, length, weights, last_mean,
                         last_m2);
   memcpy(mean + c, last_mean, left * sizeof(double));
   memcpy(m2 + c, last_m2, left * sizeof(double));
@@ -301,10 +312,15 @@ void planes(const void* x, int64_t stride, int64_t channels, int64_t length, dou
     return;
   }
   constexpr int kL = kLanes<typename Compute<T>::Vec>;
-  if (kHeld && length > (kHeld - 1) * kL && length <= kHeld * kL) {
-    short_planes<T, kHeld != 0>(p, stride, channels, length, weights, mean, m2);
+  const bool held = kHeld && length > (kHeld - 1) * kL && length <= kHeld * kL, follows = follows_enough<T>(length, before);
+  if (held && follows) {
+    short_planes<T, kHeld != 0, true>(p, stride, channels, length, weights, mean, m2);
+  } else if (held) {
+    short_planes<T, kHeld != 0, false>(p, stride, channels, length, weights, mean, m2);
+  } else if (follows) {
+    short_planes<T, false, true>(p, stride, channels, length, weights, mean, m2);
   } else {
-    short_planes<T, false>(p, stride, channels, length, weights, mean, m2);
+    short_planes<T, false, false>(p, stride, channels, length, weights, mean, m2);
   }
 }
 
