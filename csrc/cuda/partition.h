@@ -31,7 +31,7 @@ namespace precisebn::cuda {
 
 constexpr int kThreads = 256;        // a block has up to this many
 constexpr int kBlocksPerSm = 2;      // how many blocks of a reduction have room on a multiprocessor, by their registers
-constexpr int kMaxSlabSamples = 64;  // with groups, of which a block sorts its samples
+constexpr int kMaxSlabSamples = 64;  // with groups, by which each block of the slab orders its samples
 
 // A dense tensor (N, C, *): channels * length values a sample, as planes (NCHW) or as rows of channels (channels-last).
 struct View {
@@ -194,11 +194,12 @@ struct ReductionPlan {
   bool joined;            // all values of a thread are of one channel: they make one entry of the block's merge, not
                           // `vector` entries
   int lanes_per_channel;  // threads that merge one channel; a power of two, at most a warp
-  int slots;              // groups: how many of them a slab can hold. 0: there are no groups
+  int piece_samples;      // groups: a piece is up to so many samples of a slab that are of one group
+  int slots;              // groups: how many pieces a slab may have, each for a block. 0: there are no groups
   double one_of_parts, values_of_samples, values_of_part, all_values;  // for values_before
   int64_t fan_in, clusters;  // slabs are merged `fan_in` at a time into clusters, and these into the result
 
-  int64_t blocks() const { return geometry.column_blocks * slabs.count; }
+  int64_t blocks() const { return geometry.column_blocks * slabs.count * (slots ? slots : 1); }
   int64_t partials() const {
     const int64_t clusters_too = clusters > 1 ? clusters : 0;
     return (slots ? slabs.count * slots : slabs.count + clusters_too) * geometry.channels;
@@ -282,7 +283,17 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   const int64_t rounds = (samples * rows_per_sample + round - 1) / round;
   const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm * kWaves / at.column_blocks);
   const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
-  plan.slabs = cut_rows(samples, rows_per_sample, wanted, grouped ? kMaxSlabSamples : samples);
+  if (grouped && rows_per_sample <= wanted) {
+    // Which samples are of one group only the device knows: a slab is as many as a block can order, the work of several.
+    plan.slabs = cut_rows(samples, rows_per_sample, kMaxSlabSamples * wanted, kMaxSlabSamples);
+    const int64_t whole = plan.slabs.samples_per_slab, piece = std::min(whole, wanted / rows_per_sample);
+    plan.piece_samples = static_cast<int>(piece);
+    // Each group of a slab has a last piece that may be short: so many pieces at most, of so many groups.
+    plan.slots = static_cast<int>((whole + std::min(num_groups, whole) * (piece - 1)) / piece);
+  } else {
+    plan.slabs = cut_rows(samples, rows_per_sample, wanted, samples);
+    plan.piece_samples = plan.slots = grouped ? 1 : 0;
+  }
 
   const auto values_of = [&](int64_t samples, int64_t rows, int edge) {
     return static_cast<double>(samples * (rows * at.inner + edge));
@@ -297,7 +308,6 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   while (plan.lanes_per_channel < 32 && 2 * plan.lanes_per_channel * at.block_channels <= at.block.threads) {
     plan.lanes_per_channel *= 2;
   }
-  plan.slots = grouped ? static_cast<int>(std::min(num_groups, plan.slabs.samples_per_slab)) : 0;
   // Up to 16 slabs in one go; else about as many clusters as slabs in a cluster.
   plan.fan_in = plan.slabs.count;
   if (plan.slabs.count > 16) {

@@ -9,9 +9,10 @@
 // last cluster of a channel merges the clusters. Who is last is decided by tickets (workspace.h), but what is merged
 // with what, and in which order, by the partition alone: no float atomics, and the same bits every time.
 //
-// With groups, samples of any order may be of any group, and only the device knows. A block orders the samples of its
-// slab by group, reduces one group after the other, and leaves a piece for each; a second, small kernel merges the
-// pieces of each group. A slab has few samples, so there are few pieces for each thread of that kernel.
+// With groups, samples of any order may be of any group, and only the device knows. Several blocks share a slab: each
+// finds the same order of its samples by group, cuts it into pieces of one group, and reduces the one piece that is its
+// own, so that no block takes longer for there being more groups. A second, small kernel merges the pieces of each
+// group.
 #pragma once
 
 #include "partition.h"
@@ -217,27 +218,42 @@ struct alignas(8) Piece {
   int group, values;
 };
 
-// The samples of a slab, ordered by group: those of no group last.
-struct GroupOrder {
-  int group_of[kMaxSlabSamples];  // in the order of the tensor
-  int sample[kMaxSlabSamples];    // in the order of groups
-  int group[kMaxSlabSamples];
+// The samples that make one piece of a slab: its samples in the order of groups, and of the tensor within a group, are
+// cut at the ends of groups and after every `most` of one group. Samples of no group make no piece.
+struct PieceSamples {
+  int group_of[kMaxSlabSamples];  // of each sample of the slab
+  int first_of[kMaxSlabSamples];  // the same where the sample is the first of its piece, else kNone
+  int sample[kMaxSlabSamples];    // those of the piece
+  int group, samples;             // of the piece; kNone where the slab has fewer pieces
 
-  // Rank by counting: a slab has at most kMaxSlabSamples.
-  __device__ void fill(const Groups& groups, int64_t first_sample, int n) {
+  // By counting: a slab has at most kMaxSlabSamples.
+  __device__ void find(const Groups& groups, int64_t first_sample, int n, int piece, int most) {
+    if (threadIdx.x == 0) group = Groups::kNone;
     for (int i = threadIdx.x; i < n; i += blockDim.x) group_of[i] = groups[first_sample + i];
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      const auto key = static_cast<unsigned>(group_of[i]);  // kNone is the largest
-      int rank = 0;
-      for (int j = 0; j < n; ++j) {
-        const auto other = static_cast<unsigned>(group_of[j]);
-        rank += other < key || (other == key && j < i);
-      }
-      sample[rank] = i;
-      group[rank] = group_of[i];
+      first_of[i] = before(i) % most == 0 ? group_of[i] : Groups::kNone;
     }
     __syncthreads();
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+      const int own = group_of[i], own_before = before(i), place = own_before % most;
+      int number = own_before / most, all = 0;
+      for (int j = 0; j < n; ++j) {
+        number += static_cast<unsigned>(first_of[j]) < static_cast<unsigned>(own);  // kNone is the largest
+        all += group_of[j] == own;
+      }
+      if (number != piece || own == Groups::kNone) continue;
+      sample[place] = i;
+      if (place == 0) group = own, samples = min(most, all - own_before);
+    }
+    __syncthreads();
+  }
+
+  // How many samples before the i-th are of its group.
+  __device__ int before(int i) const {
+    int others = 0;
+    for (int j = 0; j < i; ++j) others += group_of[j] == group_of[i];
+    return others;
   }
 };
 
@@ -398,41 +414,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     reduce(const __grid_constant__ Op op, const __grid_constant__ ReductionPlan plan, Groups groups, double2* partials,
            Piece* pieces, unsigned* tickets) {
   extern __shared__ double shared[];
-  __shared__ GroupOrder order;
+  __shared__ PieceSamples piece;
   const Geometry& at = plan.geometry;
-  const int64_t column_block = blockIdx.x % at.column_blocks, slab_index = blockIdx.x / at.column_blocks;
-  const int64_t first_channel = column_block * at.block_channels;
+  const int64_t column_block = blockIdx.x % at.column_blocks, to = blockIdx.x / at.column_blocks;
+  const bool grouped = plan.slots > 0;
+  const int64_t slab_index = grouped ? to / plan.slots : to;
   const Slab slab = plan.slabs[slab_index];
   const int num_entries = static_cast<int>(blockDim.x) * plan.entries_of_thread();
   const Entries entries{shared, shared + Entries::places(num_entries)};
 
-  const bool grouped = plan.slots > 0;
-  if (grouped) order.fill(groups, slab.first_sample, slab.samples);
-
-  int64_t to = grouped ? slab_index * plan.slots : slab_index;
-  const bool describes = grouped && column_block == 0 && threadIdx.x == 0;
-  for (int first = 0, last = slab.samples; first < slab.samples; first = last, ++to) {
-    int group = 0;
-    if (grouped) {
-      group = order.group[first];
-      if (group == Groups::kNone) break;
-      for (last = first + 1; last < slab.samples && order.group[last] == group;) ++last;
-      if (describes) {
-        const int samples = last - first;
-        pieces[to] = {group, samples * slab.rows * at.inner + plan.edges_of(slab, samples)};
-      }
-    }
-    reduce_slab(op, plan, slab_index, column_block, group, grouped ? order.sample + first : nullptr, last - first,
-                entries, partials + to * at.channels + first_channel);
-    __syncthreads();  // before the entries are written again
-  }
+  int group = 0, samples = slab.samples;
   if (grouped) {
-    if (describes) {
-      for (; to < (slab_index + 1) * plan.slots; ++to) pieces[to] = {Groups::kNone, 0};
+    piece.find(groups, slab.first_sample, samples, static_cast<int>(to % plan.slots), plan.piece_samples);
+    group = piece.group;
+    samples = group == Groups::kNone ? 0 : piece.samples;
+    if (column_block == 0 && threadIdx.x == 0) {
+      pieces[to] = {group, samples * slab.rows * at.inner + plan.edges_of(slab, samples)};
     }
-    return;
+    if (group == Groups::kNone) return;
   }
-  merge_slabs(op, plan, slab_index, column_block, partials, tickets);
+  reduce_slab(op, plan, slab_index, column_block, group, grouped ? piece.sample : nullptr, samples, entries,
+              partials + to * at.channels + column_block * at.block_channels);
+  if (!grouped) merge_slabs(op, plan, slab_index, column_block, partials, tickets);
 }
 
 // The pieces that blocks have left, merged: several warps for each channel of a group, a block for adjacent channels.

@@ -69,7 +69,10 @@ class Statistics(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What a launch has done: loads of 16 bytes and of fewer; the most by one thread, and those of partial results."""
+    """What a launch has done: loads of 16 bytes and of fewer; the most by one thread, and those of partial results.
+
+    And the most barriers that one block waits at.
+    """
 
     kernel: str
     blocks: int
@@ -79,6 +82,7 @@ class Launch(NamedTuple):
     narrow_loads: int
     longest: int
     longest_merge: int
+    barriers: int
 
 
 def why_not() -> str:

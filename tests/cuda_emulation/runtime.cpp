@@ -72,10 +72,10 @@ struct Statistics {
 } statistics;
 
 // What a launch has done. Loads: those that kernels ask for by __ldg, of what was there before, and by __ldcg, of what
-// other blocks have left; `longest`: most of them by one thread.
+// other blocks have left; `longest`: most of them by one thread. Barriers: most of one block.
 struct Work {
   const char* kernel;
-  int64_t blocks, threads, fences, wide_loads, narrow_loads, longest, longest_merge;
+  int64_t blocks, threads, fences, wide_loads, narrow_loads, longest, longest_merge, barriers;
 };
 std::vector<Work> done, finished;
 
@@ -116,7 +116,8 @@ struct Block {
   BlockTime time;
   std::vector<Fiber> fibers;
   std::vector<ThreadTime*> times;
-  unsigned at_barrier = 0, done = 0;
+  unsigned done = 0;
+  int64_t barriers = 0;
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
   size_t shared_bytes = 0;
   struct Variable {
@@ -285,6 +286,7 @@ void Launch::finish(size_t slot) {
     work.longest = std::max(work.longest, one.loads);
     work.longest_merge = std::max(work.longest_merge, one.merge_loads);
   }
+  work.barriers = std::max(work.barriers, block.barriers);
   size_t bytes = block.shared_bytes;
   races.release(reinterpret_cast<uintptr_t>(block.shared.get()), block.shared_bytes);
   for (const auto& variable : block.variables) {
@@ -339,6 +341,7 @@ bool Launch::meet(Block& block) {
     return false;
   }
   ++statistics.barriers;
+  ++block.barriers;
   races.barrier(block.time, block.times);
   for (Fiber& one : block.fibers) one.state = Fiber::kReady;
   return true;

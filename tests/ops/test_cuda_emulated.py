@@ -195,7 +195,6 @@ EXERCISES = {
 
 BARRIER = "__syncthreads();"
 REDUCE = "cuda/reduce.h"
-ENTRIES = "entries, partials + to * at.channels + first_channel);\n    "
 CAPTURE = ") STD_CUDA_CHECK(cudaMemsetAsync"
 WORKSPACE = "cuda/workspace.cu"
 RELAXED = "cudaStreamCaptureModeRelaxed"
@@ -217,9 +216,16 @@ DEFECTS = [
         Mutation("the count comes too early", REDUCE, "now = ", "op.count_comes_last()", "false", " ? is_"),
     ),
     ("reduce", Mutation("entries are merged too early", REDUCE, "    }\n  }\n  ", BARRIER, ";", "\n\n  const int w")),
-    ("reduce_groups", Mutation("entries are overwritten too early", REDUCE, ENTRIES, BARRIER, ";")),
-    ("reduce_groups", Mutation("groups are ranked too early", REDUCE, "groups[first_sample + i];\n    ", BARRIER, ";")),
-    ("reduce_groups", Mutation("the order is read too early", REDUCE, "group_of[i];\n    }\n    ", BARRIER, ";")),
+    (
+        "reduce_groups",
+        Mutation("groups are read too early", REDUCE, "groups[first_sample + i];\n    ", BARRIER, ";"),
+    ),
+    ("reduce_groups", Mutation("pieces are counted too early", REDUCE, "Groups::kNone;\n    }\n    ", BARRIER, ";")),
+    ("reduce_groups", Mutation("the piece is read too early", REDUCE, "own_before);\n    }\n    ", BARRIER, ";")),
+    (
+        "reduce_groups",
+        Mutation("a block too few for pieces", "cuda/partition.h", "", "std::min(num_groups, whole)", "0 * whole"),
+    ),
     ("reduce_groups", Mutation("pieces are merged too early", REDUCE, "parts[warp] = merged;\n  ", BARRIER, ";")),
     (
         "reduce_while_capturing",
@@ -374,6 +380,19 @@ def test_pieces_of_groups_are_merged_by_many_threads(mutants):
     warps = 2  # for a channel: more than 128 pieces
     assert launch.blocks == 2 * 64 * warps // 8
     assert launch.longest <= 2 * math.ceil(pieces / (32 * warps))  # who it is of, and where it is of the group, itself
+
+
+@pytest.mark.parametrize("planes", [(40, 7, 7), (64, 3, 3)])
+def test_groups_take_no_block_longer_however_many_there_are(planes, mutants):
+    x = torch.randn(64, *planes)
+    alone = cost(mutants, "reduce", lambda: mutants.kernels.moments(x, torch.zeros(64).long(), 1))
+    for groups in (2, 8, 32, 64):
+        group = torch.arange(64) % groups
+        launch = cost(mutants, "reduce", lambda group=group, g=groups: mutants.kernels.moments(x, group, g))
+        assert launch.barriers == alone.barriers == 4  # three to find its samples, one to merge what threads have
+        assert launch.longest <= alone.longest
+        assert launch.wide_loads == x.numel() // 4
+        assert launch.blocks <= alone.blocks * (1 + groups)
 
 
 def test_partial_results_are_read_several_at_a_time(mutants):
