@@ -16,6 +16,10 @@
 // The first two differ only in how many adjacent values are of one channel (`inner`: 1 or the plane's length), the
 // third only in its strides. So there is one kernel, and the forms differ in the numbers below.
 //
+// Of a small tensor a block has all values of its channels: a single slab, and blocks that are narrow instead, so that
+// there are enough of them. Such a reduction has nothing to merge, and what needs its results can follow in the same
+// launch (whole.h).
+//
 // The cut depends on the shape, the alignment and the number of multiprocessors, never on what runs first: with the
 // order of merging fixed too, results have the same bits every time.
 #pragma once
@@ -119,6 +123,11 @@ class Walk {
   int64_t jump_, carry_;
 };
 
+// As many slabs as samples alone make necessary.
+inline Slabs whole_samples(int64_t samples, int64_t rows, int64_t most_samples) {
+  return cut_rows(samples, rows, samples * rows, most_samples);
+}
+
 // How many of `total` rows the thread row `start` of `step` gets.
 PRECISEBN_HOST_DEVICE inline int rows_of_thread(int total, int start, int step) {
   return total > start ? (total - 1 - start) / step + 1 : 0;
@@ -154,6 +163,16 @@ inline Block cut_columns(int64_t total, int64_t unit, int64_t least, int64_t mos
   }
   if (best_use < 0) best = cut_columns(total, unit, unit, most);
   return best;
+}
+
+// A narrow block for a tensor of few rows: about one for each multiprocessor, no narrower than `least`, and no more
+// threads than there is work for.
+inline Block narrow_block(int64_t total, int64_t unit, int64_t least, int64_t most, int64_t rows, int multiprocessors) {
+  const int64_t wanted = std::max(least, (total + multiprocessors - 1) / multiprocessors);
+  const int64_t columns = std::max(std::min({wanted, most, total}) / unit, int64_t{1}) * unit;
+  const int width = static_cast<int>(columns);
+  const int thread_rows = static_cast<int>(std::clamp<int64_t>(kThreads / width, 1, rows));
+  return {width, thread_rows, (width * thread_rows + 31) / 32 * 32};
 }
 
 // Where the values are: in elements from the start of the tensor, except the columns, in vectors.
@@ -194,12 +213,14 @@ struct ReductionPlan {
   bool joined;            // all values of a thread are of one channel: they make one entry of the block's merge, not
                           // `vector` entries
   int lanes_per_channel;  // threads that merge one channel; a power of two, at most a warp
-  int piece_samples;      // groups: a piece is up to so many samples of a slab that are of one group
+  int piece_samples;      // a piece is up to so many samples of a slab: with groups, of one group
   int slots;              // groups: how many pieces a slab may have, each for a block. 0: there are no groups
   double one_of_parts, values_of_samples, values_of_part, all_values;  // for values_before
   int64_t fan_in, clusters;  // slabs are merged `fan_in` at a time into clusters, and these into the result
 
   int64_t blocks() const { return geometry.column_blocks * slabs.count * (slots ? slots : 1); }
+  // Whether a block has all values of its channels, or of its channels and a group.
+  PRECISEBN_HOST_DEVICE bool is_whole() const { return slabs.count == 1 && piece_samples == slabs.samples_per_slab; }
   int64_t partials() const {
     const int64_t clusters_too = clusters > 1 ? clusters : 0;
     return (slots ? slabs.count * slots : slabs.count + clusters_too) * geometry.channels;
@@ -233,6 +254,7 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   constexpr int64_t kLongPlane = 64;    // vectors
   constexpr int kMostRounds = 16;       // a chain of float32 merges is no longer than this
   constexpr int kWaves = 3;             // blocks do not all take the same time
+  constexpr int kMostWholeRounds = 4;   // take less time than a ticket and what comes behind it
   const bool grouped = num_groups > 0;  // 0: no group vector
   const int64_t sample = view.channels * view.length;
 
@@ -240,6 +262,13 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   Geometry& at = plan.geometry;
   at.channels = view.channels;
   int64_t samples = view.batch, rows_per_sample;
+  const auto rounds_of = [&](const Block& block) {
+    const int64_t round = static_cast<int64_t>(block.thread_rows) * rows_at_once;
+    return (samples * rows_per_sample + round - 1) / round;
+  };
+  const auto is_whole = [&](const Block& block) {
+    return rounds_of(block) <= kMostWholeRounds && !(grouped && samples > kMaxSlabSamples);
+  };
 
   // Short planes: a block's columns must be whole planes and whole vectors.
   const int64_t row = view.planes ? sample : view.channels;
@@ -267,32 +296,37 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
     const int64_t enough_rows = std::max<int64_t>(1, 32 / value_bytes);
     const int64_t line = 128 / (at.vector * element_size);
     const int64_t most = enough_rows == 1 ? kThreads : std::max(kThreads / enough_rows, line);
-    at.block = cut_columns(at.columns, unit, std::max(line, most / 2), most);
+    rows_per_sample = view.planes ? 1 : view.length;
+    at.block = narrow_block(at.columns, unit, line / 2, most, samples * rows_per_sample, multiprocessors);
+    if (!is_whole(at.block)) at.block = cut_columns(at.columns, unit, std::max(line, most / 2), most);
     at.block_stride = static_cast<int64_t>(at.block.columns) * at.vector;
     at.column_blocks = (at.columns + at.block.columns - 1) / at.block.columns;
     at.block_channels = at.block.columns * at.vector / at.inner;
     at.sample_stride = sample;
-    rows_per_sample = view.planes ? 1 : view.length;
     if (!grouped) {  // samples lie one after another: one long sample
       rows_per_sample *= samples;
       samples = 1;
     }
   }
 
-  const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once;
-  const int64_t rounds = (samples * rows_per_sample + round - 1) / round;
+  const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once, rounds = rounds_of(at.block);
   const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm * kWaves / at.column_blocks);
   const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
-  if (grouped && rows_per_sample <= wanted) {
+  if (is_whole(at.block)) {
+    plan.slabs = whole_samples(samples, rows_per_sample, samples);
+    plan.piece_samples = static_cast<int>(samples);
+    plan.slots = grouped ? static_cast<int>(std::min(num_groups, samples)) : 0;
+  } else if (grouped && rows_per_sample <= wanted) {
     // Which samples are of one group only the device knows: a slab is as many as a block can order, the work of several.
-    plan.slabs = cut_rows(samples, rows_per_sample, kMaxSlabSamples * wanted, kMaxSlabSamples);
+    plan.slabs = whole_samples(samples, rows_per_sample, kMaxSlabSamples);
     const int64_t whole = plan.slabs.samples_per_slab, piece = std::min(whole, wanted / rows_per_sample);
     plan.piece_samples = static_cast<int>(piece);
     // Each group of a slab has a last piece that may be short: so many pieces at most, of so many groups.
     plan.slots = static_cast<int>((whole + std::min(num_groups, whole) * (piece - 1)) / piece);
   } else {
     plan.slabs = cut_rows(samples, rows_per_sample, wanted, samples);
-    plan.piece_samples = plan.slots = grouped ? 1 : 0;
+    plan.piece_samples = static_cast<int>(plan.slabs.samples_per_slab);
+    plan.slots = grouped ? 1 : 0;
   }
 
   const auto values_of = [&](int64_t samples, int64_t rows, int edge) {

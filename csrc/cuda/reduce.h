@@ -1,6 +1,6 @@
 // The reduction of a tensor to two numbers per (group, channel): one kernel for `moments`, `accumulate` and
 // `backward_reduce`, which differ in what a thread does with the values that it reads, and in how two results merge
-// (an Op, see moments.cu and backward_reduce.cu).
+// (an Op, see moments_op.h and backward_op.h).
 //
 // A block reduces a slab of rows (partition.h). Each thread walks down its column with kRows independent 16-byte loads
 // in flight, and keeps a result per value of its vector. These meet in shared memory, where a few threads per channel
@@ -281,10 +281,32 @@ __device__ inline void add_edges(const Op& op, const ReductionPlan& plan, int64_
   result = {all.first, all.second};
 }
 
-// Reduces the values of one group in the block's slab: the result of channel c of the block goes to to[c].
+// The next rows of a thread, all loaded before the first is used.
 template <class Op>
+struct Batch {
+  using Type = typename Op::Type;
+
+  Vec<Type, Op::kSize> x[Op::kInputs][Op::kRows];  // 0 where there are no more
+
+  __device__ void load(const Column<Type, Op::kSize>& values, Walk& walk, int rows) {
+#pragma unroll
+    for (int r = 0; r < Op::kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < Op::kInputs; ++i) x[i][r] = {};
+      if (r < rows) {
+        const int64_t offset = values.offset(walk);
+#pragma unroll
+        for (int i = 0; i < Op::kInputs; ++i) x[i][r] = x[i][r].load(values.inputs[i] + offset);
+      }
+      walk.next();
+    }
+  }
+};
+
+// Reduces the values of one group in the block's slab: calls emit(c, result) for each channel c of the block.
+template <class Op, class Emit>
 __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t slab_index, int64_t column_block,
-                            int group, const int* order, int samples, const Entries& entries, double2* to) {
+                            int group, const int* order, int samples, const Entries& entries, Emit emit) {
   constexpr int kSize = Op::kSize, kRows = Op::kRows;
   const Geometry& at = plan.geometry;
   const Slab slab = plan.slabs[slab_index];
@@ -298,22 +320,12 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
 #pragma unroll 1
     for (int done = 0; done < values.rows; done += kRows) {
       const int rows = min(kRows, values.rows - done);
-      Vec<typename Op::Type, kSize> x[Op::kInputs][kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-        for (int i = 0; i < Op::kInputs; ++i) x[i][r] = {};
-        if (r < rows) {
-          const int64_t offset = values.offset(walk);
-#pragma unroll
-          for (int i = 0; i < Op::kInputs; ++i) x[i][r] = x[i][r].load(values.inputs[i] + offset);
-        }
-        walk.next();
-      }
+      Batch<Op> batch;
+      batch.load(values, walk, rows);
       if (rows == kRows) {
-        lanes.template add<true>(x, done, rows);
+        lanes.template add<true>(batch.x, done, rows);
       } else {
-        lanes.template add<false>(x, done, rows);
+        lanes.template add<false>(batch.x, done, rows);
       }
     }
 
@@ -362,20 +374,18 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
              rows_of_thread(edges, row, at.block.thread_rows);
     };
     const double2 result = Op::combine(n, lane, plan.lanes_per_channel, parts_of<1>(at_entry, count));
-    if (lane == 0 && channel < channels) to[channel] = result;
+    if (lane == 0 && channel < channels) emit(channel, result);
   });
 }
 
-// What a block does when its slab is reduced: nothing, unless it is the last of its cluster, of its channels, of all.
+// What a block does when its slab, of several, is reduced: nothing, unless it is the last of its cluster, and then of
+// its channels. Returns whether it is that, and so has their results.
 template <class Op>
-__device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int64_t slab_index, int64_t column_block,
+__device__ inline bool merge_slabs(const Op& op, const ReductionPlan& plan, int64_t slab_index, int64_t column_block,
                                    double2* partials, unsigned* tickets) {
   const Geometry& at = plan.geometry;
   const int64_t first_channel = column_block * at.block_channels;
   const int channels = at.channels_of_block(column_block);
-  const auto emit = [&](int channel, double2 merged) {
-    op.emit(0, first_channel + channel, {plan.all_values, merged.x, merged.y});
-  };
   double2* const cluster_results = partials + plan.slabs.count * at.channels + first_channel;
   unsigned *const final_tickets = tickets + 1, *const cluster_tickets = final_tickets + at.column_blocks;
   const int64_t cluster = slab_index / plan.fan_in;
@@ -383,7 +393,7 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
   int64_t begin = cluster * plan.fan_in, step = 1;
   int n = static_cast<int>(min(plan.fan_in, plan.slabs.count - begin));
   const double2* from = partials + begin * at.channels + first_channel;
-  if (!is_last_of(n, cluster_tickets + column_block * plan.clusters + cluster)) return;
+  if (!is_last_of(n, cluster_tickets + column_block * plan.clusters + cluster)) return false;
 #pragma unroll 1
   for (;;) {
     const bool is_result = plan.clusters == 1 || step > 1;
@@ -401,12 +411,10 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
         cluster_results[cluster * at.channels + channel] = merged;
       }
     });
-    if (is_result) break;
-    if (!is_last_of(plan.clusters, final_tickets + column_block)) return;
+    if (is_result) return true;
+    if (!is_last_of(plan.clusters, final_tickets + column_block)) return false;
     begin = 0, step = plan.fan_in, n = static_cast<int>(plan.clusters), from = cluster_results;
   }
-  const bool now = op.count_comes_last() ? is_last_of(at.column_blocks, tickets) : column_block == 0;
-  if (now && threadIdx.x == 0) op.emit_count(0, plan.all_values);
 }
 
 template <class Op>
@@ -433,9 +441,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
     if (group == Groups::kNone) return;
   }
+  const int64_t first_channel = column_block * at.block_channels;
+  const bool is_result = !grouped && plan.slabs.count == 1;
   reduce_slab(op, plan, slab_index, column_block, group, grouped ? piece.sample : nullptr, samples, entries,
-              partials + to * at.channels + column_block * at.block_channels);
-  if (!grouped) merge_slabs(op, plan, slab_index, column_block, partials, tickets);
+              [&](int channel, double2 result) {
+                if (is_result) {
+                  op.emit(0, first_channel + channel, {plan.all_values, result.x, result.y});
+                } else {
+                  partials[to * at.channels + first_channel + channel] = result;
+                }
+              });
+  if (grouped || !(is_result || merge_slabs(op, plan, slab_index, column_block, partials, tickets))) return;
+  const bool now = op.count_comes_last() ? is_last_of(at.column_blocks, tickets) : column_block == 0;
+  if (now && threadIdx.x == 0) op.emit_count(0, plan.all_values);
 }
 
 // The pieces that blocks have left, merged: several warps for each channel of a group, a block for adjacent channels.
