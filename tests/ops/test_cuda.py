@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from precisebn import functional, ops, update_bn_stats
 from precisebn.errors import InputError
+from precisebn.nn import BatchStatBN
 from precisebn.ops import compute_dtype
 from precisebn.ops.grouping import per_sample
 from precisebn.ops.registry import OPERATORS
@@ -737,6 +738,8 @@ def test_nothing_waits_for_the_device():
         ops.backward_apply(dy, x, a, a, a, a, group)
         _, *statistics = raw.normalize_batch(x, mean, var, 1e-3, group, 3)
         raw.backward_batch(dy, x, *statistics, mean, 1e-3, group)
+        batches = torch.ones((), dtype=torch.int64, device="cuda")
+        raw.normalize_and_track(x, mean, var, 1e-3, mean, var, batches, 0.1)
         ops.track(*(t[0] for t in statistics), mean, var, torch.ones((), dtype=torch.int64, device="cuda"), None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -799,6 +802,29 @@ def test_compiles_in_one_graph(mode):
         x, weight = on_gpu(tensor((6, 4, 5, 5)), layout), torch.rand(4, device="cuda")
         for _ in range(3):
             torch.testing.assert_close(compiled(x, weight).clone(), batch_norm(x, weight))
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (64, 64, 28, 28)])
+def test_a_layer_moves_its_statistics_as_torchs_does(shape):
+    """In one launch forward where it is small; also in a CUDA graph, which allocates and zeroes nothing for it."""
+    ours, theirs = BatchStatBN(shape[1], device="cuda"), nn.BatchNorm2d(shape[1], device="cuda")
+    x = on_gpu(tensor(shape))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        ours(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ours(x)
+    theirs(x)
+    for seed in range(3):
+        x.copy_(tensor(shape, seed=seed))
+        graph.replay()
+        torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-4)
+    for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @needs_gpu
