@@ -2,11 +2,10 @@
 
 The shapes are those of ResNet-50 at batch 32, in one group and in four (every fourth sample is of the same group, which
 is how domains lie in a mixed mini-batch); besides, five levels of a feature pyramid normalized together, against
-flattening, concatenating, normalizing and splitting them; and on CUDA layers that are so small that launches take longer
-than their values. The floor is the time of the passes over memory that cannot
-be avoided (forward: read x twice, write y; backward: read x and dy twice, write dx), each taken from the plainest
-operator of torch in the same round; on CUDA, where torch uses cuDNN, it is these bytes over a device-to-device copy's
-bandwidth.
+flattening, concatenating, normalizing and splitting them; and on CUDA layers so small that launches take longer than
+their values. The floor is the time of the passes over memory that cannot be avoided (forward: read x twice, write y;
+backward: read x and dy twice, write dx), each taken from the plainest operator of torch in the same round; on CUDA,
+where torch uses cuDNN, it is these bytes over a device-to-device copy's bandwidth.
 """
 
 import statistics
