@@ -78,9 +78,10 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> backward_at_once(const Tensor&
                         num_groups);
         return of;
       };
-      const Map map{mutable_data<T>(to.output),       counts_of(kOp, count, x, num_groups), rows("mean", mean),
-                    rows("m2", m2),                   rows("weight", weight),               rows("grad_weight", grad_weight),
-                    rows("grad_bias", grad_bias),     eps};
+      const Map map{mutable_data<T>(to.output),   counts_of(kOp, count, x, num_groups),
+                    rows("mean", mean),           rows("m2", m2),
+                    rows("weight", weight),       rows("grad_weight", grad_weight),
+                    rows("grad_bias", grad_bias), eps};
       launch_whole(where, groups, Op{{of_dy, of_x}, data<double>(center), nullptr, nullptr, channels}, map, plan);
       result = {to.finish(), grad_weight, grad_bias};
     };

@@ -1,5 +1,5 @@
-// What becomes of a value: the formulas of `normalize` and `backward_apply`, for their own kernels (map.h) and for those
-// that reduce first (whole.h).
+// What becomes of a value: the formulas of `normalize` and `backward_apply`, for their own kernels (map.h) and for
+// those that reduce first (whole.h).
 #pragma once
 
 namespace precisebn::cuda {

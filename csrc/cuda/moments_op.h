@@ -1,8 +1,8 @@
 // What a thread does with its values to find their moments. They come in batches of kRows rows, all loaded before the
-// first is used. For each of the values side by side (a "lane") the mean of the first batch becomes the shift K, and sums of d = x - K and of
-// its square are all that is kept: 10 instructions a value with the loads, where memory leaves time for 16. When there
-// are twice, four and eight times as many values, K moves to their mean, and the sums with it. At the end,
-// m2 = sum(d^2) - sum(d)^2 / n. The sums are float32 for input of up to 32 bits, and accurate, because:
+// first is used. For each of the values side by side (a "lane") the mean of the first batch becomes the shift K, and
+// sums of d = x - K and of its square are all that is kept: 10 instructions a value with the loads, where memory leaves
+// time for 16. When there are twice, four and eight times as many values, K moves to their mean, and the sums with it.
+// At the end, m2 = sum(d^2) - sum(d)^2 / n. The sums are float32 for input of up to 32 bits, and accurate, because:
 //
 //   d is small. K is the mean of some of the values. Where x and K are within a factor of 2, x - K is exact (Sterbenz);
 //   else its rounding is relative to d. So |mean| / std is taken out of the problem before anything is rounded.

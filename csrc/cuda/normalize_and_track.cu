@@ -1,5 +1,5 @@
-// normalize_and_track: normalize_batch and track in one call. Of a small tensor in one launch (whole.h), which is that of
-// normalize_batch too, without running statistics.
+// normalize_and_track: normalize_batch and track in one call. Of a small tensor in one launch (whole.h), which is that
+// of normalize_batch too, without running statistics.
 #include "../arithmetic.h"
 #include "../operators.h"
 #include "formulas.h"
@@ -11,8 +11,8 @@
 namespace precisebn::cuda {
 namespace {
 
-// Running statistics that move by a fixed share. (The average over all mini-batches takes their number, which all blocks
-// of a group would have to read before one of them writes it.)
+// Running statistics that move by a fixed share. (The average over all mini-batches takes their number, which all
+// blocks of a group would have to read before one of them writes it.)
 struct Running {
   Rows mean, var;        // without data: there are none
   int64_t* num_batches;  // of each group
@@ -22,8 +22,7 @@ struct Running {
   __device__ void move(int group, int64_t channel, const Partial& batch) const {
     if (mean.data == nullptr || !(batch.count > 1)) return;
     mean.write(group, channel, precisebn::lerp(mean.read(group, channel), batch.first, share));
-    var.write(group, channel,
-              precisebn::lerp(var.read(group, channel), batch.second / (batch.count - 1.0), share));
+    var.write(group, channel, precisebn::lerp(var.read(group, channel), batch.second / (batch.count - 1.0), share));
     if (channel == 0) ++num_batches[group * num_batches_stride];
   }
 };

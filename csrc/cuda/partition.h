@@ -317,7 +317,8 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
     plan.piece_samples = static_cast<int>(samples);
     plan.slots = grouped ? static_cast<int>(std::min(num_groups, samples)) : 0;
   } else if (grouped && rows_per_sample <= wanted) {
-    // Which samples are of one group only the device knows: a slab is as many as a block can order, the work of several.
+    // Which samples are of one group only the device knows: a slab is as many as a block can order, the work of
+    // several.
     plan.slabs = whole_samples(samples, rows_per_sample, kMaxSlabSamples);
     const int64_t whole = plan.slabs.samples_per_slab, piece = std::min(whole, wanted / rows_per_sample);
     plan.piece_samples = static_cast<int>(piece);

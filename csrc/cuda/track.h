@@ -19,8 +19,8 @@ struct RunningRows {
         var(rows_of("track", "running_var", running_var, like, channels)),
         num_batches(mutable_data<int64_t>(batches)),
         num_batches_stride(batches.dim() == 1 ? batches.stride(0) : 0) {
-    STD_TORCH_CHECK(mean.size == rows && var.size == rows,
-                    "precisebn::track: all must have as many rows as mean, ", rows);
+    STD_TORCH_CHECK(mean.size == rows && var.size == rows, "precisebn::track: all must have as many rows as mean, ",
+                    rows);
     STD_TORCH_CHECK(batches.dim() <= 1 && batches.numel() == rows && batches.scalar_type() == ScalarType::Long &&
                         on_device_of(batches, like),
                     "precisebn::track: num_batches must be int64, () or (G,), on the device of mean");

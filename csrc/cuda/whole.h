@@ -4,8 +4,8 @@
 //
 // The block reduces as in reduce.h. The thread that has the result of a channel makes its coefficients (a Map, see
 // normalize_and_track.cu and backward_at_once.cu), in float64, leaves them in shared memory, and writes what the
-// operator returns for the channel. Then all threads go through their rows again. What they read again lies in L1, which
-// is the same memory as shared memory would be: a thread has at most 4 batches of 8 vectors, a block 128 KiB.
+// operator returns for the channel. Then all threads go through their rows again. What they read again lies in L1,
+// which is the same memory as shared memory would be: a thread has at most 4 batches of 8 vectors, a block 128 KiB.
 //
 // With groups, each block has one group of its channels, and a last one the samples of no group, which become NaN. So
 // there is no more to order than which samples are its own.
