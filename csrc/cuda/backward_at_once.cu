@@ -20,16 +20,17 @@ struct ApplyMap {
   double eps;
 
   template <class Set>
-  __device__ void emit(int group, int64_t channel, const Partial& sums, Set set) const {
+  __device__ void emit(int group, int64_t channel, const Partial& sums, bool writes, Set set) const {
     const double n = count.divisor(group);
     const BackwardCoefficients to(1.0 / n, mean.read(group, channel), m2.read(group, channel) / n, sums.first,
                                   sums.second, weight.read_or(1.0, group, channel), eps, std::is_same_v<T, double>);
-    grad_weight.write(group, channel, to.grad_weight);
-    grad_bias.write(group, channel, sums.first);
     set(0, to.center);
     set(1, to.a);
     set(2, to.b);
     set(3, to.c);
+    if (!writes) return;
+    grad_weight.write(group, channel, to.grad_weight);
+    grad_bias.write(group, channel, sums.first);
   }
 
   template <class Real>
@@ -64,7 +65,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> backward_at_once(const Tensor&
     const auto launch = [&](auto size, const ReductionPlan& plan) {
       using Op = BackwardOp<T, size>;
       using Map = ApplyMap<T>;
-      if (!fits_whole<Map, typename Op::Real>(groups, plan)) return;
+      if (!fits_whole<Map, typename Op::Real>(where, groups, plan)) return;
       const int64_t sizes[] = {num_groups, channels};
       const auto gradient = [&] {
         return torch::stable::new_empty(mean, {sizes + 2 - dims, static_cast<size_t>(dims)},

@@ -40,16 +40,17 @@ struct NormalizeMap {
   double eps;
 
   template <class Set>
-  __device__ void emit(int group, int64_t channel, const Partial& moments, Set set) const {
-    const int64_t i = group * channels + channel;
-    mean[i] = moments.first;
-    m2[i] = moments.second;
-    if (channel == 0) count[group] = moments.count;
+  __device__ void emit(int group, int64_t channel, const Partial& moments, bool writes, Set set) const {
     const Coefficients to(moments.first, moments.second / fmax(moments.count, 1.0), weight.read_or(1.0, group, channel),
                           bias.read_or(0.0, group, channel), eps, std::is_same_v<T, double>);
     set(0, to.center);
     set(1, to.scale);
     set(2, to.shift);
+    if (!writes) return;
+    const int64_t i = group * channels + channel;
+    mean[i] = moments.first;
+    m2[i] = moments.second;
+    if (channel == 0) count[group] = moments.count;
     running.move(group, channel, moments);
   }
 
@@ -76,7 +77,7 @@ std::optional<Normalized> at_once(const Tensor& x, const std::optional<Tensor>& 
     const auto launch = [&](auto size, const ReductionPlan& plan) {
       using Op = MomentsOp<T, size>;
       using Map = NormalizeMap<T>;
-      if (!fits_whole<Map, typename Op::Real>(groups, plan)) return;
+      if (!fits_whole<Map, typename Op::Real>(where, groups, plan)) return;
       const int64_t sizes[] = {num_groups, channels}, dims = group ? 2 : 1;
       const auto array = [&](int64_t dim) {
         const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes + (group ? 0 : 1), static_cast<size_t>(dim));

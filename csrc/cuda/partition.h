@@ -18,7 +18,7 @@
 //
 // Of a small tensor a block has all values of its channels: a single slab, and blocks that are narrow instead, so that
 // there are enough of them. Such a reduction has nothing to merge, and what needs its results can follow in the same
-// launch (whole.h).
+// launch (whole.h). Of a somewhat larger one as many blocks as a cluster holds (cluster.h) have them together.
 //
 // The cut depends on the shape, the alignment and the number of multiprocessors, never on what runs first: with the
 // order of merging fixed too, results have the same bits every time.
@@ -216,6 +216,7 @@ struct ReductionPlan {
   int piece_samples;      // a piece is up to so many samples of a slab: with groups, of one group
   int slots;              // groups: how many pieces a slab may have, each for a block. 0: there are no groups
   double one_of_parts, values_of_samples, values_of_part, all_values;  // for values_before
+  int cluster_blocks;        // that have all values of their channels together, one for each slab. 0: they are too many
   int64_t fan_in, clusters;  // slabs are merged `fan_in` at a time into clusters, and these into the result
 
   int64_t blocks() const { return geometry.column_blocks * slabs.count * (slots ? slots : 1); }
@@ -251,11 +252,13 @@ struct ReductionPlan {
 // flight.
 inline ReductionPlan plan_reduction(const View& view, int vector, int element_size, int rows_at_once,
                                     int64_t num_groups, int multiprocessors) {
-  constexpr int64_t kLongPlane = 64;    // vectors
-  constexpr int kMostRounds = 16;       // a chain of float32 merges is no longer than this
-  constexpr int kWaves = 3;             // blocks do not all take the same time
-  constexpr int kMostWholeRounds = 4;   // take less time than a ticket and what comes behind it
-  const bool grouped = num_groups > 0;  // 0: no group vector
+  constexpr int64_t kLongPlane = 64;       // vectors
+  constexpr int kMostRounds = 16;          // a chain of float32 merges is no longer than this
+  constexpr int kWaves = 3;                // blocks do not all take the same time
+  constexpr int kMostWholeRounds = 4;      // take less time than a ticket and what comes behind it
+  constexpr int kMostSlabs = 8;            // of a cluster of blocks, each of so many rounds at most
+  constexpr int64_t kMostBytes = 2 << 20;  // beyond, launches matter less than bytes
+  const bool grouped = num_groups > 0;     // 0: no group vector
   const int64_t sample = view.channels * view.length;
 
   ReductionPlan plan{};
@@ -268,6 +271,10 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   };
   const auto is_whole = [&](const Block& block) {
     return rounds_of(block) <= kMostWholeRounds && !(grouped && samples > kMaxSlabSamples);
+  };
+
+  const auto is_clustered = [&](const Block& block) {
+    return !grouped && rounds_of(block) <= kMostSlabs * kMostWholeRounds && view.values() * element_size <= kMostBytes;
   };
 
   // Short planes: a block's columns must be whole planes and whole vectors.
@@ -298,7 +305,8 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
     const int64_t most = enough_rows == 1 ? kThreads : std::max(kThreads / enough_rows, line);
     rows_per_sample = view.planes ? 1 : view.length;
     at.block = narrow_block(at.columns, unit, line / 2, most, samples * rows_per_sample, multiprocessors);
-    if (!is_whole(at.block)) at.block = cut_columns(at.columns, unit, std::max(line, most / 2), most);
+    if (!is_whole(at.block) && !is_clustered(at.block))
+      at.block = cut_columns(at.columns, unit, std::max(line, most / 2), most);
     at.block_stride = static_cast<int64_t>(at.block.columns) * at.vector;
     at.column_blocks = (at.columns + at.block.columns - 1) / at.block.columns;
     at.block_channels = at.block.columns * at.vector / at.inner;
@@ -312,10 +320,19 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once, rounds = rounds_of(at.block);
   const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm * kWaves / at.column_blocks);
   const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
+  Slabs of_cluster{};
+  for (int64_t each = 1; each <= kMostWholeRounds && is_clustered(at.block); ++each) {
+    of_cluster = cut_rows(samples, rows_per_sample, each * round, samples);
+    if (of_cluster.count <= kMostSlabs) break;
+  }
   if (is_whole(at.block)) {
     plan.slabs = whole_samples(samples, rows_per_sample, samples);
     plan.piece_samples = static_cast<int>(samples);
     plan.slots = grouped ? static_cast<int>(std::min(num_groups, samples)) : 0;
+  } else if (is_clustered(at.block) && of_cluster.count <= kMostSlabs) {
+    plan.slabs = of_cluster;
+    plan.piece_samples = static_cast<int>(plan.slabs.samples_per_slab);
+    plan.cluster_blocks = static_cast<int>(plan.slabs.count);
   } else if (grouped && rows_per_sample <= wanted) {
     // Which samples are of one group only the device knows: a slab is as many as a block can order, the work of
     // several.

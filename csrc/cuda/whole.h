@@ -7,12 +7,17 @@
 // operator returns for the channel. Then all threads go through their rows again. What they read again lies in L1,
 // which is the same memory as shared memory would be: a thread has at most 4 batches of 8 vectors, a block 128 KiB.
 //
+// A somewhat larger tensor takes a cluster of blocks, each with a slab of the same channels. They leave their results
+// in shared memory, and each reads those of all, in the same order, as the last block would have merged them: the same
+// bits in each. Their barrier empties L1, so what is read again comes from the second-level cache.
+//
 // With groups, each block has one group of its channels, and a last one the samples of no group, which become NaN. So
 // there is no more to order than which samples are its own.
 //
 // Partition, arithmetic and order are those of the launches that this one replaces, and so are the bits.
 #pragma once
 
+#include "cluster.h"
 #include "reduce.h"
 
 namespace precisebn::cuda {
@@ -43,13 +48,13 @@ struct GroupSamples {
 
 // The second way through the block's values. coefficients[i * block_channels + c]: the i-th of channel c of the block.
 template <class Op, class Map>
-__device__ inline void map_slab(const Op& op, const Map& map, const ReductionPlan& plan, int64_t column_block,
-                                const int* order, int samples, const typename Op::Real* coefficients) {
+__device__ inline void map_slab(const Op& op, const Map& map, const ReductionPlan& plan, const Slab& slab,
+                                int64_t column_block, const int* order, int samples,
+                                const typename Op::Real* coefficients) {
   using T = typename Op::Type;
   using Real = typename Op::Real;
   constexpr int kSize = Op::kSize, kRows = Op::kRows;
   const Geometry& at = plan.geometry;
-  const Slab slab = plan.slabs[0];
   const int column = threadIdx.x % at.block.columns, thread_row = threadIdx.x / at.block.columns;
   if (thread_row >= at.block.thread_rows || column >= at.columns_of_block(column_block)) return;
   const Column<T, kSize> values(op, at, slab, column_block, order, samples);
@@ -91,7 +96,7 @@ __device__ inline void map_slab(const Op& op, const Map& map, const ReductionPla
   });
 }
 
-template <class Op, class Map>
+template <class Op, class Map, bool in_clusters>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     reduce_and_map(const __grid_constant__ Op op, const __grid_constant__ Map map,
                    const __grid_constant__ ReductionPlan plan, Groups groups) {
@@ -99,12 +104,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   extern __shared__ double shared[];
   __shared__ GroupSamples own;
   const Geometry& at = plan.geometry;
-  const int64_t column_block = blockIdx.x % at.column_blocks, first_channel = column_block * at.block_channels;
-  const int group = static_cast<int>(blockIdx.x / at.column_blocks);
-  const Slab slab = plan.slabs[0];
+  // The blocks of a cluster are adjacent; without, those of a group are.
+  const int64_t column_block = in_clusters ? blockIdx.x / plan.cluster_blocks : blockIdx.x % at.column_blocks;
+  const int64_t slab_index = in_clusters ? blockIdx.x % plan.cluster_blocks : 0;
+  const int group = in_clusters ? 0 : static_cast<int>(blockIdx.x / at.column_blocks);
+  const int64_t first_channel = column_block * at.block_channels;
+  const Slab slab = plan.slabs[slab_index];
   const int num_entries = static_cast<int>(blockDim.x) * plan.entries_of_thread();
   const Entries entries{shared, shared + Entries::places(num_entries)};
-  Real* const coefficients = reinterpret_cast<Real*>(shared + 2 * Entries::places(num_entries));
+  auto* const results = reinterpret_cast<double2*>(shared + 2 * Entries::places(num_entries));  // in clusters
+  Real* const coefficients = reinterpret_cast<Real*>(results + (in_clusters ? at.block_channels : 0));
+  const auto emit = [&](int channel, double count, double2 result, bool writes) {
+    map.emit(group, first_channel + channel, {count, result.x, result.y}, writes, [&](int i, double coefficient) {
+      coefficients[i * at.block_channels + channel] = static_cast<Real>(coefficient);
+    });
+  };
 
   int samples = slab.samples;
   const int* order = nullptr;
@@ -120,38 +134,72 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
   } else {
     const double count = static_cast<double>(samples * slab.rows * at.inner + plan.edges_of(slab, samples));
-    reduce_slab(op, plan, 0, column_block, group, order, samples, entries, [&](int channel, double2 result) {
-      map.emit(group, first_channel + channel, {count, result.x, result.y}, [&](int i, double coefficient) {
-        coefficients[i * at.block_channels + channel] = static_cast<Real>(coefficient);
-      });
+    reduce_slab(op, plan, slab_index, column_block, group, order, samples, entries, [&](int channel, double2 result) {
+      if constexpr (in_clusters) {
+        results[channel] = result;
+      } else {
+        emit(channel, count, result, true);
+      }
     });
   }
-  __syncthreads();
-  map_slab(op, map, plan, column_block, order, samples, coefficients);
+  if constexpr (in_clusters) {
+    cluster_barrier();  // results are there
+    const int channels = at.channels_of_block(column_block);
+    for_each_channel(channels, plan.lanes_per_channel, [&](int channel, int lane) {
+      const auto result_of = [&](int i) { return of_block(results + channel, i); };
+      const auto count = [&](int i) { return plan.values_before(i + 1) - plan.values_before(i); };
+      const double2 merged = Op::combine(channel < channels ? plan.cluster_blocks : 0, lane, plan.lanes_per_channel,
+                                         parts_of<kMostClusterBlocks>(result_of, count));
+      if (lane == 0 && channel < channels) emit(channel, plan.all_values, merged, slab_index == 0);
+    });
+    cluster_barrier();  // coefficients are there, and nobody needs the results of a block that is done
+  } else {
+    __syncthreads();
+  }
+  map_slab(op, map, plan, slab, column_block, order, samples, coefficients);
 }
 
 // What a kernel needs of shared memory, and what a block must have.
 template <class Map, class Real>
 size_t shared_of_whole(const ReductionPlan& plan) {
   return 2 * sizeof(double) * Entries::places(plan.geometry.block.threads * plan.entries_of_thread()) +
+         sizeof(double2) * static_cast<size_t>(plan.cluster_blocks ? plan.geometry.block_channels : 0) +
          sizeof(Real) * static_cast<size_t>(Map::kCoefficients * plan.geometry.block_channels);
 }
 
 // Whether there is such a launch for a tensor of this plan.
 template <class Map, class Real>
-bool fits_whole(const Groups& groups, const ReductionPlan& plan) {
-  return plan.is_whole() && (groups.ids == nullptr || groups.count <= kMostWholeGroups) &&
-         shared_of_whole<Map, Real>(plan) + sizeof(GroupSamples) <= kMostShared;
+bool fits_whole(const OnDeviceOf& where, const Groups& groups, const ReductionPlan& plan) {
+  const bool is_small = plan.cluster_blocks > 0
+                            ? has_clusters(where.device)
+                            : plan.is_whole() && (groups.ids == nullptr || groups.count <= kMostWholeGroups);
+  return is_small && shared_of_whole<Map, Real>(plan) + sizeof(GroupSamples) <= kMostShared;
+}
+
+template <class Op, class Map>
+void launch_clusters(const OnDeviceOf& where, const Op& op, const Map& map, const ReductionPlan& plan) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(plan.cluster_blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(plan.blocks()), 1, 1};
+  config.blockDim = {static_cast<unsigned>(plan.geometry.block.threads), 1, 1};
+  config.dynamicSmemBytes = shared_of_whole<Map, typename Op::Real>(plan);
+  config.stream = where.stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, reduce_and_map<Op, Map, true>, op, map, plan, Groups{nullptr, 0, 1}));
 }
 
 template <class Op, class Map>
 void launch_whole(const OnDeviceOf& where, const Groups& groups, const Op& op, const Map& map,
                   const ReductionPlan& plan) {
+  if (plan.cluster_blocks > 0) return launch_clusters(where, op, map, plan);
   const int64_t blocks = plan.geometry.column_blocks * (groups.ids == nullptr ? 1 : groups.count + 1);
   STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "precisebn: the tensor is too large");
   const size_t shared = shared_of_whole<Map, typename Op::Real>(plan);
-  reduce_and_map<<<static_cast<unsigned>(blocks), plan.geometry.block.threads, shared, where.stream>>>(op, map, plan,
-                                                                                                       groups);
+  reduce_and_map<Op, Map, false>
+      <<<static_cast<unsigned>(blocks), plan.geometry.block.threads, shared, where.stream>>>(op, map, plan, groups);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -33,6 +33,7 @@ moments_of = OPERATORS["moments"].fallback
 # columns.
 SHAPES = [(64, 40, 7, 7), (5, 7, 3), (1, 1, 400, 400), (2, 3, 60, 60), (12, 3, 60, 60), (33, 300), (9000, 30)]
 MANY_SLABS = (300, 40, 7, 7)
+IN_CLUSTERS = [(3000, 12), (6, 1, 99, 99), (12, 3, 60, 60)]  # of blocks that have all values of their channels together
 
 
 def assert_moments(actual: tuple[Tensor, ...], x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> None:
@@ -61,7 +62,7 @@ def reduce(device: Emulated) -> None:
 
 
 def reduce_odd_planes(device: Emulated) -> None:
-    for shape in [(7, 3, 17, 17), (5, 2, 99, 99)]:
+    for shape in [(7, 3, 17, 17), (2, 2, 199, 199)]:
         x = torch.randn(shape) + 3 * torch.arange(shape[1])[:, None, None]
         group = torch.arange(len(x)) % 2
         assert_moments(device.kernels.moments(x), x)
@@ -111,7 +112,7 @@ def normalize(device: Emulated) -> None:
 
 
 def forward_and_backward_at_once(device: Emulated) -> None:
-    for shape in [(2, 24, 8, 8), (9, 5, 3, 3), (40, 30), (3, 2, 17, 17)]:
+    for shape in [(2, 24, 8, 8), (9, 5, 3, 3), (40, 30), (3, 2, 17, 17), *IN_CLUSTERS[:2]]:
         x, dy = torch.randn(shape) + 3, torch.randn(shape)
         for group, k in ((None, 1), (torch.arange(len(x)) * 2 % 5 - 1, 3)):  # some samples of no group
             rows = () if group is None else (k,)
@@ -230,6 +231,7 @@ EXERCISES = {
 
 BARRIER = "__syncthreads();"
 REDUCE = "cuda/reduce.h"
+CLUSTER_BARRIER = "cluster_barrier();"
 AT_ONCE = "forward_and_backward_at_once"
 WHOLE, TRACK = "cuda/whole.h", "cuda/normalize_and_track.cu"
 CAPTURE = ") STD_CUDA_CHECK(cudaMemsetAsync"
@@ -316,8 +318,19 @@ DEFECTS = [
     ),
     (
         AT_ONCE,
-        Mutation("coefficients are read too early", WHOLE, "", BARRIER, ";", "\n  map_slab"),
+        Mutation("coefficients are read too early", WHOLE, "", BARRIER, ";", "\n  }\n  map_slab"),
     ),
+    (AT_ONCE, Mutation("clusters merge too early", WHOLE, "", CLUSTER_BARRIER, ";", "  // results")),
+    (AT_ONCE, Mutation("clusters apply too early", WHOLE, "", CLUSTER_BARRIER, ";", "  // coefficients")),
+    (
+        AT_ONCE,
+        Mutation("blocks of a cluster leave early", WHOLE, "else { ", CLUSTER_BARRIER, BARRIER, " }  // coefficients"),
+    ),
+    (
+        AT_ONCE,
+        Mutation("a block reads its own results", WHOLE, "of_block(results + channel, ", "i", "slab_index", ");"),
+    ),
+    (AT_ONCE, Mutation("every block of a cluster writes", WHOLE, "merged, ", "slab_index == 0", "true", ");")),
     (
         AT_ONCE,
         Mutation("samples of no group are left", WHOLE, "1 : ", "groups.count + 1", "groups.count", ");\n  STD"),
@@ -385,6 +398,8 @@ def run_many_times(exercise: Callable[[Emulated], None], device: Emulated) -> No
         ("missing_barrier", "race: thread .* of block 0 has"),
         ("no_value", "NaN"),
         ("missing_fence", "race: thread .* of block . has"),
+        ("missing_cluster_barrier", "race: thread .* of block . has|has left"),
+        ("left_before_a_cluster_barrier", "threads have left before a barrier of their cluster"),
         ("written_constant", "__ldg"),
         ("left_before_a_barrier", "threads have left before a barrier"),
         ("shuffle_and_barrier", "deadlock"),
@@ -511,6 +526,24 @@ def test_one_launch_has_the_bits_of_three(shape, multiprocessors, mutants):
         assert torch.equal(y, apart)
         assert torch.equal(dx, kernels.backward_apply(dy, x, *coefficients, group))
         assert all(torch.equal(a.reshape(b.shape), b) for a, b in zip((count, mean, m2), moments, strict=True))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("shape", IN_CLUSTERS)
+def test_a_cluster_has_the_bits_of_three_launches(shape, multiprocessors, mutants):
+    x, dy, weight, kernels = torch.randn(shape) + 3, torch.randn(shape), torch.rand(shape[1]), mutants.kernels
+    running = [[torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)] for _ in range(2)]
+    results, launched = [], []
+    for has_clusters in (True, False):
+        with mutants.during(multiprocessors=multiprocessors, clusters=has_clusters, seed=multiprocessors):
+            forward = kernels.normalize_and_track(x, weight, None, 1e-3, *running[has_clusters], 0.1)
+            backward = kernels.backward_batch(dy, x, *forward[1:], weight, 1e-3)
+            launched.append(mutants.launches(lambda f=forward: kernels.backward_batch(dy, x, *f[1:], weight, 1e-3)))
+        results.append([*forward, *backward, *running[has_clusters]])
+    assert [launch.kernel for launch in launched[0]] == ["reduce_and_map"]
+    assert [launch.kernel for launch in launched[1]] == ["reduce", "write_coefficients", "map"]
+    assert launched[0][0].barriers == 3  # one of the block, two of the cluster
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_partial_results_are_read_several_at_a_time(mutants):
