@@ -163,10 +163,9 @@ def batch_norm(
     return (ys[0] if isinstance(xs, Tensor) else ys), moments
 
 
-def is_one_launch(x: Tensor, running: Running) -> bool:
+def is_one_launch(x: Tensor) -> bool:
     """Whether ``batch_norm_and_track`` is for this tensor: on a GPU, where each launch takes its time, and eager."""
-    eager = not (torch.compiler.is_compiling() or is_tracing() or is_transformed())
-    return eager and x.is_cuda and running.num_batches.dtype == torch.int64
+    return x.is_cuda and not (torch.compiler.is_compiling() or is_tracing() or is_transformed())
 
 
 def batch_norm_and_track(
@@ -179,7 +178,7 @@ def batch_norm_and_track(
         weight: ``(C,)``; None is 1.
         bias: ``(C,)``; None is 0.
         eps: added to the variance.
-        running: ``(C,)`` and ``()``, updated in place.
+        running: ``(C,)`` and an int64 ``()``, updated in place.
 
     Returns:
         The normalized tensor, differentiable as that of ``batch_norm``.

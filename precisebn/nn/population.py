@@ -247,14 +247,18 @@ class PopulationNorm(Recordable, Norm):
             bias: ``(C,)``; None is 0.
             population: as in :meth:`track`.
         """
-        plain = type(self).track is PopulationNorm.track  # nobody else wants the Moments
-        if plain and self.recorder is None and self._precisebn_accumulator is None:
+        if is_one_launch(x) and not self._moments_are_wanted():
             running = self._running(population)
-            if running is not None and is_one_launch(x, running):
+            if running is not None and running.num_batches.dtype == torch.int64:
                 return batch_norm_and_track(x, weight, bias, eps=self.eps, running=running)
         y, moments = batch_norm(x, weight, bias, eps=self.eps)
         self.track(moments, population)
         return y
+
+    def _moments_are_wanted(self) -> bool:
+        """By anybody but the running statistics: a recording, or a class that overrides ``track``."""
+        overridden = type(self).track is not PopulationNorm.track
+        return overridden or self.recorder is not None or self._precisebn_accumulator is not None
 
     def _running(self, population: int | None) -> Running | None:
         """What a mini-batch moves, if it moves anything now."""

@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from precisebn import Moments
 from precisebn._torch import in_backward
 from precisebn.errors import InputError
-from precisebn.functional._batch_norm import Running as Moved
 from precisebn.functional._batch_norm import is_one_launch
 from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN
 from precisebn.nn.population import PopulationNorm, update_running_statistics
@@ -406,12 +405,18 @@ def test_who_overrides_track_gets_the_moments(monkeypatch):
     assert len(found) == 1
 
 
+def test_an_averaged_number_of_mini_batches_takes_several_launches(monkeypatch):
+    monkeypatch.setattr("precisebn.nn.population.is_one_launch", lambda *_: True)
+    bn = BatchStatBN(CHANNELS, momentum=None)
+    bn.num_batches_tracked = torch.tensor(1.5)
+    bn(sample((6, CHANNELS, 4)))
+    assert bn.num_batches_tracked == 2.5
+
+
 def test_one_launch_is_for_eager_tensors_on_a_gpu():
-    running = Moved(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.1)
-    assert not is_one_launch(torch.ones(2, 3), running)
+    assert not is_one_launch(torch.ones(2, 3))
     if torch.cuda.is_available():
         x = torch.ones(2, 3, device="cuda")
-        assert is_one_launch(x, running)
-        assert not is_one_launch(x, running._replace(num_batches=torch.tensor(0.0)))
+        assert is_one_launch(x)
         with torch.autograd.forward_ad.dual_level():
-            assert not is_one_launch(x, running)
+            assert not is_one_launch(x)
