@@ -51,6 +51,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_coefficients
 Tensor backward_apply(const Tensor& dy, const Tensor& x, const Tensor& center, const Tensor& a, const Tensor& b,
                       const Tensor& c, const std::optional<Tensor>& group);
 
+using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, count, mean, m2
+
+Normalized normalize_batch(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                           double eps, const std::optional<Tensor>& group, int64_t num_groups);
+
+#if defined(USE_CUDA)
+// normalize_batch and backward_batch in one launch, with the same bits; nothing where x is too large for that.
+std::optional<Normalized> normalize_at_once(const Tensor& x, const std::optional<Tensor>& weight,
+                                            const std::optional<Tensor>& bias, double eps,
+                                            const std::optional<Tensor>& group, int64_t num_groups);
+
+std::optional<std::tuple<Tensor, Tensor, Tensor>> backward_at_once(const Tensor& dy, const Tensor& x,
+                                                                   const Tensor& count, const Tensor& mean,
+                                                                   const Tensor& m2,
+                                                                   const std::optional<Tensor>& weight, double eps,
+                                                                   const std::optional<Tensor>& group);
+#endif
+
 // Whether coefficients for x are float64; else they are float32.
 inline bool computes_wide(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Double; }
 

@@ -26,6 +26,8 @@ ODD = [
     (4, 64, 8, 28, 28),
     (64, 96, 3, 3),
 ]
+SMALL = [(4, 64, 8, 8), (8, 256, 7, 7)]
+"""Layers of which a GPU has more work with launches than with values."""
 PYRAMID = [(4, 256, size, size) for size in (100, 50, 25, 13, 7)]
 """RetinaNet's five levels for an 800 x 800 image, batch 4."""
 LAYOUTS = ["contiguous", "channels_last"]

@@ -2,10 +2,10 @@
 
 The shapes are those of ResNet-50 at batch 32, in one group and in four (every fourth sample is of the same group, which
 is how domains lie in a mixed mini-batch); besides, five levels of a feature pyramid normalized together, against
-flattening, concatenating, normalizing and splitting them. The floor is the time of the passes over memory that cannot
-be avoided (forward: read x twice, write y; backward: read x and dy twice, write dx), each taken from the plainest
-operator of torch in the same round; on CUDA, where torch uses cuDNN, it is these bytes over a device-to-device copy's
-bandwidth.
+flattening, concatenating, normalizing and splitting them; and on CUDA layers so small that launches take longer than
+their values. The floor is the time of the passes over memory that cannot be avoided (forward: read x twice, write y;
+backward: read x and dy twice, write dx), each taken from the plainest operator of torch in the same round; on CUDA,
+where torch uses cuDNN, it is these bytes over a device-to-device copy's bandwidth.
 """
 
 import statistics
@@ -21,6 +21,7 @@ from benchmarks.harness.inputs import (
     LAYOUTS,
     PYRAMID,
     RESNET50,
+    SMALL,
     Pair,
     Setting,
     Shape,
@@ -28,6 +29,7 @@ from benchmarks.harness.inputs import (
     laid_out,
     pairs,
     random_pool,
+    shape_name,
 )
 from benchmarks.harness.timing import Times, comparison, copy_bandwidth, in_time, measure, speeds
 from benchmarks.peers import missing
@@ -85,7 +87,7 @@ def _settings(device: str, quick: bool) -> list[list[Setting]]:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         return [[Setting((8, 64, 28, 28), layout, dtype) for layout in LAYOUTS]]
     if device == "cuda":
-        shapes = {torch.bfloat16: RESNET50, torch.float32: RESNET50, torch.float16: RESNET50}
+        shapes = dict.fromkeys((torch.bfloat16, torch.float32, torch.float16), RESNET50 + SMALL)
     else:
         shapes = {torch.float32: RESNET50, torch.bfloat16: RESNET50[2::4]}
     return [[Setting(s, layout, dtype) for layout in LAYOUTS for s in some] for dtype, some in shapes.items()]
@@ -262,7 +264,8 @@ def _goals(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     goals = []
     for layout in LAYOUTS:
         for dtype in map(dtype_name, (torch.float32, torch.bfloat16, torch.float16)):
-            mine = [row for row in rows if (row["layout"], row["dtype"]) == (layout, dtype)]
+            alike = [row for row in rows if (row["layout"], row["dtype"]) == (layout, dtype)]
+            mine, small = _apart(alike)
             times = speeds([row for row in mine if row["what"] == TRAINING], "F.batch_norm")
             if not times:
                 continue
@@ -276,6 +279,16 @@ def _goals(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
                 forward = speeds([row for row in mine if row["what"] == FORWARD], "F.batch_norm forward")
                 what = f"forward, ResNet-50 {dtype} {layout}: x F.batch_norm, slowest shape"
                 goals.append(goal(what, min(forward), at_least=1.0))
+            for way, theirs in ((FORWARD, "F.batch_norm forward"), (TRAINING, "F.batch_norm")):
+                if of_small := speeds([row for row in small if row["what"] == way], theirs):
+                    what = f"{way}, small layers {dtype} {layout}: x F.batch_norm, slowest shape"
+                    goals.append(goal(what, min(of_small), at_least=1.0))
     pyramid = speeds([row for row in rows if row["what"] == PYRAMID_LEVELS], FLATTEN)
     goals.append(goal("five feature levels together: x flatten-cat-BN-split, slower layout", min(pyramid), at_least=2))
     return goals
+
+
+def _apart(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of large layers and of small ones."""
+    names = {shape_name(shape) for shape in SMALL}
+    return [row for row in rows if row["shape"] not in names], [row for row in rows if row["shape"] in names]

@@ -3,6 +3,7 @@
 
 #include "../operators.h"
 #include "../torch.h"
+#include "formulas.h"
 #include "map.h"
 
 namespace precisebn::cuda {
@@ -19,7 +20,7 @@ struct ApplyOp {
   T* output;
 
   __device__ static Real formula(const Real (&dy_x)[2], const Real (&center_a_b_c)[4]) {
-    return fma(center_a_b_c[1], dy_x[0], fma(center_a_b_c[2], dy_x[1] - center_a_b_c[0], center_a_b_c[3]));
+    return applied(dy_x, center_a_b_c);
   }
 };
 

@@ -2,6 +2,7 @@
 #include <array>
 
 #include "../operators.h"
+#include "formulas.h"
 #include "map.h"
 
 namespace precisebn::cuda {
@@ -18,7 +19,7 @@ struct NormalizeOp {
   T* output;
 
   __device__ static Real formula(const Real (&x)[1], const Real (&center_scale_shift)[3]) {
-    return fma(x[0] - center_scale_shift[0], center_scale_shift[1], center_scale_shift[2]);
+    return normalized(x, center_scale_shift);
   }
 };
 

@@ -16,6 +16,10 @@
 // The first two differ only in how many adjacent values are of one channel (`inner`: 1 or the plane's length), the
 // third only in its strides. So there is one kernel, and the forms differ in the numbers below.
 //
+// Of a small tensor a block has all values of its channels: a single slab, and blocks that are narrow instead, so that
+// there are enough of them. Such a reduction has nothing to merge, and what needs its results can follow in the same
+// launch (whole.h). Of a somewhat larger one as many blocks as a cluster holds (cluster.h) have them together.
+//
 // The cut depends on the shape, the alignment and the number of multiprocessors, never on what runs first: with the
 // order of merging fixed too, results have the same bits every time.
 #pragma once
@@ -31,7 +35,7 @@ namespace precisebn::cuda {
 
 constexpr int kThreads = 256;        // a block has up to this many
 constexpr int kBlocksPerSm = 2;      // how many blocks of a reduction have room on a multiprocessor, by their registers
-constexpr int kMaxSlabSamples = 64;  // with groups, of which a block sorts its samples
+constexpr int kMaxSlabSamples = 64;  // with groups, by which each block of the slab orders its samples
 
 // A dense tensor (N, C, *): channels * length values a sample, as planes (NCHW) or as rows of channels (channels-last).
 struct View {
@@ -119,6 +123,11 @@ class Walk {
   int64_t jump_, carry_;
 };
 
+// As many slabs as samples alone make necessary.
+inline Slabs whole_samples(int64_t samples, int64_t rows, int64_t most_samples) {
+  return cut_rows(samples, rows, samples * rows, most_samples);
+}
+
 // How many of `total` rows the thread row `start` of `step` gets.
 PRECISEBN_HOST_DEVICE inline int rows_of_thread(int total, int start, int step) {
   return total > start ? (total - 1 - start) / step + 1 : 0;
@@ -154,6 +163,16 @@ inline Block cut_columns(int64_t total, int64_t unit, int64_t least, int64_t mos
   }
   if (best_use < 0) best = cut_columns(total, unit, unit, most);
   return best;
+}
+
+// A narrow block for a tensor of few rows: about one for each multiprocessor, no narrower than `least`, and no more
+// threads than there is work for.
+inline Block narrow_block(int64_t total, int64_t unit, int64_t least, int64_t most, int64_t rows, int multiprocessors) {
+  const int64_t wanted = std::max(least, (total + multiprocessors - 1) / multiprocessors);
+  const int64_t columns = std::max(std::min({wanted, most, total}) / unit, int64_t{1}) * unit;
+  const int width = static_cast<int>(columns);
+  const int thread_rows = static_cast<int>(std::clamp<int64_t>(kThreads / width, 1, rows));
+  return {width, thread_rows, (width * thread_rows + 31) / 32 * 32};
 }
 
 // Where the values are: in elements from the start of the tensor, except the columns, in vectors.
@@ -194,11 +213,15 @@ struct ReductionPlan {
   bool joined;            // all values of a thread are of one channel: they make one entry of the block's merge, not
                           // `vector` entries
   int lanes_per_channel;  // threads that merge one channel; a power of two, at most a warp
-  int slots;              // groups: how many of them a slab can hold. 0: there are no groups
+  int piece_samples;      // a piece is up to so many samples of a slab: with groups, of one group
+  int slots;              // groups: how many pieces a slab may have, each for a block. 0: there are no groups
   double one_of_parts, values_of_samples, values_of_part, all_values;  // for values_before
+  int cluster_blocks;        // that have all values of their channels together, one for each slab. 0: they are too many
   int64_t fan_in, clusters;  // slabs are merged `fan_in` at a time into clusters, and these into the result
 
-  int64_t blocks() const { return geometry.column_blocks * slabs.count; }
+  int64_t blocks() const { return geometry.column_blocks * slabs.count * (slots ? slots : 1); }
+  // Whether a block has all values of its channels, or of its channels and a group.
+  PRECISEBN_HOST_DEVICE bool is_whole() const { return slabs.count == 1 && piece_samples == slabs.samples_per_slab; }
   int64_t partials() const {
     const int64_t clusters_too = clusters > 1 ? clusters : 0;
     return (slots ? slabs.count * slots : slabs.count + clusters_too) * geometry.channels;
@@ -229,16 +252,30 @@ struct ReductionPlan {
 // flight.
 inline ReductionPlan plan_reduction(const View& view, int vector, int element_size, int rows_at_once,
                                     int64_t num_groups, int multiprocessors) {
-  constexpr int64_t kLongPlane = 64;    // vectors
-  constexpr int kMostRounds = 16;       // a chain of float32 merges is no longer than this
-  constexpr int kWaves = 3;             // blocks do not all take the same time
-  const bool grouped = num_groups > 0;  // 0: no group vector
+  constexpr int64_t kLongPlane = 64;       // vectors
+  constexpr int kMostRounds = 16;          // a chain of float32 merges is no longer than this
+  constexpr int kWaves = 3;                // blocks do not all take the same time
+  constexpr int kMostWholeRounds = 4;      // take less time than a ticket and what comes behind it
+  constexpr int kMostSlabs = 8;            // of a cluster of blocks, each of so many rounds at most
+  constexpr int64_t kMostBytes = 2 << 20;  // beyond, launches matter less than bytes
+  const bool grouped = num_groups > 0;     // 0: no group vector
   const int64_t sample = view.channels * view.length;
 
   ReductionPlan plan{};
   Geometry& at = plan.geometry;
   at.channels = view.channels;
   int64_t samples = view.batch, rows_per_sample;
+  const auto rounds_of = [&](const Block& block) {
+    const int64_t round = static_cast<int64_t>(block.thread_rows) * rows_at_once;
+    return (samples * rows_per_sample + round - 1) / round;
+  };
+  const auto is_whole = [&](const Block& block) {
+    return rounds_of(block) <= kMostWholeRounds && !(grouped && samples > kMaxSlabSamples);
+  };
+
+  const auto is_clustered = [&](const Block& block) {
+    return !grouped && rounds_of(block) <= kMostSlabs * kMostWholeRounds && view.values() * element_size <= kMostBytes;
+  };
 
   // Short planes: a block's columns must be whole planes and whole vectors.
   const int64_t row = view.planes ? sample : view.channels;
@@ -266,23 +303,49 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
     const int64_t enough_rows = std::max<int64_t>(1, 32 / value_bytes);
     const int64_t line = 128 / (at.vector * element_size);
     const int64_t most = enough_rows == 1 ? kThreads : std::max(kThreads / enough_rows, line);
-    at.block = cut_columns(at.columns, unit, std::max(line, most / 2), most);
+    rows_per_sample = view.planes ? 1 : view.length;
+    at.block = narrow_block(at.columns, unit, line / 2, most, samples * rows_per_sample, multiprocessors);
+    if (!is_whole(at.block) && !is_clustered(at.block))
+      at.block = cut_columns(at.columns, unit, std::max(line, most / 2), most);
     at.block_stride = static_cast<int64_t>(at.block.columns) * at.vector;
     at.column_blocks = (at.columns + at.block.columns - 1) / at.block.columns;
     at.block_channels = at.block.columns * at.vector / at.inner;
     at.sample_stride = sample;
-    rows_per_sample = view.planes ? 1 : view.length;
     if (!grouped) {  // samples lie one after another: one long sample
       rows_per_sample *= samples;
       samples = 1;
     }
   }
 
-  const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once;
-  const int64_t rounds = (samples * rows_per_sample + round - 1) / round;
+  const int64_t round = static_cast<int64_t>(at.block.thread_rows) * rows_at_once, rounds = rounds_of(at.block);
   const int64_t slabs_wanted = std::max<int64_t>(1, multiprocessors * kBlocksPerSm * kWaves / at.column_blocks);
   const int64_t wanted = std::clamp<int64_t>((rounds + slabs_wanted - 1) / slabs_wanted, 1, kMostRounds) * round;
-  plan.slabs = cut_rows(samples, rows_per_sample, wanted, grouped ? kMaxSlabSamples : samples);
+  Slabs of_cluster{};
+  for (int64_t each = 1; each <= kMostWholeRounds && is_clustered(at.block); ++each) {
+    of_cluster = cut_rows(samples, rows_per_sample, each * round, samples);
+    if (of_cluster.count <= kMostSlabs) break;
+  }
+  if (is_whole(at.block)) {
+    plan.slabs = whole_samples(samples, rows_per_sample, samples);
+    plan.piece_samples = static_cast<int>(samples);
+    plan.slots = grouped ? static_cast<int>(std::min(num_groups, samples)) : 0;
+  } else if (is_clustered(at.block) && of_cluster.count <= kMostSlabs) {
+    plan.slabs = of_cluster;
+    plan.piece_samples = static_cast<int>(plan.slabs.samples_per_slab);
+    plan.cluster_blocks = static_cast<int>(plan.slabs.count);
+  } else if (grouped && rows_per_sample <= wanted) {
+    // Which samples are of one group only the device knows: a slab is as many as a block can order, the work of
+    // several.
+    plan.slabs = whole_samples(samples, rows_per_sample, kMaxSlabSamples);
+    const int64_t whole = plan.slabs.samples_per_slab, piece = std::min(whole, wanted / rows_per_sample);
+    plan.piece_samples = static_cast<int>(piece);
+    // Each group of a slab has a last piece that may be short: so many pieces at most, of so many groups.
+    plan.slots = static_cast<int>((whole + std::min(num_groups, whole) * (piece - 1)) / piece);
+  } else {
+    plan.slabs = cut_rows(samples, rows_per_sample, wanted, samples);
+    plan.piece_samples = static_cast<int>(plan.slabs.samples_per_slab);
+    plan.slots = grouped ? 1 : 0;
+  }
 
   const auto values_of = [&](int64_t samples, int64_t rows, int edge) {
     return static_cast<double>(samples * (rows * at.inner + edge));
@@ -297,7 +360,6 @@ inline ReductionPlan plan_reduction(const View& view, int vector, int element_si
   while (plan.lanes_per_channel < 32 && 2 * plan.lanes_per_channel * at.block_channels <= at.block.threads) {
     plan.lanes_per_channel *= 2;
   }
-  plan.slots = grouped ? static_cast<int>(std::min(num_groups, plan.slabs.samples_per_slab)) : 0;
   // Up to 16 slabs in one go; else about as many clusters as slabs in a cluster.
   plan.fan_in = plan.slabs.count;
   if (plan.slabs.count > 16) {

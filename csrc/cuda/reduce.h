@@ -1,6 +1,6 @@
 // The reduction of a tensor to two numbers per (group, channel): one kernel for `moments`, `accumulate` and
 // `backward_reduce`, which differ in what a thread does with the values that it reads, and in how two results merge
-// (an Op, see moments.cu and backward_reduce.cu).
+// (an Op, see moments_op.h and backward_op.h).
 //
 // A block reduces a slab of rows (partition.h). Each thread walks down its column with kRows independent 16-byte loads
 // in flight, and keeps a result per value of its vector. These meet in shared memory, where a few threads per channel
@@ -9,9 +9,10 @@
 // last cluster of a channel merges the clusters. Who is last is decided by tickets (workspace.h), but what is merged
 // with what, and in which order, by the partition alone: no float atomics, and the same bits every time.
 //
-// With groups, samples of any order may be of any group, and only the device knows. A block orders the samples of its
-// slab by group, reduces one group after the other, and leaves a piece for each; a second, small kernel merges the
-// pieces of each group. A slab has few samples, so there are few pieces for each thread of that kernel.
+// With groups, samples of any order may be of any group, and only the device knows. Several blocks share a slab: each
+// finds the same order of its samples by group, cuts it into pieces of one group, and reduces the one piece that is its
+// own, so that no block takes longer for there being more groups. A second, small kernel merges the pieces of each
+// group.
 #pragma once
 
 #include "partition.h"
@@ -217,27 +218,42 @@ struct alignas(8) Piece {
   int group, values;
 };
 
-// The samples of a slab, ordered by group: those of no group last.
-struct GroupOrder {
-  int group_of[kMaxSlabSamples];  // in the order of the tensor
-  int sample[kMaxSlabSamples];    // in the order of groups
-  int group[kMaxSlabSamples];
+// The samples that make one piece of a slab: its samples in the order of groups, and of the tensor within a group, are
+// cut at the ends of groups and after every `most` of one group. Samples of no group make no piece.
+struct PieceSamples {
+  int group_of[kMaxSlabSamples];  // of each sample of the slab
+  int first_of[kMaxSlabSamples];  // the same where the sample is the first of its piece, else kNone
+  int sample[kMaxSlabSamples];    // those of the piece
+  int group, samples;             // of the piece; kNone where the slab has fewer pieces
 
-  // Rank by counting: a slab has at most kMaxSlabSamples.
-  __device__ void fill(const Groups& groups, int64_t first_sample, int n) {
+  // By counting: a slab has at most kMaxSlabSamples.
+  __device__ void find(const Groups& groups, int64_t first_sample, int n, int piece, int most) {
+    if (threadIdx.x == 0) group = Groups::kNone;
     for (int i = threadIdx.x; i < n; i += blockDim.x) group_of[i] = groups[first_sample + i];
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      const auto key = static_cast<unsigned>(group_of[i]);  // kNone is the largest
-      int rank = 0;
-      for (int j = 0; j < n; ++j) {
-        const auto other = static_cast<unsigned>(group_of[j]);
-        rank += other < key || (other == key && j < i);
-      }
-      sample[rank] = i;
-      group[rank] = group_of[i];
+      first_of[i] = before(i) % most == 0 ? group_of[i] : Groups::kNone;
     }
     __syncthreads();
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+      const int own = group_of[i], own_before = before(i), place = own_before % most;
+      int number = own_before / most, all = 0;
+      for (int j = 0; j < n; ++j) {
+        number += static_cast<unsigned>(first_of[j]) < static_cast<unsigned>(own);  // kNone is the largest
+        all += group_of[j] == own;
+      }
+      if (number != piece || own == Groups::kNone) continue;
+      sample[place] = i;
+      if (place == 0) group = own, samples = min(most, all - own_before);
+    }
+    __syncthreads();
+  }
+
+  // How many samples before the i-th are of its group.
+  __device__ int before(int i) const {
+    int others = 0;
+    for (int j = 0; j < i; ++j) others += group_of[j] == group_of[i];
+    return others;
   }
 };
 
@@ -265,10 +281,32 @@ __device__ inline void add_edges(const Op& op, const ReductionPlan& plan, int64_
   result = {all.first, all.second};
 }
 
-// Reduces the values of one group in the block's slab: the result of channel c of the block goes to to[c].
+// The next rows of a thread, all loaded before the first is used.
 template <class Op>
+struct Batch {
+  using Type = typename Op::Type;
+
+  Vec<Type, Op::kSize> x[Op::kInputs][Op::kRows];  // 0 where there are no more
+
+  __device__ void load(const Column<Type, Op::kSize>& values, Walk& walk, int rows) {
+#pragma unroll
+    for (int r = 0; r < Op::kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < Op::kInputs; ++i) x[i][r] = {};
+      if (r < rows) {
+        const int64_t offset = values.offset(walk);
+#pragma unroll
+        for (int i = 0; i < Op::kInputs; ++i) x[i][r] = x[i][r].load(values.inputs[i] + offset);
+      }
+      walk.next();
+    }
+  }
+};
+
+// Reduces the values of one group in the block's slab: calls emit(c, result) for each channel c of the block.
+template <class Op, class Emit>
 __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t slab_index, int64_t column_block,
-                            int group, const int* order, int samples, const Entries& entries, double2* to) {
+                            int group, const int* order, int samples, const Entries& entries, Emit emit) {
   constexpr int kSize = Op::kSize, kRows = Op::kRows;
   const Geometry& at = plan.geometry;
   const Slab slab = plan.slabs[slab_index];
@@ -282,22 +320,12 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
 #pragma unroll 1
     for (int done = 0; done < values.rows; done += kRows) {
       const int rows = min(kRows, values.rows - done);
-      Vec<typename Op::Type, kSize> x[Op::kInputs][kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-        for (int i = 0; i < Op::kInputs; ++i) x[i][r] = {};
-        if (r < rows) {
-          const int64_t offset = values.offset(walk);
-#pragma unroll
-          for (int i = 0; i < Op::kInputs; ++i) x[i][r] = x[i][r].load(values.inputs[i] + offset);
-        }
-        walk.next();
-      }
+      Batch<Op> batch;
+      batch.load(values, walk, rows);
       if (rows == kRows) {
-        lanes.template add<true>(x, done, rows);
+        lanes.template add<true>(batch.x, done, rows);
       } else {
-        lanes.template add<false>(x, done, rows);
+        lanes.template add<false>(batch.x, done, rows);
       }
     }
 
@@ -346,20 +374,18 @@ __device__ void reduce_slab(const Op& op, const ReductionPlan& plan, int64_t sla
              rows_of_thread(edges, row, at.block.thread_rows);
     };
     const double2 result = Op::combine(n, lane, plan.lanes_per_channel, parts_of<1>(at_entry, count));
-    if (lane == 0 && channel < channels) to[channel] = result;
+    if (lane == 0 && channel < channels) emit(channel, result);
   });
 }
 
-// What a block does when its slab is reduced: nothing, unless it is the last of its cluster, of its channels, of all.
+// What a block does when its slab, of several, is reduced: nothing, unless it is the last of its cluster, and then of
+// its channels. Returns whether it is that, and so has their results.
 template <class Op>
-__device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int64_t slab_index, int64_t column_block,
+__device__ inline bool merge_slabs(const Op& op, const ReductionPlan& plan, int64_t slab_index, int64_t column_block,
                                    double2* partials, unsigned* tickets) {
   const Geometry& at = plan.geometry;
   const int64_t first_channel = column_block * at.block_channels;
   const int channels = at.channels_of_block(column_block);
-  const auto emit = [&](int channel, double2 merged) {
-    op.emit(0, first_channel + channel, {plan.all_values, merged.x, merged.y});
-  };
   double2* const cluster_results = partials + plan.slabs.count * at.channels + first_channel;
   unsigned *const final_tickets = tickets + 1, *const cluster_tickets = final_tickets + at.column_blocks;
   const int64_t cluster = slab_index / plan.fan_in;
@@ -367,7 +393,7 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
   int64_t begin = cluster * plan.fan_in, step = 1;
   int n = static_cast<int>(min(plan.fan_in, plan.slabs.count - begin));
   const double2* from = partials + begin * at.channels + first_channel;
-  if (!is_last_of(n, cluster_tickets + column_block * plan.clusters + cluster)) return;
+  if (!is_last_of(n, cluster_tickets + column_block * plan.clusters + cluster)) return false;
 #pragma unroll 1
   for (;;) {
     const bool is_result = plan.clusters == 1 || step > 1;
@@ -385,12 +411,10 @@ __device__ inline void merge_slabs(const Op& op, const ReductionPlan& plan, int6
         cluster_results[cluster * at.channels + channel] = merged;
       }
     });
-    if (is_result) break;
-    if (!is_last_of(plan.clusters, final_tickets + column_block)) return;
+    if (is_result) return true;
+    if (!is_last_of(plan.clusters, final_tickets + column_block)) return false;
     begin = 0, step = plan.fan_in, n = static_cast<int>(plan.clusters), from = cluster_results;
   }
-  const bool now = op.count_comes_last() ? is_last_of(at.column_blocks, tickets) : column_block == 0;
-  if (now && threadIdx.x == 0) op.emit_count(0, plan.all_values);
 }
 
 template <class Op>
@@ -398,41 +422,38 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     reduce(const __grid_constant__ Op op, const __grid_constant__ ReductionPlan plan, Groups groups, double2* partials,
            Piece* pieces, unsigned* tickets) {
   extern __shared__ double shared[];
-  __shared__ GroupOrder order;
+  __shared__ PieceSamples piece;
   const Geometry& at = plan.geometry;
-  const int64_t column_block = blockIdx.x % at.column_blocks, slab_index = blockIdx.x / at.column_blocks;
-  const int64_t first_channel = column_block * at.block_channels;
+  const int64_t column_block = blockIdx.x % at.column_blocks, to = blockIdx.x / at.column_blocks;
+  const bool grouped = plan.slots > 0;
+  const int64_t slab_index = grouped ? to / plan.slots : to;
   const Slab slab = plan.slabs[slab_index];
   const int num_entries = static_cast<int>(blockDim.x) * plan.entries_of_thread();
   const Entries entries{shared, shared + Entries::places(num_entries)};
 
-  const bool grouped = plan.slots > 0;
-  if (grouped) order.fill(groups, slab.first_sample, slab.samples);
-
-  int64_t to = grouped ? slab_index * plan.slots : slab_index;
-  const bool describes = grouped && column_block == 0 && threadIdx.x == 0;
-  for (int first = 0, last = slab.samples; first < slab.samples; first = last, ++to) {
-    int group = 0;
-    if (grouped) {
-      group = order.group[first];
-      if (group == Groups::kNone) break;
-      for (last = first + 1; last < slab.samples && order.group[last] == group;) ++last;
-      if (describes) {
-        const int samples = last - first;
-        pieces[to] = {group, samples * slab.rows * at.inner + plan.edges_of(slab, samples)};
-      }
-    }
-    reduce_slab(op, plan, slab_index, column_block, group, grouped ? order.sample + first : nullptr, last - first,
-                entries, partials + to * at.channels + first_channel);
-    __syncthreads();  // before the entries are written again
-  }
+  int group = 0, samples = slab.samples;
   if (grouped) {
-    if (describes) {
-      for (; to < (slab_index + 1) * plan.slots; ++to) pieces[to] = {Groups::kNone, 0};
+    piece.find(groups, slab.first_sample, samples, static_cast<int>(to % plan.slots), plan.piece_samples);
+    group = piece.group;
+    samples = group == Groups::kNone ? 0 : piece.samples;
+    if (column_block == 0 && threadIdx.x == 0) {
+      pieces[to] = {group, samples * slab.rows * at.inner + plan.edges_of(slab, samples)};
     }
-    return;
+    if (group == Groups::kNone) return;
   }
-  merge_slabs(op, plan, slab_index, column_block, partials, tickets);
+  const int64_t first_channel = column_block * at.block_channels;
+  const bool is_result = !grouped && plan.slabs.count == 1;
+  reduce_slab(op, plan, slab_index, column_block, group, grouped ? piece.sample : nullptr, samples, entries,
+              [&](int channel, double2 result) {
+                if (is_result) {
+                  op.emit(0, first_channel + channel, {plan.all_values, result.x, result.y});
+                } else {
+                  partials[to * at.channels + first_channel + channel] = result;
+                }
+              });
+  if (grouped || !(is_result || merge_slabs(op, plan, slab_index, column_block, partials, tickets))) return;
+  const bool now = op.count_comes_last() ? is_last_of(at.column_blocks, tickets) : column_block == 0;
+  if (now && threadIdx.x == 0) op.emit_count(0, plan.all_values);
 }
 
 // The pieces that blocks have left, merged: several warps for each channel of a group, a block for adjacent channels.

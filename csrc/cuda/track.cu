@@ -1,8 +1,9 @@
 // track: running statistics, moved towards those of a mini-batch. A block for each row: its threads read the number of
 // mini-batches before one of them writes it.
+#include "track.h"
+
 #include "../arithmetic.h"
 #include "../torch.h"
-#include "rows.h"
 
 namespace precisebn::cuda {
 namespace {
@@ -31,24 +32,22 @@ __global__ void __launch_bounds__(kRowThreads) track_rows(const __grid_constant_
   }
 }
 
+}  // namespace
+
 void track(const Tensor& count, const Tensor& mean, const Tensor& m2, const Tensor& running_mean,
            const Tensor& running_var, const Tensor& num_batches, std::optional<double> momentum) {
   const int64_t channels = channels_of("track", mean);
   Operands of{};
   of.mean = rows_of("track", "mean", mean, mean, channels);
   of.m2 = rows_of("track", "m2", m2, mean, channels);
-  of.running_mean = rows_of("track", "running_mean", running_mean, mean, channels);
-  of.running_var = rows_of("track", "running_var", running_var, mean, channels);
   const int64_t rows = of.mean.size;
   of.count = counts_of("track", count, mean, rows);
-  STD_TORCH_CHECK(of.m2.size == rows && of.running_mean.size == rows && of.running_var.size == rows,
-                  "precisebn::track: all must have as many rows as mean, ", rows);
-  STD_TORCH_CHECK(num_batches.dim() <= 1 && num_batches.numel() == rows &&
-                      num_batches.scalar_type() == ScalarType::Long && num_batches.is_cuda() &&
-                      num_batches.get_device_index() == mean.get_device_index(),
-                  "precisebn::track: num_batches must be int64, () or (G,), on the device of mean");
-  of.num_batches = mutable_data<int64_t>(num_batches);
-  of.num_batches_stride = num_batches.dim() == 1 ? num_batches.stride(0) : 0;
+  const RunningRows running(running_mean, running_var, num_batches, mean, channels, rows);
+  STD_TORCH_CHECK(of.m2.size == rows, "precisebn::track: all must have as many rows as mean, ", rows);
+  of.running_mean = running.mean;
+  of.running_var = running.var;
+  of.num_batches = running.num_batches;
+  of.num_batches_stride = running.num_batches_stride;
   of.cumulative = !momentum;
   of.momentum = momentum.value_or(0.0);
   if (rows == 0) return;
@@ -56,8 +55,6 @@ void track(const Tensor& count, const Tensor& mean, const Tensor& m2, const Tens
   track_rows<<<static_cast<unsigned>(rows), kRowThreads, 0, where.stream>>>(of, channels);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("track", TORCH_BOX(&track)); }
 

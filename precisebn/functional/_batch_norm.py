@@ -29,7 +29,25 @@ from precisebn.ops.operator import Derivative, Operator, differentiable, raw
 from precisebn.ops.registry import register
 from precisebn.statistics.moments import Moments
 
-__all__ = ["Gradients", "Kept", "batch_norm", "gradient_coefficients", "laid_out_as"]
+__all__ = [
+    "Gradients",
+    "Kept",
+    "Running",
+    "batch_norm",
+    "batch_norm_and_track",
+    "gradient_coefficients",
+    "is_one_launch",
+    "laid_out_as",
+]
+
+
+class Running(NamedTuple):
+    """Running statistics that a mini-batch moves, as the operator ``track`` takes them."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches: Tensor
+    momentum: float | None
 
 
 class Call(NamedTuple):
@@ -133,9 +151,8 @@ def batch_norm(
     elif is_transformed():
         ys, *statistics = _plain(call)
     elif len(tensors) == 1 and (num_groups == 1 or (groups and not shared_statistics)):
-        arguments = (tensors[0], weight, bias, eps, groups[0] if groups else None, num_groups)
-        run = _OneTensor.apply if needs_gradient(tensors[0], weight, bias) else raw.normalize_batch
-        y, *statistics = run(*arguments)
+        group_of = groups[0] if groups else None
+        y, *statistics = _one_tensor(tensors[0], weight, bias, eps, group_of, num_groups, None)
         return (y if isinstance(xs, Tensor) else [y]), Moments(*statistics)
     elif needs_gradient(weight, bias, *tensors):
         *ys, count, mean, m2 = _Tensors.apply(call, weight, bias, *tensors)  # type: ignore[no-untyped-call]
@@ -144,6 +161,35 @@ def batch_norm(
         ys, *statistics = _forward(*call)
     moments = Moments(*(statistics if groups else (t[0] for t in statistics)))
     return (ys[0] if isinstance(xs, Tensor) else ys), moments
+
+
+def is_one_launch(x: Tensor) -> bool:
+    """Whether ``batch_norm_and_track`` is for this tensor: on a GPU, where each launch takes its time, and eager."""
+    return x.is_cuda and not (torch.compiler.is_compiling() or is_tracing() or is_transformed())
+
+
+def batch_norm_and_track(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, running: Running
+) -> Tensor:
+    """``batch_norm`` of one tensor in one group, whose statistics move the running statistics in the same call.
+
+    Args:
+        x: ``(N, C, *)``.
+        weight: ``(C,)``; None is 1.
+        bias: ``(C,)``; None is 0.
+        eps: added to the variance.
+        running: ``(C,)`` and an int64 ``()``, updated in place.
+
+    Returns:
+        The normalized tensor, differentiable as that of ``batch_norm``.
+
+    Raises:
+        InputError: what ``batch_norm`` refuses.
+    """
+    _check(Call([x], weight, bias, eps, [], 1, False))
+    y, *_ = _one_tensor(x, weight, bias, eps, None, 1, running)
+    torch.autograd.graph.increment_version(running[:3])  # see precisebn.ops.track
+    return y
 
 
 def _check(call: Call) -> None:
@@ -376,13 +422,30 @@ def gradient_coefficients(
     return [t.expand_as(mean).to(dtype) for t in (center, a, b, c)], grad_weight
 
 
+def _one_tensor(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The eager way of a single tensor, every group by its own statistics.
+
+    Takes what ``normalize_batch`` takes, and the running statistics to move, or None; gives what it gives.
+    """
+    run: Any = _OneTensor.apply if needs_gradient(*arguments[:3]) else _without_gradient
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = run(*arguments)
+    return outputs
+
+
+def _without_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *first, group, num_groups, running = arguments
+    operator = raw.normalize_batch if running is None else raw.normalize_and_track
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = operator(*first, *(running or ()), group, num_groups)
+    return outputs
+
+
 class _OneTensor(torch.autograd.Function):
-    """The eager way of a single tensor, every group by its own statistics: takes what ``normalize_batch`` takes."""
+    """The same with a gradient."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = raw.normalize_batch(*arguments)
-        x, weight, bias, ctx.eps, group, _ = arguments
+        outputs = _without_gradient(*arguments)
+        x, weight, bias, ctx.eps, group, _, _ = arguments
         ctx.bias_form = form_of(bias)
         ctx.save_for_backward(x, group, weight, *outputs[1:])
         ctx.mark_non_differentiable(outputs[1])
@@ -416,6 +479,7 @@ class _OneTensor(torch.autograd.Function):
             dx,
             Form(weight.dim(), weight.dtype).of(grad_weight) if need_weight else None,
             ctx.bias_form.of(grad_bias) if need_bias else None,
+            None,
             None,
             None,
             None,

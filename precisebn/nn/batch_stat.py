@@ -4,7 +4,6 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from precisebn.functional import batch_norm
 from precisebn.nn.population import PopulationNorm
 
 __all__ = ["BatchStatBN"]
@@ -52,6 +51,4 @@ class BatchStatBN(PopulationNorm):
         """Normalize ``(N, C, *)`` by its own statistics."""
         if isinstance(x, Proxy) and not self.training:  # by torch.fx, of which no sizes are known
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        y, moments = batch_norm(self.check(x), self.weight, self.bias, eps=self.eps)
-        self.track(moments)
-        return y
+        return self.normalize_and_track(self.check(x), self.weight, self.bias)

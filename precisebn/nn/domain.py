@@ -144,10 +144,10 @@ class DomainSpecificBN(TakesLists, PopulationNorm):
         return self._mixed(x, domain)
 
     def _one(self, x: Tensor, domain: int) -> Tensor:
-        y, moments = self._normalize_one(x, domain)
-        if moments is not None:
-            self.track(moments, self._population_of(domain))
-        return y
+        weight, bias = self._affine_of(x, domain)
+        if not self.uses_batch_statistics:
+            return self.frozen(x, weight, bias, population=self._population_of(domain))
+        return self.normalize_and_track(x, weight, bias, self._population_of(domain))
 
     def _mixed(self, x: Tensor, domain: Tensor) -> Tensor:
         group = domain if self._own_affine or self.population == "domain" else None
@@ -178,12 +178,17 @@ class DomainSpecificBN(TakesLists, PopulationNorm):
                 self.track(moments, k)
         return list(ys)
 
-    def _normalize_one(self, x: Tensor, domain: int) -> tuple[Tensor, Moments | None]:
-        """Normalize samples of a single domain; their Moments, where they were used."""
+    def _affine_of(self, x: Tensor, domain: int) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of a single domain."""
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         if self._own_affine:
             weight, bias = (None if own is None else portable.row(x, own, domain) for own in (weight, bias))
+        return weight, bias
+
+    def _normalize_one(self, x: Tensor, domain: int) -> tuple[Tensor, Moments | None]:
+        """Normalize samples of a single domain; their Moments, where they were used."""
+        weight, bias = self._affine_of(x, domain)
         if not self.uses_batch_statistics:
             return self.frozen(x, weight, bias, population=self._population_of(domain)), None
         return batch_norm(x, weight, bias, eps=self.eps)

@@ -84,13 +84,11 @@ class GhostBN(PopulationNorm):
                 "choose another ghost_size"
             )
         if num_samples <= self.ghost_size:
-            y, moments = batch_norm(x, self.weight, self.bias, eps=self.eps)
-        else:
-            group = torch.arange(num_samples, device=x.device) // self.ghost_size
-            num_groups = -(-num_samples // self.ghost_size)
-            y, moments = batch_norm(x, self.weight, self.bias, eps=self.eps, group=group, num_groups=num_groups)
-            moments = moments.sum()
-        self.track(moments)
+            return self.normalize_and_track(x, self.weight, self.bias)
+        group = torch.arange(num_samples, device=x.device) // self.ghost_size
+        num_groups = -(-num_samples // self.ghost_size)
+        y, moments = batch_norm(x, self.weight, self.bias, eps=self.eps, group=group, num_groups=num_groups)
+        self.track(moments.sum())
         return y
 
     def extra_repr(self) -> str:

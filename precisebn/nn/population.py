@@ -20,7 +20,8 @@ from torch.fx import Proxy
 from precisebn import ops
 from precisebn._torch import in_backward, is_batched, is_tracing
 from precisebn.errors import InputError
-from precisebn.functional import frozen_batch_norm, portable
+from precisebn.functional import batch_norm, frozen_batch_norm, portable
+from precisebn.functional._batch_norm import Running, batch_norm_and_track, is_one_launch
 from precisebn.nn.norm import TO_PLAIN, Norm
 from precisebn.statistics.moments import Moments
 
@@ -227,21 +228,52 @@ class PopulationNorm(Recordable, Norm):
         if self.recorder is not None:
             self.recorder(moments, population)
             return
-        # Not as attributes, which nn.Module looks for in vain at first, and slowly.
-        mean, var, batches = map(self._buffers.get, STATISTICS)
-        updates = self.training and self.track_running_stats and not in_backward()
-        if not updates or mean is None or var is None:
+        running = self._running(population)
+        if running is None:
             return
         if self._precisebn_accumulator is not None:
             self._precisebn_accumulator(moments, population)
             return
+        update_running_statistics(self._shown(), moments, *running)
+
+    def normalize_and_track(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, population: int | None = None
+    ) -> Tensor:
+        """Normalize ``(N, C, *)`` by its own statistics, and :meth:`track` these: on a GPU a launch less, or three.
+
+        Args:
+            x: checked.
+            weight: ``(C,)``; None is 1.
+            bias: ``(C,)``; None is 0.
+            population: as in :meth:`track`.
+        """
+        if is_one_launch(x) and not self._moments_are_wanted():
+            running = self._running(population)
+            if running is not None and running.num_batches.dtype == torch.int64:
+                return batch_norm_and_track(x, weight, bias, eps=self.eps, running=running)
+        y, moments = batch_norm(x, weight, bias, eps=self.eps)
+        self.track(moments, population)
+        return y
+
+    def _moments_are_wanted(self) -> bool:
+        """By anybody but the running statistics: a recording, or a class that overrides ``track``."""
+        overridden = type(self).track is not PopulationNorm.track
+        return overridden or self.recorder is not None or self._precisebn_accumulator is not None
+
+    def _running(self, population: int | None) -> Running | None:
+        """What a mini-batch moves, if it moves anything now."""
+        # Not as attributes, which nn.Module looks for in vain at first, and slowly.
+        mean, var, batches = map(self._buffers.get, STATISTICS)
+        updates = self.training and self.track_running_stats and not in_backward()
+        if not updates or mean is None or var is None:
+            return None
         momentum = self.momentum
         if batches is None:  # taken out by the user: as torch's, then, which counts nothing, and moves all the same
             batches = mean.new_zeros(mean.shape[:-1], dtype=torch.int64)
             momentum = 0.0 if momentum is None else momentum  # the average over nobody knows how many
         if population is not None:
             mean, var, batches = mean[population], var[population], batches[population]
-        update_running_statistics(self._shown(), moments, mean, var, batches, momentum)
+        return Running(mean, var, batches, momentum)
 
     def _shown(self) -> str:
         return f"{type(self).__name__}({self.num_features})"

@@ -19,6 +19,7 @@ the time, and on a GPU each is a launch. For the same reason the usual sequences
 
 =======================  ===========================================================================================
 ``normalize_batch``      ``moments``, ``coefficients`` and ``normalize``
+``normalize_and_track``  ``normalize_batch`` and ``track``
 ``backward_batch``       ``backward_reduce``, ``backward_coefficients`` and ``backward_apply``
 ``backward_frozen``      the same where the statistics are constants
 =======================  ===========================================================================================

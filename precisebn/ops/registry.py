@@ -22,6 +22,7 @@ NAMES = (
     "backward_coefficients",
     "backward_apply",
     "normalize_batch",
+    "normalize_and_track",
     "backward_batch",
     "backward_frozen",
 )

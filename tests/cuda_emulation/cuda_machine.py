@@ -61,5 +61,9 @@ def set_up(test: str) -> None:
         return
     number = zlib.crc32(test.encode())
     emulated().set(
-        seed=number, multiprocessors=(1, 16, 132)[number % 3], resident=1 + number // 3 % 4, capturing=number % 5 == 0
+        seed=number,
+        multiprocessors=(1, 16, 132)[number % 3],
+        resident=1 + number // 3 % 4,
+        capturing=number % 5 == 0,
+        clusters=number % 7 > 0,
     )

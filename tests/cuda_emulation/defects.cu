@@ -1,9 +1,12 @@
 // A kernel for each class of defects that the emulation finds: what it says of them is tested, and that it says it.
 #include <string>
 
+#include "cluster.h"
 #include "cuda_runtime.h"
 
 namespace {
+
+using namespace precisebn::cuda;
 
 __global__ void missing_barrier(float* out) {
   __shared__ float values[64];
@@ -24,6 +27,18 @@ __global__ void missing_fence(float* out) {
   }
   __syncthreads();
   if (before == gridDim.x - 1 && threadIdx.x < gridDim.x) out[threadIdx.x] = 2;
+}
+
+// Of blocks in clusters of two, whose memory each reads.
+__global__ void missing_cluster_barrier(float* out) {
+  extern __shared__ double2 own[];
+  if (threadIdx.x == 0) own[0] = {1, 1};
+  __syncthreads();
+  out[2 * blockIdx.x + threadIdx.x] = static_cast<float>(of_block(own, 1 - static_cast<int>(blockIdx.x)).x);
+}
+
+__global__ void left_before_a_cluster_barrier(float*) {
+  if (blockIdx.x == 0) cluster_barrier();
 }
 
 __global__ void written_constant(float* out) {
@@ -83,13 +98,15 @@ const char* run(const Launch& launch) {
 
 }  // namespace
 
-#define DEFECT(kernel, blocks, threads, shared)                                        \
-  extern "C" __attribute__((visibility("default"))) const char* defect_##kernel() {    \
-    return run([](float* out) { kernel<<<blocks, threads, shared, nullptr>>>(out); }); \
+#define DEFECT(kernel, blocks, threads, ...)                                        \
+  extern "C" __attribute__((visibility("default"))) const char* defect_##kernel() { \
+    return run([](float* out) { kernel<<<blocks, threads, __VA_ARGS__>>>(out); });  \
   }
 DEFECT(missing_barrier, 1, 64, 0)
 DEFECT(no_value, 1, 64, 0)
 DEFECT(missing_fence, 4, 32, 0)
+DEFECT(missing_cluster_barrier, 2, 2, sizeof(double2), nullptr, 2)
+DEFECT(left_before_a_cluster_barrier, 2, 1, 0, nullptr, 2)
 DEFECT(written_constant, 2, 64, 0)
 DEFECT(left_before_a_barrier, 1, 64, 0)
 DEFECT(shuffle_and_barrier, 1, 64, 0)

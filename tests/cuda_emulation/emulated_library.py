@@ -69,7 +69,10 @@ class Statistics(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What a launch has done: loads of 16 bytes and of fewer; the most by one thread, and those of partial results."""
+    """What a launch has done: loads of 16 bytes and of fewer; the most by one thread, and those of partial results.
+
+    And the most barriers that one block waits at.
+    """
 
     kernel: str
     blocks: int
@@ -79,6 +82,7 @@ class Launch(NamedTuple):
     narrow_loads: int
     longest: int
     longest_merge: int
+    barriers: int
 
 
 def why_not() -> str:
@@ -118,10 +122,14 @@ class Emulated:
         capturing: bool | Literal["elsewhere"] = False,
         stream: int = 0,
         device: int = 0,
+        clusters: bool = True,
     ) -> None:
-        """Set up device number ``device`` for the launches that follow; ``capturing``: their stream, or another."""
+        """Set up device number ``device`` for the launches that follow.
+
+        ``capturing``: their stream, or another. ``clusters``: whether the device has them.
+        """
         what = 2 if capturing == "elsewhere" else int(capturing)
-        numbers = (multiprocessors, resident, what, ctypes.c_uint64(stream), device)
+        numbers = (multiprocessors, resident, what, ctypes.c_uint64(stream), device, int(clusters))
         self._handle.emulation_set(ctypes.c_uint64(seed), *numbers)
 
     def fail(self, allocations: int = 0, memsets: int = 0) -> None:
@@ -276,12 +284,31 @@ def transformed(path: str, text: str) -> str:
         text,
     )
     text = re.sub(
-        r"(\w+)<<<(.*?)>>>\(",
-        r"emulation::launch(EMULATION_NAME(\1), emulation::Configuration(\2), [](const auto&... a) { \1(a...); })(",
+        r"(\w+)(<[\w, ]+>)?\s*<<<(.*?)>>>\(",
+        r"emulation::launch(EMULATION_NAME(\1), emulation::Configuration(\3), [](const auto&... a) { \1\2(a...); })(",
         text,
         flags=re.DOTALL,
     )
-    # The one instruction of PTX that kernels use, an atomic that says what it orders.
+    text = re.sub(
+        r"cudaLaunchKernelEx\(&(\w+), (\w+)(<[\w, ]+>)?,",
+        r"emulation::launch_with(EMULATION_NAME(\2), &\1, [](const auto&... a) { \2\3(a...); },",
+        text,
+    )
+    # The instructions of PTX that kernels use: the barrier of a cluster, a load from another block's shared memory, and
+    # an atomic that says what it orders.
+    text = re.sub(
+        r'asm volatile\(\s*"barrier\.cluster\.arrive\.release\.aligned;\\n\\t"\s*'
+        r'"barrier\.cluster\.wait\.acquire\.aligned;"\s*::\s*: "memory"\);',
+        "emulation::cluster_barrier();",
+        text,
+    )
+    text = re.sub(
+        r'asm volatile\(\s*"\{.*?mapa\.shared::cluster\.u32 there, %2, %3;.*?ld\.shared::cluster\.v2\.f64 \{%0, %1\}, '
+        r'\[there\];.*?__cvta_generic_to_shared\((\w+)\)+, "r"\((\w+)\)\s*: "memory"\);',
+        r"value = *static_cast<const double2*>(emulation::of_rank(\1, \2));",
+        text,
+        flags=re.DOTALL,
+    )
     text = re.sub(
         r'asm volatile\("atom\.(\w+)\.gpu\.global\.inc\.u32 %0, \[%1\], %2;"\s*: "=r"\((\w+)\)\s*'
         r': "l"\(__cvta_generic_to_global\((\w+)\)\), "r"\((\w+)\)\s*: "memory"\);',

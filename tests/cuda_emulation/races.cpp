@@ -41,6 +41,15 @@ void Races::barrier(BlockTime& block, const std::vector<ThreadTime*>& threads) {
   ++block.phase;
 }
 
+void Races::cluster_barrier(const std::vector<BlockTime*>& blocks) {
+  Clock all;
+  for (const BlockTime* block : blocks) {
+    all.join(block->known);
+    all.know({block->block, block->phase});
+  }
+  for (BlockTime* block : blocks) block->known.join(all);
+}
+
 void Races::fence(const BlockTime& block, ThreadTime& thread) {
   acquire(thread);
   release(block, thread);

@@ -4,7 +4,7 @@
 // replaces). Two accesses to the same bytes, at least one of them a store, by different threads, are a race unless
 // something orders them, whatever values they happen to see and in whatever order they happen to run:
 //
-//   a barrier   what a block's threads did before it, with what they do after it
+//   a barrier   what a block's threads did before it, with what they do after it; one of a cluster, its blocks' threads
 //   a fence     what came before the fence of one thread, with what comes after the fence of another, where the first
 //               has changed an atomic after its fence, and the second has read from that before its own
 //   a launch    everything of earlier launches on the same stream, with everything of later ones
@@ -70,6 +70,8 @@ class Races {
   void forget();
 
   void barrier(BlockTime& block, const std::vector<ThreadTime*>& threads);
+  // Behind a barrier of each of these blocks, which wait for each other.
+  static void cluster_barrier(const std::vector<BlockTime*>& blocks);
   void fence(const BlockTime& block, ThreadTime& thread);
   // An atomic may itself be the fence: acquire is one behind it, release one before it.
   void atomic(const void* p, const BlockTime& block, ThreadTime& thread, bool acquires, bool releases);

@@ -55,16 +55,17 @@ emulation_switch:
 namespace emulation {
 namespace {
 
-constexpr unsigned kWarp = 32, kMostThreads = 1024, kMostResident = 4;
+constexpr unsigned kWarp = 32, kMostThreads = 1024, kMostApart = 4, kMostResident = 8;  // blocks; a cluster is together
 constexpr size_t kStack = 128 << 10, kMostShared = 48 << 10;
 
 struct Settings {
   uint64_t seed = 0;
-  int multiprocessors = 132, resident = kMostResident;
+  int multiprocessors = 132, resident = kMostApart;
   bool capturing = false, captured_elsewhere = false;
   uint64_t stream = 0;
   int device = 0;
   int failing_allocations = 0, failing_memsets = 0;
+  bool clusters = true;
 } settings;
 
 struct Statistics {
@@ -72,10 +73,10 @@ struct Statistics {
 } statistics;
 
 // What a launch has done. Loads: those that kernels ask for by __ldg, of what was there before, and by __ldcg, of what
-// other blocks have left; `longest`: most of them by one thread.
+// other blocks have left; `longest`: most of them by one thread. Barriers: most of one block.
 struct Work {
   const char* kernel;
-  int64_t blocks, threads, fences, wide_loads, narrow_loads, longest, longest_merge;
+  int64_t blocks, threads, fences, wide_loads, narrow_loads, longest, longest_merge, barriers;
 };
 std::vector<Work> done, finished;
 
@@ -98,7 +99,7 @@ class Random {
 struct Block;
 
 struct Fiber {
-  enum State { kReady, kAtBarrier, kShuffles, kDone } state;
+  enum State { kReady, kAtBarrier, kAtClusterBarrier, kShuffles, kDone } state;
   void* stack_pointer;
   char* stack;
   void* asan_stack;  // of AddressSanitizer
@@ -116,7 +117,8 @@ struct Block {
   BlockTime time;
   std::vector<Fiber> fibers;
   std::vector<ThreadTime*> times;
-  unsigned at_barrier = 0, done = 0;
+  unsigned done = 0;
+  int64_t barriers = 0;
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
   size_t shared_bytes = 0;
   struct Variable {
@@ -167,6 +169,8 @@ class Launch {
   const std::function<void()>& body() const { return body_; }
   unsigned threads() const { return static_cast<unsigned>(configuration_.block); }
   unsigned blocks() const { return static_cast<unsigned>(configuration_.grid); }
+  // What lies in the shared memory of a block of the same cluster where p lies in that of this one, or null.
+  char* of_rank(const void* p, unsigned rank);
   // Where the arguments of the launch lie, which nothing writes.
   bool is_host_stack(uintptr_t p) const { return p >= host_stack_ && p < host_stack_ + (1 << 20); }
 
@@ -176,6 +180,9 @@ class Launch {
   bool turn(Block& block, bool all);
   void resume(Fiber& next);
   bool meet(Block& block);
+  bool meet_cluster(Block& block);
+  unsigned cluster_size() const { return static_cast<unsigned>(configuration_.cluster); }
+  std::vector<Block*> cluster_of(const Block& block);
   bool shuffle(Block& block, unsigned warp);
 
   const Configuration configuration_;
@@ -285,6 +292,7 @@ void Launch::finish(size_t slot) {
     work.longest = std::max(work.longest, one.loads);
     work.longest_merge = std::max(work.longest_merge, one.merge_loads);
   }
+  work.barriers = std::max(work.barriers, block.barriers);
   size_t bytes = block.shared_bytes;
   races.release(reinterpret_cast<uintptr_t>(block.shared.get()), block.shared_bytes);
   for (const auto& variable : block.variables) {
@@ -339,9 +347,56 @@ bool Launch::meet(Block& block) {
     return false;
   }
   ++statistics.barriers;
+  ++block.barriers;
   races.barrier(block.time, block.times);
   for (Fiber& one : block.fibers) one.state = Fiber::kReady;
   return true;
+}
+
+// The blocks of a block's cluster that are still there.
+std::vector<Block*> Launch::cluster_of(const Block& block) {
+  std::vector<Block*> found;
+  for (const auto& other : resident_) {
+    if (other->index / cluster_size() == block.index / cluster_size()) found.push_back(other.get());
+  }
+  return found;
+}
+
+// The same for the blocks of a cluster.
+bool Launch::meet_cluster(Block& block) {
+  const std::vector<Block*> blocks = cluster_of(block);
+  size_t waiting = 0, left = (cluster_size() - blocks.size()) * threads();
+  for (const Block* other : blocks) {
+    for (const Fiber& one : other->fibers) {
+      waiting += one.state == Fiber::kAtClusterBarrier;
+      left += one.state == Fiber::kDone;
+    }
+  }
+  if (waiting == 0 || waiting + left < size_t{cluster_size()} * threads()) return false;
+  if (left > 0) {
+    failure = std::string(kernel_) + ": threads have left before a barrier of their cluster";
+    return false;
+  }
+  std::vector<BlockTime*> times;
+  for (Block* other : blocks) {
+    ++statistics.barriers;
+    ++other->barriers;
+    races.barrier(other->time, other->times);
+    times.push_back(&other->time);
+    for (Fiber& one : other->fibers) one.state = Fiber::kReady;
+  }
+  races.cluster_barrier(times);
+  return true;
+}
+
+char* Launch::of_rank(const void* p, unsigned rank) {
+  const Block& own = *fiber->block;
+  const auto offset = static_cast<size_t>(static_cast<const char*>(p) - own.shared.get());
+  if (offset >= own.shared_bytes) return nullptr;
+  for (Block* other : cluster_of(own)) {
+    if (other->index % cluster_size() == rank) return other->shared.get() + offset;
+  }
+  return nullptr;
 }
 
 // Runs the threads of a block that may run, or some of its warps. Returns whether there were any.
@@ -363,26 +418,33 @@ bool Launch::turn(Block& block, bool all) {
     }
     progress = shuffle(block, warp) || progress;
   }
-  return meet(block) || progress;
+  return meet(block) || meet_cluster(block) || progress;
 }
 
 void Launch::run() {
   if (configuration_.grid <= 0 || configuration_.grid >= int64_t{1} << 31 || configuration_.block <= 0 ||
-      configuration_.block > kMostThreads) {
+      configuration_.block > kMostThreads || configuration_.cluster < 1 || configuration_.cluster > kMostResident ||
+      configuration_.grid % configuration_.cluster != 0) {
     throw std::runtime_error(std::string(kernel_) + ": there cannot be such a launch");
   }
   races.begin_launch(settings.stream);
-  std::vector<unsigned> blocks(this->blocks());
-  for (unsigned b = 0; b < blocks.size(); ++b) blocks[b] = b;
+  std::vector<unsigned> clusters(this->blocks() / cluster_size()), blocks;  // a cluster is one block mostly
+  for (unsigned c = 0; c < clusters.size(); ++c) clusters[c] = c;
   const unsigned order = random_(4);
-  if (order == 1) std::reverse(blocks.begin(), blocks.end());
-  if (order >= 2) random_.shuffle(blocks);
-  const size_t room = order == 0 ? 1 : 1 + random_(static_cast<unsigned>(settings.resident));
+  if (order == 1) std::reverse(clusters.begin(), clusters.end());
+  if (order >= 2) random_.shuffle(clusters);
+  for (const unsigned cluster : clusters) {
+    for (unsigned rank = 0; rank < cluster_size(); ++rank) blocks.push_back(cluster * cluster_size() + rank);
+  }
+  size_t room = order == 0 ? 1 : 1 + random_(static_cast<unsigned>(settings.resident));
+  room = std::max<size_t>(room, cluster_size());
   for (unsigned slot = 0; slot < kMostResident; ++slot) free_stacks_.push_back(slot);
 
   size_t started = 0;
   for (unsigned idle = 0; failure.empty() && (started < blocks.size() || !resident_.empty());) {
-    while (resident_.size() < room && started < blocks.size()) start(blocks[started++]);
+    while (resident_.size() + cluster_size() <= room && started < blocks.size()) {
+      for (unsigned rank = 0; rank < cluster_size(); ++rank) start(blocks[started++]);
+    }
     const size_t slot = random_(static_cast<unsigned>(resident_.size()));
     // A block that has begun to run goes on for a while, or for one turn: others fall far behind, or keep pace.
     const unsigned turns = 1 + random_(4) * random_(8);
@@ -398,6 +460,7 @@ void Launch::run() {
       failure = std::string(kernel_) + ": deadlock: threads wait for others that do not come";
     } else {
       meet(*resident_[slot]);
+      meet_cluster(*resident_[slot]);
       if (resident_[slot]->done == threads()) finish(slot);
     }
   }
@@ -428,6 +491,14 @@ unsigned block_size() { return current->threads(); }
 unsigned grid_size() { return current->blocks(); }
 
 void barrier() { current->wait(Fiber::kAtBarrier); }
+
+void cluster_barrier() { current->wait(Fiber::kAtClusterBarrier); }
+
+const void* of_rank(const void* own, int rank) {
+  const void* const there = current->of_rank(own, static_cast<unsigned>(rank));
+  if (there == nullptr) current->fail("reads shared memory of a block that has left", __builtin_return_address(0));
+  return there;
+}
 
 void fence() {
   ++statistics.fences;
@@ -626,8 +697,8 @@ cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = settings.multiprocessors;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrClusterLaunch ? settings.clusters : settings.multiprocessors;
   return cudaSuccess;
 }
 
@@ -651,14 +722,15 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 
 // resident: blocks that run at once, at most. capturing: 1, the current stream; 2, another. stream: that is current.
 EXPORTED void emulation_set(uint64_t seed, int multiprocessors, int resident, int capturing, uint64_t stream,
-                            int device) {
+                            int device, int clusters) {
   settings.seed = seed;
   settings.multiprocessors = multiprocessors;
-  settings.resident = std::min<int>(resident, emulation::kMostResident);
+  settings.resident = std::min<int>(resident, emulation::kMostApart);
   settings.capturing = capturing == 1;
   settings.captured_elsewhere = capturing == 2;
   settings.stream = stream;
   settings.device = device;
+  settings.clusters = clusters != 0;
 }
 
 EXPORTED void emulation_fail(int allocations, int memsets) {

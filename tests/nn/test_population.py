@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from precisebn import Moments
 from precisebn._torch import in_backward
 from precisebn.errors import InputError
+from precisebn.functional._batch_norm import is_one_launch
 from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN
 from precisebn.nn.population import PopulationNorm, update_running_statistics
 
@@ -343,3 +344,79 @@ def test_an_ensemble_under_vmap_moves_the_statistics_of_each_member():
     for k, member in enumerate(members):
         torch.testing.assert_close(ys[k], member(x[k]))
         torch.testing.assert_close({name: value[k] for name, value in buffers.items()}, dict(member.named_buffers()))
+
+
+IN_ONE_LAUNCH = [
+    lambda **kwargs: BatchStatBN(CHANNELS, **kwargs),
+    lambda **kwargs: GhostBN(CHANNELS, 8, **kwargs),
+    lambda **kwargs: DomainSpecificBN(CHANNELS, 2, **kwargs),
+    lambda **kwargs: DomainSpecificBN(CHANNELS, 2, population="shared", affine="shared", **kwargs),
+]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("build", IN_ONE_LAUNCH)
+def test_in_one_launch_is_as_in_several(build, momentum, monkeypatch):
+    """As a GPU has it: the operator that moves running statistics too, in the place of two operators."""
+    one, several = (with_random_population(build(momentum=momentum)) for _ in range(2))
+    several.load_state_dict(one.state_dict())
+    versions = {name: buffer._version for name, buffer in one.named_buffers()}
+    domain, values = {"domain": 1} if isinstance(one, DomainSpecificBN) else {}, sample((6, CHANNELS, 4))
+    for bn, at_once in ((one, True), (several, False)):
+        monkeypatch.setattr("precisebn.nn.population.is_one_launch", lambda *_, at_once=at_once: at_once)
+        x = values.clone().requires_grad_()
+        with torch.no_grad():
+            bn(x, **domain)  # without a gradient
+        y = bn(x, **domain)
+        y.backward(y.detach() ** 2)
+        bn.results = [y, x.grad, bn.weight.grad, bn.bias.grad]
+        with pytest.raises(InputError, match=r"(one|single) value per channel"):
+            bn(x[:1, :, :1], **domain)
+    for a, b in zip([*one.results, *one.buffers()], [*several.results, *several.buffers()], strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(buffer._version > versions[name] for name, buffer in one.named_buffers())
+
+
+@pytest.mark.parametrize("build", IN_ONE_LAUNCH)
+def test_one_launch_leaves_alone_what_does_not_track(build, monkeypatch):
+    monkeypatch.setattr("precisebn.nn.population.is_one_launch", lambda *_: True)
+    x = sample((6, CHANNELS, 4))
+    bn = build()
+    domain = {"domain": 1} if isinstance(bn, DomainSpecificBN) else {}
+    before, found = state_of(bn), []
+    bn.start_recording(lambda moments, population: found.append(moments))
+    bn(x, **domain)
+    bn.stop_recording()
+    bn.eval()(x, **domain)
+    assert state_of(bn.train()) == before
+    assert len(found) == 1
+    build(track_running_stats=False)(x, **domain)
+
+
+def test_who_overrides_track_gets_the_moments(monkeypatch):
+    monkeypatch.setattr("precisebn.nn.population.is_one_launch", lambda *_: True)
+    found = []
+
+    class Watching(BatchStatBN):
+        def track(self, moments: Moments, population: int | None = None) -> None:
+            found.append(moments)
+
+    Watching(CHANNELS)(sample((6, CHANNELS, 4)))
+    assert len(found) == 1
+
+
+def test_an_averaged_number_of_mini_batches_takes_several_launches(monkeypatch):
+    monkeypatch.setattr("precisebn.nn.population.is_one_launch", lambda *_: True)
+    bn = BatchStatBN(CHANNELS, momentum=None)
+    bn.num_batches_tracked = torch.tensor(1.5)
+    bn(sample((6, CHANNELS, 4)))
+    assert bn.num_batches_tracked == 2.5
+
+
+def test_one_launch_is_for_eager_tensors_on_a_gpu():
+    assert not is_one_launch(torch.ones(2, 3))
+    if torch.cuda.is_available():
+        x = torch.ones(2, 3, device="cuda")
+        assert is_one_launch(x)
+        with torch.autograd.forward_ad.dual_level():
+            assert not is_one_launch(x)

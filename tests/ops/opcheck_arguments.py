@@ -53,6 +53,13 @@ OPCHECK_ARGUMENTS = {
         lambda x, d, g, a: (x.detach(), None, a[0].float(), 1e-3),
         lambda x, d, g, a: (x.detach(), a, None, 1e-3, g, 2),
     ],
+    "normalize_and_track": [
+        lambda x, d, g, a: (x.detach(), None, a[0], 1e-3, torch.zeros(3), torch.ones(3), torch.tensor(0), None),
+        lambda x, d, g, a: (
+            *(x.detach(), a, None, 1e-3),
+            *(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2).long(), 0.1, g, 2),
+        ),
+    ],
     "backward_batch": [
         lambda x, d, g, a: (d.detach(), x.detach(), a[0, 0] ** 2, a[0], a[0] ** 2, None, 1e-3),
         lambda x, d, g, a: (d.detach(), x.detach(), a[:, 0] ** 2, a, a**2, a.float(), 1e-3, g),

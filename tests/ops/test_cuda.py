@@ -7,6 +7,7 @@ that the kernels are what is tested; the tests named ``sanitizer`` are few and s
 
 import copy
 import itertools
+import math
 import threading
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from precisebn import functional, ops, update_bn_stats
 from precisebn.errors import InputError
+from precisebn.nn import BatchStatBN
 from precisebn.ops import compute_dtype
 from precisebn.ops.grouping import per_sample
 from precisebn.ops.registry import OPERATORS
@@ -69,6 +71,7 @@ SHAPES = [
     (4, 0, 3, 3),
 ]
 SOME_SHAPES = [(300, 64), (64, 40, 7, 7), (5, 30, 13, 13), (6, 3, 55, 55), (9, 12, 56, 56), (33, 2, 4, 6, 10)]
+SMALL_SHAPES = [(2, 64, 8, 8), (9, 24, 7, 7), (64, 40), (3, 5, 17, 17), (65, 7, 3), (3000, 20), (9, 2, 60, 60)]
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -379,6 +382,69 @@ def test_several_operators_in_one_call_are_these_operators(shape, layout, dtype)
         assert dx.stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SMALL_SHAPES, *SOME_SHAPES])
+def test_normalize_and_track(shape, layout, dtype):
+    """Is normalize_batch and then track: of a small tensor in one launch, of a large one in four."""
+    x = on_gpu(tensor(shape, dtype), layout)
+    weight = tensor((3, shape[1]), dtype, seed=2).to(DEVICE)
+    for (group, k), momentum in itertools.product(((None, 1), (groups_of(x) - 1, 3)), (0.1, None)):
+        on_device = None if group is None else group.to(DEVICE)
+        num_rows = () if group is None else (k,)
+        batches = [torch.full(num_rows, 4, device=DEVICE) for _ in range(2)]
+        running = [[strided(torch.full((*num_rows, shape[1]), 0.5, dtype=dtype)) for _ in range(2)] for _ in range(2)]
+        affine = (weight[0] if group is None else weight, None, 1e-3)
+        together = raw.normalize_and_track(x, *affine, *running[0], batches[0], momentum, on_device, k)
+        apart = raw.normalize_batch(x, *affine, on_device, k)
+        raw.track(*apart[1:], *running[1], batches[1], momentum)
+        for one, other in zip((*together, *running[0], batches[0]), (*apart, *running[1], batches[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize("shape", [*SMALL_SHAPES, (300, 64), (9, 12, 56, 56)])
+def test_outputs_of_a_mean_of_many_deviations(shape, layout, dtype):
+    x = on_gpu((torch.randn(shape, dtype=torch.float64) + 1e4).to(dtype), layout)
+    for group, k in ((None, 1), (groups_of(x), 4)):  # one of them without samples
+        y, *statistics = raw.normalize_batch(x, None, None, 1e-3, None if group is None else group.to(DEVICE), k)
+        exact = fallback.normalize_batch(x.cpu().double(), None, None, 1e-3, group, k)[0]
+        assert ((y.cpu().double() - exact).abs() <= 1e-6 * exact.abs().max()).all()
+        check_moments(
+            tuple(t.reshape(k, -1)[:, 0] if i == 0 else t.reshape(k, -1) for i, t in enumerate(statistics)), x, group, k
+        )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 6, 8, 8), (7, 6), (3, 6, 17, 17)])
+def test_small_tensors_of_all_kinds(shape, layout):
+    """Not finite, constant, of one value per channel, empty: as in three launches, a channel at a time."""
+    running = [torch.zeros(6, device=DEVICE), torch.ones(6, device=DEVICE), torch.tensor(0, device=DEVICE)]
+    x = tensor(shape)
+    x[:, 0], x[:, 1], x[0, 2] = 1.1, 1e30, math.nan
+    x[1, 3] = math.inf
+    x[:, 4] *= 1e-30
+    y, _, _, m2 = raw.normalize_and_track(on_gpu(x, layout), None, None, 1e-3, *running, 0.5)
+    others = [0, 1, 4, 5]
+    expected = fallback.normalize_batch(x.double(), None, None, 1e-3)
+    torch.testing.assert_close(y.cpu()[:, others].double(), expected[0][:, others], rtol=1e-5, atol=1e-5)
+    assert y[:, [2, 3]].isnan().all()
+    assert torch.equal(running[0].cpu().isfinite(), torch.tensor([True, True, False, False, True, True]))
+    assert m2[0] == 0
+    assert running[2] == 1
+    one = torch.ones(1, 6, *(1 for _ in shape[2:]), device=DEVICE)
+    before = [t.clone() for t in running]
+    y, count, *_ = raw.normalize_and_track(one, None, torch.full((6,), 3.0, device=DEVICE), 1e-3, *running, 0.5)
+    assert count == 1
+    assert (y == 3).all()
+    y, count, *_ = raw.normalize_and_track(one[:0], None, None, 1e-3, *running, 0.5)
+    assert y.shape == one[:0].shape
+    assert count == 0
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(before, running, strict=True))
+    assert running[2] == 1
+
+
 @needs_gpu
 def test_operands_on_the_host_are_refused():
     mean, count = torch.ones(3, device=DEVICE).double(), torch.ones((), device=DEVICE).double()
@@ -541,6 +607,8 @@ def all_operators(x: Tensor, dy: Tensor, group: Tensor) -> list[Tensor]:
         raw.normalize(x, *coefficients[:3], group),
         raw.backward_apply(dy, x, *coefficients, group),
         *raw.normalize_batch(x, coefficients[0][0], None, 1e-3, group, 3),
+        *raw.normalize_batch(x, coefficients[0][0], None, 1e-3),
+        *raw.backward_batch(dy, x, *(t[0] for t in raw.moments(x)), coefficients[0][0], 1e-3),
         *raw.backward_batch(dy, x, *raw.moments(x, group, 3), coefficients[0][0], 1e-3, group),
     ]
 
@@ -670,6 +738,8 @@ def test_nothing_waits_for_the_device():
         ops.backward_apply(dy, x, a, a, a, a, group)
         _, *statistics = raw.normalize_batch(x, mean, var, 1e-3, group, 3)
         raw.backward_batch(dy, x, *statistics, mean, 1e-3, group)
+        batches = torch.ones((), dtype=torch.int64, device="cuda")
+        raw.normalize_and_track(x, mean, var, 1e-3, mean, var, batches, 0.1)
         ops.track(*(t[0] for t in statistics), mean, var, torch.ones((), dtype=torch.int64, device="cuda"), None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -732,6 +802,29 @@ def test_compiles_in_one_graph(mode):
         x, weight = on_gpu(tensor((6, 4, 5, 5)), layout), torch.rand(4, device="cuda")
         for _ in range(3):
             torch.testing.assert_close(compiled(x, weight).clone(), batch_norm(x, weight))
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (64, 64, 28, 28)])
+def test_a_layer_moves_its_statistics_as_torchs_does(shape):
+    """In one launch forward where it is small; also in a CUDA graph, which allocates and zeroes nothing for it."""
+    ours, theirs = BatchStatBN(shape[1], device="cuda"), nn.BatchNorm2d(shape[1], device="cuda")
+    x = on_gpu(tensor(shape))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        ours(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ours(x)
+    theirs(x)
+    for seed in range(3):
+        x.copy_(tensor(shape, seed=seed))
+        graph.replay()
+        torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-4)
+    for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @needs_gpu

@@ -29,8 +29,11 @@ ROOT = Path(__file__).parents[2]
 NEW_DEVICES = itertools.count(1)  # that keep nothing yet for any stream
 moments_of = OPERATORS["moments"].fallback
 
-# Slabs of one cluster and of several, one block of columns and several, planes, rows and columns.
-SHAPES = [(64, 40, 7, 7), (5, 7, 3), (1, 1, 400, 400), (2, 3, 60, 60), (33, 300), (9000, 30)]
+# Whole channels for a block, slabs of one cluster and of several, one block of columns and several; planes, rows and
+# columns.
+SHAPES = [(64, 40, 7, 7), (5, 7, 3), (1, 1, 400, 400), (2, 3, 60, 60), (12, 3, 60, 60), (33, 300), (9000, 30)]
+MANY_SLABS = (300, 40, 7, 7)
+IN_CLUSTERS = [(3000, 12), (6, 1, 99, 99), (12, 3, 60, 60)]  # of blocks that have all values of their channels together
 
 
 def assert_moments(actual: tuple[Tensor, ...], x: Tensor, group: Tensor | None = None, num_groups: int = 1) -> None:
@@ -59,7 +62,7 @@ def reduce(device: Emulated) -> None:
 
 
 def reduce_odd_planes(device: Emulated) -> None:
-    for shape in [(7, 3, 17, 17), (2, 2, 99, 99)]:
+    for shape in [(7, 3, 17, 17), (2, 2, 199, 199)]:
         x = torch.randn(shape) + 3 * torch.arange(shape[1])[:, None, None]
         group = torch.arange(len(x)) % 2
         assert_moments(device.kernels.moments(x), x)
@@ -108,6 +111,38 @@ def normalize(device: Emulated) -> None:
         torch.testing.assert_close(y, x * per_sample(scale, x, group))
 
 
+def forward_and_backward_at_once(device: Emulated) -> None:
+    for shape in [(2, 24, 8, 8), (9, 5, 3, 3), (40, 30), (3, 2, 17, 17), *IN_CLUSTERS[:2]]:
+        x, dy = torch.randn(shape) + 3, torch.randn(shape)
+        for group, k in ((None, 1), (torch.arange(len(x)) * 2 % 5 - 1, 3)):  # some samples of no group
+            rows = () if group is None else (k,)
+            seen, *running = torch.zeros(rows).long(), torch.zeros(*rows, shape[1]), torch.ones(*rows, shape[1])
+            weight = torch.rand(*rows, shape[1])
+            y, *statistics = device.kernels.normalize_and_track(x, weight, None, 1e-3, *running, seen, 0.25, group, k)
+            dx, *_ = device.kernels.backward_batch(dy, x, *statistics, weight, 1e-3, group)
+            expected = torch.zeros(rows).long(), torch.zeros(*rows, shape[1]), torch.ones(*rows, shape[1])
+            plain = per_group(x, dy, weight, 1e-3, group, k, expected)
+            for one, other in zip((y, dx, seen, *running), (*plain, *expected), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def per_group(
+    x: Tensor, dy: Tensor, weight: Tensor, eps: float, group: Tensor | None, k: int, running: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Y and dx by torch's own batch norm of each group alone, which moves the running statistics."""
+    y, dx = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
+    for g in range(k):
+        chosen = torch.ones(len(x)).bool() if group is None else group == g
+        own = [t if group is None else t[g] for t in (weight, *running)]
+        part = x[chosen].requires_grad_()
+        if part.numel() <= x.shape[1]:
+            continue
+        own[1] += 1
+        result = torch.nn.functional.batch_norm(part, own[2], own[3], own[0], None, True, 0.25, eps)
+        y[chosen], dx[chosen] = result.detach(), torch.autograd.grad(result, part, dy[chosen])[0]
+    return y, dx
+
+
 def normalize_few_samples(device: Emulated) -> None:
     for x in (torch.randn(1, 16, 60, 60), torch.randn(2, 9, 60, 60)):  # several vectors for a thread
         scale = torch.rand(1, x.shape[1])
@@ -122,7 +157,7 @@ def reduce_misaligned(device: Emulated) -> None:
 
 def reduce_on_two_streams(device: Emulated) -> None:
     """Into memory that is there before: what an allocator hands out is ordered by the allocator."""
-    x, totals = torch.randn(64, 40, 7, 7), [accumulators(40) for _ in range(2)]
+    x, totals = torch.randn(MANY_SLABS), [accumulators(40) for _ in range(2)]
     seed = int(torch.randint(1000, ()))
     for stream, total in enumerate(totals):
         device.set(seed=seed, stream=stream)
@@ -182,6 +217,7 @@ EXERCISES = {
         track,
         backward_coefficients,
         normalize,
+        forward_and_backward_at_once,
         normalize_few_samples,
         reduce_misaligned,
         reduce_on_two_streams,
@@ -195,7 +231,9 @@ EXERCISES = {
 
 BARRIER = "__syncthreads();"
 REDUCE = "cuda/reduce.h"
-ENTRIES = "entries, partials + to * at.channels + first_channel);\n    "
+CLUSTER_BARRIER = "cluster_barrier();"
+AT_ONCE = "forward_and_backward_at_once"
+WHOLE, TRACK = "cuda/whole.h", "cuda/normalize_and_track.cu"
 CAPTURE = ") STD_CUDA_CHECK(cudaMemsetAsync"
 WORKSPACE = "cuda/workspace.cu"
 RELAXED = "cudaStreamCaptureModeRelaxed"
@@ -217,9 +255,16 @@ DEFECTS = [
         Mutation("the count comes too early", REDUCE, "now = ", "op.count_comes_last()", "false", " ? is_"),
     ),
     ("reduce", Mutation("entries are merged too early", REDUCE, "    }\n  }\n  ", BARRIER, ";", "\n\n  const int w")),
-    ("reduce_groups", Mutation("entries are overwritten too early", REDUCE, ENTRIES, BARRIER, ";")),
-    ("reduce_groups", Mutation("groups are ranked too early", REDUCE, "groups[first_sample + i];\n    ", BARRIER, ";")),
-    ("reduce_groups", Mutation("the order is read too early", REDUCE, "group_of[i];\n    }\n    ", BARRIER, ";")),
+    (
+        "reduce_groups",
+        Mutation("groups are read too early", REDUCE, "groups[first_sample + i];\n    ", BARRIER, ";"),
+    ),
+    ("reduce_groups", Mutation("pieces are counted too early", REDUCE, "Groups::kNone;\n    }\n    ", BARRIER, ";")),
+    ("reduce_groups", Mutation("the piece is read too early", REDUCE, "own_before);\n    }\n    ", BARRIER, ";")),
+    (
+        "reduce_groups",
+        Mutation("a block too few for pieces", "cuda/partition.h", "", "std::min(num_groups, whole)", "0 * whole"),
+    ),
     ("reduce_groups", Mutation("pieces are merged too early", REDUCE, "parts[warp] = merged;\n  ", BARRIER, ";")),
     (
         "reduce_while_capturing",
@@ -263,6 +308,45 @@ DEFECTS = [
             "the next plane is not noticed", "cuda/map.h", "changed = ", "changed || left < kSize", "changed", ";"
         ),
     ),
+    (
+        AT_ONCE,
+        Mutation("own samples are sought too early", WHOLE, "= groups[i];\n    ", BARRIER, ";"),
+    ),
+    (
+        AT_ONCE,
+        Mutation("own samples are read too early", WHOLE, "", BARRIER, ";", "\n    return all"),
+    ),
+    (
+        AT_ONCE,
+        Mutation("coefficients are read too early", WHOLE, "", BARRIER, ";", "\n  }\n  map_slab"),
+    ),
+    (AT_ONCE, Mutation("clusters merge too early", WHOLE, "", CLUSTER_BARRIER, ";", "  // results")),
+    (AT_ONCE, Mutation("clusters apply too early", WHOLE, "", CLUSTER_BARRIER, ";", "  // coefficients")),
+    (
+        AT_ONCE,
+        Mutation("blocks of a cluster leave early", WHOLE, "else { ", CLUSTER_BARRIER, BARRIER, " }  // coefficients"),
+    ),
+    (
+        AT_ONCE,
+        Mutation("a block reads its own results", WHOLE, "of_block(results + channel, ", "i", "slab_index", ");"),
+    ),
+    (AT_ONCE, Mutation("every block of a cluster writes", WHOLE, "merged, ", "slab_index == 0", "true", ");")),
+    (
+        AT_ONCE,
+        Mutation("samples of no group are left", WHOLE, "1 : ", "groups.count + 1", "groups.count", ");\n  STD"),
+    ),
+    (
+        AT_ONCE,
+        Mutation("edges stay as they are", WHOLE, "if (", "plan.edge == 0", "true", ") return;"),
+    ),
+    (
+        AT_ONCE,
+        Mutation("every channel counts the mini-batch", TRACK, "if (", "channel == 0", "true", ") ++num"),
+    ),
+    (
+        AT_ONCE,
+        Mutation("groups of one value move", TRACK, "", "!(batch.count > 1)", "false", ") return;"),
+    ),
     ("reduce_misaligned", Mutation("alignment is not looked at", "cuda/tensors.h", "(p) % ", "16", "1", " == 0")),
 ]
 
@@ -271,7 +355,11 @@ DEFECTS = [
 def mutants() -> Emulated:
     """All defects in one library, of which one at a time is active."""
     patches = tuple(mutation.patch(number) for number, (_, mutation) in enumerate(DEFECTS))
-    sources = ("moments", "accumulate", "track", "normalize", "backward_coefficients", "workspace", "defects")
+    sources = (
+        *("moments", "accumulate", "track", "normalize", "normalize_batch", "normalize_and_track", "coefficients"),
+        *("backward_reduce", "backward_coefficients", "backward_apply", "backward_batch", "backward_at_once"),
+        *("workspace", "defects"),
+    )
     return emulated_library.load(patches=(*ONLY_FLOAT32, *patches), sources=sources)
 
 
@@ -310,6 +398,8 @@ def run_many_times(exercise: Callable[[Emulated], None], device: Emulated) -> No
         ("missing_barrier", "race: thread .* of block 0 has"),
         ("no_value", "NaN"),
         ("missing_fence", "race: thread .* of block . has"),
+        ("missing_cluster_barrier", "race: thread .* of block . has|has left"),
+        ("left_before_a_cluster_barrier", "threads have left before a barrier of their cluster"),
         ("written_constant", "__ldg"),
         ("left_before_a_barrier", "threads have left before a barrier"),
         ("shuffle_and_barrier", "deadlock"),
@@ -376,6 +466,86 @@ def test_pieces_of_groups_are_merged_by_many_threads(mutants):
     assert launch.longest <= 2 * math.ceil(pieces / (32 * warps))  # who it is of, and where it is of the group, itself
 
 
+@pytest.mark.parametrize("planes", [(40, 7, 7), (64, 3, 3)])
+def test_groups_take_no_block_longer_however_many_there_are(planes, mutants):
+    x = torch.randn(64, *planes)
+    alone = cost(mutants, "reduce", lambda: mutants.kernels.moments(x, torch.zeros(64).long(), 1))
+    for groups in (2, 8, 32, 64):
+        group = torch.arange(64) % groups
+        launch = cost(mutants, "reduce", lambda group=group, g=groups: mutants.kernels.moments(x, group, g))
+        assert launch.barriers == alone.barriers == 4  # three to find its samples, one to merge what threads have
+        assert launch.longest <= alone.longest
+        assert launch.wide_loads == x.numel() // 4
+        assert launch.blocks <= alone.blocks * (1 + groups)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_small_layer_takes_one_launch(channels_last, mutants):
+    """That reads x twice, the second time from L1, and allocates nothing but results, also while it is captured."""
+    x, weight, eps = torch.randn(2, 64, 8, 8), torch.rand(64), 1e-5
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    running = torch.zeros(64), torch.ones(64), torch.tensor(0)
+    kernels, before = mutants.kernels, mutants.statistics()
+    _, *statistics = kernels.normalize_batch(x, weight, None, eps)
+    calls = {
+        "normalize_batch": lambda: kernels.normalize_batch(x, weight, None, eps),
+        "normalize_and_track": lambda: kernels.normalize_and_track(x, weight, None, eps, *running, 0.1),
+        "backward_batch": lambda: kernels.backward_batch(x, x, *statistics, weight, eps),
+    }
+    for capturing in (False, True):
+        for name, call in calls.items():
+            with mutants.during(capturing=capturing):
+                (launch,) = mutants.launches(call)
+            print(name, launch)
+            assert launch.kernel == "reduce_and_map"
+            assert launch.wide_loads == 2 * x.numel() // 4 * (2 if name == "backward_batch" else 1)
+            assert launch.barriers == 2
+            assert launch.fences == 0
+            assert launch.blocks >= (4 if channels_last else 64)
+    cumulative = mutants.launches(lambda: kernels.normalize_and_track(x, weight, None, eps, *running, None))
+    assert [launch.kernel for launch in cumulative] == ["reduce_and_map", "track_rows"]
+    assert mutants.statistics().allocated == before.allocated
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 16, 132])
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (30, 12, 7, 7), (64, 30), (2, 3, 40, 41)])
+def test_one_launch_has_the_bits_of_three(shape, multiprocessors, mutants):
+    x, dy, kernels = torch.randn(shape) + 3, torch.randn(shape), mutants.kernels
+    for group, k in ((None, 1), (torch.arange(len(x)) % 3, 4)):
+        weight = torch.rand(k, shape[1])
+        with mutants.during(multiprocessors=multiprocessors):
+            (launch,) = mutants.launches(lambda w=weight, g=group, k=k: kernels.normalize_batch(x, w, None, 1e-3, g, k))
+            assert launch.kernel == "reduce_and_map"
+            y, count, mean, m2 = kernels.normalize_batch(x, weight, None, 1e-3, group, k)
+            dx, *_ = kernels.backward_batch(dy, x, count, mean, m2, weight, 1e-3, group)
+            moments = kernels.moments(x, group, k)
+            var = moments[2] / moments[0].clamp(min=1)[:, None]
+            apart = kernels.normalize(x, *kernels.coefficients(moments[1], var, weight, None, 1e-3, False), group)
+            sums = kernels.backward_reduce(dy, x, moments[1], group, k)
+            *coefficients, _, _ = kernels.backward_coefficients(moments[0], moments[1], var, *sums, weight, 1e-3, False)
+        assert torch.equal(y, apart)
+        assert torch.equal(dx, kernels.backward_apply(dy, x, *coefficients, group))
+        assert all(torch.equal(a.reshape(b.shape), b) for a, b in zip((count, mean, m2), moments, strict=True))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("shape", IN_CLUSTERS)
+def test_a_cluster_has_the_bits_of_three_launches(shape, multiprocessors, mutants):
+    x, dy, weight, kernels = torch.randn(shape) + 3, torch.randn(shape), torch.rand(shape[1]), mutants.kernels
+    running = [[torch.zeros(shape[1]), torch.ones(shape[1]), torch.tensor(0)] for _ in range(2)]
+    results, launched = [], []
+    for has_clusters in (True, False):
+        with mutants.during(multiprocessors=multiprocessors, clusters=has_clusters, seed=multiprocessors):
+            forward = kernels.normalize_and_track(x, weight, None, 1e-3, *running[has_clusters], 0.1)
+            backward = kernels.backward_batch(dy, x, *forward[1:], weight, 1e-3)
+            launched.append(mutants.launches(lambda f=forward: kernels.backward_batch(dy, x, *f[1:], weight, 1e-3)))
+        results.append([*forward, *backward, *running[has_clusters]])
+    assert [launch.kernel for launch in launched[0]] == ["reduce_and_map"]
+    assert [launch.kernel for launch in launched[1]] == ["reduce", "write_coefficients", "map"]
+    assert launched[0][0].barriers == 3  # one of the block, two of the cluster
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_partial_results_are_read_several_at_a_time(mutants):
     x = torch.randn(16, 256, 14, 14).contiguous(memory_format=torch.channels_last)
     launch = cost(mutants, "reduce", lambda: mutants.kernels.moments(x))
@@ -387,7 +557,7 @@ def test_partial_results_are_read_several_at_a_time(mutants):
 
 
 def test_a_ticket_takes_one_fence(mutants):
-    x = torch.randn(64, 40, 7, 7)
+    x = torch.randn(MANY_SLABS)
     before = mutants.statistics()
     launch = cost(mutants, "reduce", lambda: mutants.kernels.moments(x))
     assert launch.fences == mutants.statistics().atomics - before.atomics > launch.blocks - 1

@@ -31,6 +31,9 @@ unsigned grid_size();
 
 void barrier();
 void fence();
+void cluster_barrier();
+// What lies in the shared memory of another block of the cluster where `own` lies in that of this one.
+const void* of_rank(const void* own, int rank);
 
 enum class Lane { kXor, kDown, kUp, kIndex };  // from which lane a shuffle takes its value
 uint64_t shuffle(unsigned mask, uint64_t value, Lane from, int argument);
@@ -56,12 +59,13 @@ bool mutant(int number);
 
 // What is between the angle brackets of a launch.
 struct Configuration {
-  Configuration(int64_t grid, int64_t block, size_t shared = 0, void* stream = nullptr)
-      : grid(grid), block(block), shared(shared), stream(stream) {}
+  Configuration(int64_t grid, int64_t block, size_t shared = 0, void* stream = nullptr, int64_t cluster = 1)
+      : grid(grid), block(block), shared(shared), stream(stream), cluster(cluster) {}
 
   int64_t grid, block;
   size_t shared;
   void* stream;
+  int64_t cluster;  // blocks that are started together
 };
 
 // Runs the body once for each thread. Throws where a kernel does what it must not: races, leaves others waiting at a
@@ -247,7 +251,7 @@ enum cudaStreamCaptureMode {
   cudaStreamCaptureModeThreadLocal,
   cudaStreamCaptureModeRelaxed
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrClusterLaunch = 120 };
 
 cudaError_t cudaGetLastError();
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
@@ -259,3 +263,33 @@ cudaError_t cudaFree(void* p);
 cudaError_t cudaFreeAsync(void* p, cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+// Launches with attributes, of which there is one.
+struct dim3 {
+  unsigned x, y, z;
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+namespace emulation {
+template <class Kernel, class... Arguments>
+cudaError_t launch_with(const char* name, const cudaLaunchConfig_t* with, Kernel kernel,
+                        const Arguments&... arguments) {
+  const int64_t cluster = with->numAttrs == 0 ? 1 : with->attrs->val.clusterDim.x;
+  launch(name, Configuration(with->gridDim.x, with->blockDim.x, with->dynamicSmemBytes, with->stream, cluster),
+         kernel)(arguments...);
+  return cudaSuccess;
+}
+}  // namespace emulation
