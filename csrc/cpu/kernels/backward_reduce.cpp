@@ -135,8 +135,8 @@ PRECISEBN_INLINE void add_to_column(const T* dy, const T* x, int64_t stride, int
 }
 
 template <class T>
-PRECISEBN_INLINE void add_wide_block(const T* dy, const T* x, int64_t stride, int64_t rows, int64_t channels, int64_t ahead,
-                                Column<typename Compute<T>::Vec>* columns) {
+PRECISEBN_INLINE void add_wide_block(const T* dy, const T* x, int64_t stride, int64_t rows, int64_t channels,
+                                     int64_t ahead, Column<typename Compute<T>::Vec>* columns) {
   for_each_four(rows, [&]<int kRows>(int64_t r) {
     const T *const from_dy = dy + r * stride, *const from_x = x + r * stride;
     for_each_column<T, kRows>(
@@ -188,8 +188,8 @@ void wide_rows(const T* dy, const T* x, int64_t stride, int64_t channels, int64_
 }
 
 template <class T>
-void rows(const void* dy, const void* x, int64_t stride, int64_t channels, int64_t rows, const double* mean, double* sum,
-          double* product) {
+void rows(const void* dy, const void* x, int64_t stride, int64_t channels, int64_t rows, const double* mean,
+          double* sum, double* product) {
   const T *from_dy = static_cast<const T*>(dy), *from_x = static_cast<const T*>(x);
   if (2 * channels * static_cast<int64_t>(sizeof(T)) <= kNarrowBytes) {
     return narrow_rows(from_dy, from_x, stride, channels, rows, mean, sum, product);

@@ -52,8 +52,8 @@ PRECISEBN_INLINE void for_each_column(int64_t channels, const Fetch& fetch, cons
   if (rest) add.template operator()<true>(whole, rest);
 }
 
-// How many elements further on, in rows of so many channels that begin `stride` apart, is what a line is fetched for while this one is
-// read: 8 KiB, or the next four rows.
+// How many elements further on, in rows of so many channels that begin `stride` apart, is what a line is fetched for
+// while this one is read: 8 KiB, or the next four rows.
 template <class T>
 PRECISEBN_INLINE int64_t ahead_in_rows(int64_t stride, int64_t channels) {
   const int64_t rows = 8192 / (channels * static_cast<int64_t>(sizeof(T))) + kTogether;

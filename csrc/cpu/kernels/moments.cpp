@@ -2,9 +2,9 @@
 //
 // Exact one-pass formulas carry a serial dependency (Welford) or cancel (E[x^2] - E[x]^2). So the data is taken in
 // blocks that fit in cache, and each block is read twice: for its mean, then for the sums of d = x - mean and of d * d.
-// (Rows of channels do without the first reading once enough rows have come before: see there.)
 // The second reading costs no memory traffic, and while it runs the block that follows is prefetched, so memory never
-// rests. Lanes are float32: with the mean taken off, d is small and exact where it matters. sum(d) would be 0 in exact
+// rests. (Rows of channels and short planes do without the first once enough of the same channel has come before; see
+// Rows.) Lanes are float32: with the mean taken off, d is small and exact where it matters. sum(d) would be 0 in exact
 // arithmetic; that it is not corrects both mean and m2 for the rounding of the block's mean, so that the first reading
 // may add up in long chains. Blocks merge in float64 by Chan's formula.
 //
@@ -190,8 +190,8 @@ constexpr int kHeld = 4;
 constexpr int kHeld = 0;
 #endif
 
-// Planes of up to four vectors need no reading for their mean after four others or more: that of those will do. Why, and
-// when, is said at rows below; here q = 10, two in d, one in d * d, three in a chain of four, four among the lanes, and
+// Planes of up to four vectors need no reading for their mean after four others or more: the mean of those will do. Why,
+// and when, is said at Rows below; here q = 10, two in d, one in d * d, three in a chain of four, four among the lanes, and
 // s = 8, so r <= 0.2 is enough.
 template <class T>
 PRECISEBN_INLINE bool follows_enough(int64_t length, double before) {
@@ -294,8 +294,8 @@ PRECISEBN_INLINE void short_planes(const T* p, int64_t stride, int64_t channels,
   double last_mean[4] = {}, last_m2[4] = {};
   memcpy(last_mean, mean + c, left * sizeof(double));
   memcpy(last_m2, m2 + c, left * sizeof(double));
-  four_planes<T, kHold, kFollows>({p, left > 1 ? p + stride : p, left > 2 ? p + 2 * stride : p, p}, length, weights, last_mean,
-                        last_m2);
+  four_planes<T, kHold, kFollows>({p, left > 1 ? p + stride : p, left > 2 ? p + 2 * stride : p, p}, length, weights,
+                                  last_mean, last_m2);
   memcpy(mean + c, last_mean, left * sizeof(double));
   memcpy(m2 + c, last_m2, left * sizeof(double));
 }
@@ -312,7 +312,8 @@ void planes(const void* x, int64_t stride, int64_t channels, int64_t length, dou
     return;
   }
   constexpr int kL = kLanes<typename Compute<T>::Vec>;
-  const bool held = kHeld && length > (kHeld - 1) * kL && length <= kHeld * kL, follows = follows_enough<T>(length, before);
+  const bool held = kHeld && length > (kHeld - 1) * kL && length <= kHeld * kL;
+  const bool follows = follows_enough<T>(length, before);
   if (held && follows) {
     short_planes<T, kHeld != 0, true>(p, stride, channels, length, weights, mean, m2);
   } else if (held) {
@@ -380,7 +381,7 @@ PRECISEBN_INLINE bool lanes_suffice(VecD, int, double, VecI32&) { return true; }
 // Replaces the sums of the failing lanes, and of no other: what one channel holds never touches the bits of another.
 template <class T>
 PRECISEBN_INLINE void column_in_float64(const T* p, int64_t stride, int64_t rows, int n, VecI32 failing,
-                                                 WideVec& shift, WideVec& sum, WideVec& squares) {
+                                        WideVec& shift, WideVec& sum, WideVec& squares) {
   WideVec exact_sum, exact_squares, ignored;
   exact_column(p, stride, rows, n, WideVec{}, exact_sum, ignored);
   const WideVec exact_shift = exact_sum * broadcast<WideVec>(1.0 / static_cast<double>(rows));
@@ -392,6 +393,7 @@ PRECISEBN_INLINE void column_in_float64(const T* p, int64_t stride, int64_t rows
     }
   }
 }
+
 // Consecutive rows, `before` after the first of those in the accumulators.
 struct Block {
   int64_t stride, rows;
@@ -475,11 +477,11 @@ PRECISEBN_INLINE Column<V> centered(const Column<V>& column, int64_t rows) {
   return {column.sum * broadcast<V>(static_cast<decltype(column.sum[0] + column.sum[0])>(1.0 / count)), V{}, V{}};
 }
 
-// A block needs no reading for its mean where n_a rows have come before, enough against its own n_b: the mean of those is
-// the center of the deviations. With S = sum d, Q = sum d * d and n = n_a + n_b, m2 grows by I = Q - S^2 / n,
-// and as S^2 <= n_b Q, at most r = n_b / n of Q cancels: I >= (1 - r) Q, for any data. Each I is right to 1e-6, and so is
-// their sum, where (q + 2 r s) / (1 - r) is below 16.7, 1e-6 in units of 2^-24; q and s are the roundings in Q and S: two
-// in d, for it is squared, one in d * d, two among four rows, one for every four but the first; in S one, two, and those.
+// A block needs no reading for its mean where n_a rows have come before, enough against its own n_b: the mean of those
+// is the center of the deviations. With S = sum d, Q = sum d * d and n = n_a + n_b, m2 grows by I = Q - S^2 / n, and as
+// S^2 <= n_b Q, at most r = n_b / n of Q cancels: I >= (1 - r) Q, for any data. Each I is right to 1e-6, and so is their
+// sum, where (q + 2 r s) / (1 - r) is below 16.7, 1e-6 in units of 2^-24; q and s are the roundings in Q and S: two in
+// d, for it is squared, one in d * d, two among four rows, one for every four but the first; in S one, two, and those.
 // So there are 6 and 4 in a block of 8 rows, 8 and 6 in one of 16, 12 and 10 in one of 32, which may follow 11, 37 and
 // 218 rows.
 constexpr double kFew = 11;
@@ -504,7 +506,7 @@ PRECISEBN_INLINE Column<V> centered(const double* mean, int n) {
 
 template <class T, bool kDeviations>
 PRECISEBN_INLINE void add_block(const T* p, const Block& block, int64_t channels, int64_t ahead,
-                                     Column<typename Compute<T>::Vec>* columns) {
+                                Column<typename Compute<T>::Vec>* columns) {
   for_each_four(block.rows, [&]<int kRows>(int64_t r) {
     const T* const from = p + r * block.stride;
     for_each_column<T, kRows>(
