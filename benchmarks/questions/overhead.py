@@ -2,7 +2,8 @@
 
 ``functional.batch_norm`` against ``F.batch_norm``; one recorded layer, mini-batch by mini-batch, against fvcore's hook;
 and whole calls of ``update_bn_stats`` on a network of many small layers, set-up and finishing included, for as few
-mini-batches as one and three: there the fixed cost shows. To compare two states of the library, run it in a copy of
+mini-batches as one and three: there the fixed cost shows. And, with two threads, how many parallel regions a mini-batch
+opens: what a busy machine takes its time by. To compare two states of the library, run it in a copy of
 each, in turns.
 """
 
@@ -18,6 +19,7 @@ import precisebn
 from benchmarks.harness import Question, Result, goal
 from benchmarks.harness.timing import Times, comparison, interleave, now, speeds
 from benchmarks.peers import installed, missing
+from benchmarks.questions._regions import count_regions
 from precisebn.functional import batch_norm
 
 __all__ = ["QUESTION", "run"]
@@ -32,6 +34,7 @@ QUESTION = Question(
 SHAPE = (2, 64, 8, 8)
 NETWORK, BATCH = "shufflenet_v2_x1_0", (8, 3, 64, 64)
 OURS, FVCORE, FORWARD = "precisebn", "fvcore", "forward"
+PEERS = ("fvcore", "torchvision")
 Update = Callable[[nn.Module, "CountedLoader"], object]
 
 
@@ -41,7 +44,7 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
     rows = [
         _row("batch_norm, forward", SHAPE, _functional(calls, backward=False), rounds, "F.batch_norm"),
         _row("batch_norm, forward + backward", SHAPE, _functional(calls, backward=True), rounds, "F.batch_norm"),
-        _row("one recorded layer, a mini-batch", SHAPE, _recorded(calls), rounds, *_updates()),
+        _row("one recorded layer, a mini-batch", SHAPE, _recorded(4 * calls), rounds, *_updates()),
     ]
     models = installed("torchvision.models")
     if models is not None:
@@ -55,8 +58,13 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
         for row in rows
         if FVCORE in row["_peers"]
     ]
-    summary = {"goals": goals, "peers": missing(["fvcore", "torchvision"])}
-    return {"rows": rows, "summary": summary}
+    regions = count_regions(quick) if models is not None else ""
+    if isinstance(regions, str):
+        return {"rows": rows, "summary": {"goals": goals, "peers": missing(PEERS), "parallel regions": regions}}
+    shares = [row["regions"] / row["fvcore's"] for row in regions if "fvcore's" in row]
+    if shares:
+        goals.append(goal("parallel regions of a mini-batch over fvcore's, the most", max(shares), at_most=1.0))
+    return {"rows": rows + regions, "summary": {"goals": goals, "peers": missing(PEERS)}}
 
 
 def _row(
@@ -125,7 +133,7 @@ class CountedLoader:
 
 
 def _recorded(calls: int) -> dict[str, Callable[[], float]]:
-    """Without set-up and finishing: between requests for mini-batches."""
+    """Without set-up and finishing: between requests for mini-batches, many enough that they are taken in meanwhile."""
     model = nn.Sequential(nn.BatchNorm2d(SHAPE[1]))
     batch = torch.randn(SHAPE)
 

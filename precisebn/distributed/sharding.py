@@ -40,17 +40,24 @@ def communicates(modules: Iterable[torch.nn.Module]) -> bool:
     return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules)
 
 
-def reshard(modules: Iterable[torch.nn.Module]) -> None:
+def reshard(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
     """Let FSDP (``fully_shard``) free the whole parameters that a forward without a backward has left in place.
 
     They come and go as it needs them; the sharded ones are what a model has, and what a picture of it shows.
-    """
-    if "torch.distributed.fsdp" in sys.modules:
-        from torch.distributed.fsdp import FSDPModule
 
-        for module in modules:
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    Returns:
+        The modules that have such: all that a later call need be given.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded: list[torch.nn.Module] = []
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            sharded.append(module)
+    return sharded
 
 
 def describe_shards(tensor: Tensor) -> str:

@@ -201,9 +201,16 @@ def common_device(model: nn.Module) -> torch.device | None:
     """The device that holds all parameters of a model (all buffers, if it has none); None if there are several."""
     # Not model.parameters(), which takes longer than a small model's forward to name what it yields.
     modules = list(model.modules())
-    devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
-    devices = devices or {b.device for m in modules for b in m._buffers.values() if b is not None}
-    return devices.pop() if len(devices) == 1 else None
+    for tensors in ([m._parameters for m in modules], [m._buffers for m in modules]):
+        first: torch.device | None = None
+        for tensor in (tensor for place in tensors if place for tensor in place.values() if tensor is not None):
+            if first is None:
+                first = tensor.device
+            elif tensor.device != first:
+                return None
+        if first is not None:
+            return first
+    return None
 
 
 def num_samples(batch: Any) -> int:

@@ -27,18 +27,24 @@ class Copies:
     """
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
-        self._kinds = [(tensor.dtype, tensor.device) for tensor in tensors]
-        self._shapes = [tensor.shape for tensor in tensors]
         alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for kind, tensor in zip(self._kinds, tensors, strict=True):
-            alike.setdefault(kind, []).append(tensor.detach())
+        self._places = []
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor = tensor.detach()
+            kind = tensor.dtype, tensor.device
+            self._places.append((kind, tensor.shape))
+            try:
+                alike[kind].append(tensor)
+            except KeyError:
+                alike[kind] = [tensor]
         self._flat = {kind: flattened(own) for kind, own in alike.items()}
 
     def __iter__(self) -> Iterator[Tensor]:
-        places = list(zip(self._kinds, self._shapes, strict=True))
-        pieces = {
-            kind: iter(flat.split([shape.numel() for other, shape in places if other == kind]))
-            for kind, flat in self._flat.items()
-        }
-        for kind, shape in places:
-            yield next(pieces[kind]).view(shape)
+        sizes: dict[tuple[torch.dtype, torch.device], list[int]] = {kind: [] for kind in self._flat}
+        for kind, shape in self._places:
+            sizes[kind].append(shape.numel())
+        pieces = {kind: iter(flat.split(sizes[kind])) for kind, flat in self._flat.items()}
+        for kind, shape in self._places:
+            piece = next(pieces[kind])
+            yield piece if len(shape) == 1 else piece.view(shape)

@@ -6,7 +6,7 @@ its memory, its shape and its bits. What lies inside other objects (a NumPy arra
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Snapshot:
 
     Args:
         model: what to take a picture of.
+        modules: those of the model, each once, with the names that differences are to be told by.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.ReLU())
@@ -39,8 +40,9 @@ class Snapshot:
         True
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [_ModulePicture(name, module) for name, module in model.named_modules()]
+    def __init__(self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> None:
+        modules = model.named_modules() if modules is None else modules
+        self._modules = [_ModulePicture(name, module) for name, module in modules]
         # Running statistics apart from the rest: whether any has changed is asked at the end of every good run.
         self._statistics = [place for module in self._modules for place in module.statistics()]
         statistics = {id(buffer): buffer for _, _, buffer in self._statistics}  # not by hash, which is slow for tensors
@@ -127,7 +129,8 @@ class _ModulePicture:
         telling = [
             (key, value)
             for key, value in self.attributes.items()
-            if (kind := type(value)) not in _VALUES and (kind not in _DICTIONARIES or value)
+            if (kind := type(value)) not in _VALUES
+            and (value if kind in _PLAIN_CONTAINERS else kind is not tuple or not _VALUES.issuperset(map(type, value)))
         ]
         for key, value in telling:
             if key == "_modules":
@@ -150,7 +153,9 @@ class _ModulePicture:
         elif isinstance(value, Tensor):
             self.others = [*self.others, value]
 
-    def _look_into_each(self, items: Iterable[object]) -> None:
+    def _look_into_each(self, items: Collection[object]) -> None:
+        if _VALUES.issuperset(map(type, items)):
+            return
         for item in items:
             if type(item) not in _VALUES:
                 self._look_into(item)
@@ -217,7 +222,7 @@ class _ModulePicture:
 
 _VALUES = frozenset({bool, int, float, str, type(None)})  # what most attributes are, and cannot change by themselves
 _CONTAINERS = (dict, list, set, deque)
-_DICTIONARIES = frozenset({dict, OrderedDict})
+_PLAIN_CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 _PLACES = frozenset({"_parameters", "_buffers"})
 
 

@@ -1,5 +1,6 @@
 """accumulate: the moments of a mini-batch, merged into running accumulators."""
 
+import torch
 from torch import Tensor
 
 from precisebn.ops.chan import merge
@@ -40,6 +41,7 @@ def accumulate(
     raw.accumulate(x, count, mean, m2, batch_mean, batch_var)
 
 
+@torch.no_grad()  # a forward may have asked for gradients, which views made without refuse to be written with
 def fallback(
     x: Tensor,
     count: Tensor,

@@ -15,6 +15,7 @@ from precisebn.errors import InputError, InsufficientDataError
 from precisebn.models.families import populations_of
 from precisebn.models.selection import select_modules
 from precisebn.models.snapshot import Snapshot
+from precisebn.models.tensor_pictures import PLAIN_TENSORS
 from precisebn.models.transaction import Transaction
 from precisebn.recalibration.report import reason_left_alone
 from precisebn.recalibration.settings import Settings
@@ -132,4 +133,8 @@ def initialize_lazy_layers(model: nn.Module, batches: Iterator[Any], run: Callab
 
 
 def _is_lazy(layer: nn.Module) -> bool:
-    return any(is_lazy(t) for place in (layer._parameters, layer._buffers) for t in place.values() if t is not None)
+    tensors = [*layer._parameters.values(), *layer._buffers.values()]
+    return not _NOT_LAZY.issuperset(map(type, tensors)) and any(is_lazy(t) for t in tensors if t is not None)
+
+
+_NOT_LAZY = PLAIN_TENSORS | {type(None)}

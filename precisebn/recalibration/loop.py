@@ -60,13 +60,18 @@ class Loop:
         with self._interrupts.let_through():
             if self._device is not None:
                 batch = move_to(batch, self._device)
-            if self.settings.memory_format is not None:
-                batch = with_memory_format(batch, self.settings.memory_format)
+            if self.settings.memory_format is None:
+                self._run_model(batch)
+                return
+            batch = with_memory_format(batch, self.settings.memory_format)
             with explain_refused_view(self.settings.model, self.settings.memory_format):
-                if self.settings.forward is not None:
-                    self.settings.forward(self.settings.model, batch)
-                else:
-                    call_model(self.settings.model, batch, is_first=self.iterations == 0)
+                self._run_model(batch)
+
+    def _run_model(self, batch: Any) -> None:
+        if self.settings.forward is not None:
+            self.settings.forward(self.settings.model, batch)
+        else:
+            call_model(self.settings.model, batch, is_first=self.iterations == 0)
 
     def weigh(self, prior: Prior) -> None:
         """Tell a prior how many samples there will be, of all ranks: it is mixed in from the first mini-batch on.
@@ -111,9 +116,9 @@ class Loop:
                 if exhausted and (settings.tolerance is None or self.ranks.size == 1):
                     break
                 if settings.tolerance is not None and step >= next_check:
-                    next_check = step + max(1, step // 20)  # each check costs a wait for the device and for the ranks
                     if self._is_enough(settings.tolerance, recording, exhausted, bar):
                         break
+                    next_check = step + self._pause(step, settings.tolerance)
         self._check_amount(exhausted)
         recording.check_finite()
         return self.ranks.tally(self._tally(recording))
@@ -173,6 +178,15 @@ class Loop:
         self._max_error = largest(errors)
         self._show(bar)
         return all_within(tolerance, errors) or not total.unfinished
+
+    def _pause(self, step: int, tolerance: float) -> int:
+        """How many mini-batches until the errors are looked at again, which costs a wait for the device and the ranks.
+
+        Errors fall with the root of the number of mini-batches: half of those that are missing by that, which the
+        errors, not exact themselves, may put too high. At most as many again as there were, at least a twentieth.
+        """
+        missing = step * min((self._max_error / tolerance) ** 2 - 1.0, 2.0)
+        return max(1, step // 20, 0 if math.isnan(missing) else int(missing / 2))
 
     def _tally(self, recording: Recording, unfinished: bool = False) -> Tally:
         return Tally(samples=self.samples, levels=recording.num_levels, unfinished=int(unfinished))

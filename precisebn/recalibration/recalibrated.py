@@ -87,19 +87,17 @@ def recalibrated(
         process_group=process_group, early_exit=early_exit, prior=prior, call="recalibrated",
     )  # fmt: skip
     undo = Undo()  # at hand already if Ctrl-C comes in between the recalibration and the block
+    ended = False
     try:
         yield recalibrate(settings, undo)
-    except BaseException as error:
+        ended = True  # still inside the block: Ctrl-C may come between any two lines
         if undo.is_needed:
+            undo.put_back(force)
+    except BaseException as error:
+        refused = ended and isinstance(error, PreciseBNError)
+        if undo.is_needed and not refused:
             try:
                 undo.put_back(force)
             except PreciseBNError as failure:  # what has led here matters more
                 add_note(error, f"precisebn: the statistics from before recalibrated() are not back: {failure}")
-        raise
-    try:
-        if undo.is_needed:
-            undo.put_back(force)
-    except KeyboardInterrupt:
-        if undo.is_needed:  # it came before there was a handler to hold it back
-            undo.put_back(force)
         raise

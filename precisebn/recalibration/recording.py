@@ -89,6 +89,7 @@ class Recording(AbstractContextManager["Recording"]):
         self._execution_order: dict[int, None] = {}
         self._with_ends: list[tuple[str, Recordable]] = []
         self._temporary = Transaction()
+        self._sharded: list[nn.Module] = []
         self._before: Snapshot | None = None
         self._stopped = False
 
@@ -97,8 +98,8 @@ class Recording(AbstractContextManager["Recording"]):
         temporary = self._temporary
         try:
             claim(self, [module for _, module in modules], name=type(self.model).__name__, doing=BEING_RECALIBRATED)
-            reshard(module for _, module in modules)
-            self._before = Snapshot(self.model)
+            self._sharded = reshard(module for _, module in modules)
+            self._before = Snapshot(self.model, modules)
             temporary.on_undo(torch.set_grad_enabled, torch.is_grad_enabled())
             torch.set_grad_enabled(False)
             run_eagerly(temporary)
@@ -141,7 +142,7 @@ class Recording(AbstractContextManager["Recording"]):
         steps.on_undo(self._before.put_back_statistics)
         steps.on_undo(self._temporary.undo)
         steps.undo()
-        reshard(module for _, module in named_modules(self.model))  # gathered ones, in their places, have no gradients
+        reshard(self._sharded)  # gathered parameters, in the places of the sharded, have no gradients
         self._stopped = True
 
     @property
@@ -163,8 +164,7 @@ class Recording(AbstractContextManager["Recording"]):
         """
         for name, module in self._with_ends:
             module.end_batch(name)
-        on_cpu = [estimator for estimator in self.estimators if estimator.device.type == "cpu"]
-        finite = all(estimator.current_is_finite() for estimator in on_cpu)
+        finite = all(estimator.current_is_finite() for estimator in self._on_cpu)
         for estimator in self.estimators:
             estimator.end_batch()
         if not finite:
@@ -172,7 +172,7 @@ class Recording(AbstractContextManager["Recording"]):
 
     def check_finite(self) -> None:
         """Raise if any layer has met NaN or Inf, naming the first layer, as the model runs, of the first mini-batch."""
-        if not any(bool((estimator.first_nonfinite >= 0).any()) for estimator in self.estimators):
+        if not any(estimator.met_nonfinite() for estimator in self.estimators):
             return
         firsts: dict[int, int] = {}
         for index in self._execution_order:
@@ -208,6 +208,7 @@ class Recording(AbstractContextManager["Recording"]):
             device: PopulationEstimator(channels, kind=self.kind, device=device) for device, channels in sizes.items()
         }
         self.estimators += estimators.values()
+        self._on_cpu = [estimator for device, estimator in estimators.items() if device.type == "cpu"]
         self.populations += [
             RecordedPopulation(shown, module, one, estimators[one.mean.device], position)
             for shown, module, one, position in found

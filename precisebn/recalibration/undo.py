@@ -8,6 +8,7 @@ model has been moved to another device or dtype, or a checkpoint was loaded by a
 
 import weakref
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -42,15 +43,16 @@ class Undo:
         """Keep the statistics that are about to be replaced."""
         populations = list(populations)
         self._model = weakref.ref(model)
+        tensors = [_tensors(one.statistics) for one in populations]
         self._places = [
-            _Place(one.name, weakref.ref(one.layer), one.statistics.index or 0, len(_tensors(one.statistics)))
-            for one in populations
+            _Place(one.name, weakref.ref(one.layer), one.statistics.index or 0, len(own))
+            for one, own in zip(populations, tensors, strict=True)
         ]
-        self._old = Copies([tensor for one in populations for tensor in _tensors(one.statistics)])
+        self._old = Copies(list(chain.from_iterable(tensors)))
 
     def note_new(self, populations: Iterable[RecordedPopulation]) -> None:
         """Keep those that have been written in their place."""
-        self._new = Copies([tensor for one in populations for tensor in _tensors(one.statistics)])
+        self._new = Copies(list(chain.from_iterable(_tensors(one.statistics) for one in populations)))
 
     def put_back(self, force: bool = False) -> None:
         """Put the old statistics back, in place: those of all layers, or of none.
@@ -147,8 +149,8 @@ class _Place(NamedTuple):
 
 
 def _tensors(statistics: RunningStatistics) -> list[Tensor]:
-    tensors = (statistics.mean, statistics.var, statistics.num_batches)
-    return [tensor for tensor in tensors if tensor is not None]
+    mean, var, num_batches = statistics.mean, statistics.var, statistics.num_batches
+    return [mean, var] if num_batches is None else [mean, var, num_batches]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Batch means: how far blocks of mini-batches lie apart, which standard errors are made of."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,20 +12,16 @@ __all__ = ["BlockDeviations", "BlockMoments", "Level"]
 
 
 class BlockDeviations(NamedTuple):
-    """Sums over the blocks of one size, which add up over ranks: see :class:`BlockMoments` for n, m and u.
+    """Sums over the blocks of several sizes, which add up over ranks: see :class:`BlockMoments` for n, m and u.
 
     Attributes:
-        num_blocks: per layer.
-        covered: sum of n, per layer.
-        weight: sum of n^2, per layer.
-        m_square: sum of n^2 (m - mean)^2, per channel.
-        u: sum of n^2 (u - reference_var), per channel.
-        u_square: sum of n^2 (u - reference_var)^2, per channel.
+        of_layers: number of blocks, sum of n and sum of n^2, of each layer: ``(..., 3, L)``.
+        m_square: sum of n^2 (m - mean)^2, per channel, ``(..., S)``.
+        u: sum of n^2 (u - reference_var), likewise.
+        u_square: sum of n^2 (u - reference_var)^2, likewise.
     """
 
-    num_blocks: Tensor
-    covered: Tensor
-    weight: Tensor
+    of_layers: Tensor
     m_square: Tensor
     u: Tensor
     u_square: Tensor
@@ -51,11 +48,10 @@ class BlockMoments:
     def __init__(self, layer_of_channel: Tensor, num_layers: int) -> None:
         flat = torch.zeros(layer_of_channel.numel(), dtype=torch.float64, device=layer_of_channel.device)
         self.layer_of_channel = layer_of_channel
-        self.num_blocks = flat.new_zeros(num_layers)
-        self.count = flat.new_zeros(num_layers)
-        self.weight = flat.new_zeros(num_layers)
-        self.center, self.mean_a, self.mean_q = flat.clone(), flat.clone(), flat.clone()
-        self.aa, self.aq, self.qq = flat.clone(), flat.clone(), flat.clone()
+        self.sums = flat.new_zeros(3, num_layers)  # per layer: number of blocks, sums of n and of n^2
+        self.center = flat
+        self.means = flat.new_zeros(2, flat.numel())  # of a and of q
+        self.co_moments = flat.new_zeros(3, flat.numel())  # aa, qq and aq
 
     def add(self, blocks: FlatMoments, known_mean: Tensor) -> None:
         """Add blocks; layers that a block did not reach stay as they are.
@@ -64,45 +60,48 @@ class BlockMoments:
             blocks: one or several.
             known_mean: ``(S,)``, the mean of all values so far, these included.
         """
-        unseen = self.weight == 0
-        self.center.addcmul_(known_mean, per_channel(unseen.double(), self.layer_of_channel))  # 0 so far
-
-        weights = blocks.count.square()
+        known_weight, weights = self.sums[2], blocks.count.square()
         added = weights.sum(0)
+        step = added / (known_weight + added).clamp(min=1.0)
+        unseen, added_channel, step_channel, gain = per_channel(
+            torch.stack([(known_weight == 0).double(), added, step, step * known_weight]), self.layer_of_channel
+        )
         shares = per_channel(weights / added.clamp(min=1.0), self.layer_of_channel)
+        self.center.addcmul_(known_mean, unseen)  # 0 so far
+
         a = blocks.mean - self.center
-        q = a.square().addcdiv_(blocks.m2, blocks.channel_count().clamp(min=1.0))
+        q = a.square().addcdiv_(blocks.m2, blocks.channel_count.clamp(min=1.0))
         mean_a, mean_q = (a * shares).sum(0), (q * shares).sum(0)
         a.sub_(mean_a)
         q.sub_(mean_q)
-        weighted_a, weighted_q = a * shares, q.mul(shares)
+        weighted_q = q * shares
+        within = torch.stack([(a.square() * shares).sum(0), (q * weighted_q).sum(0), (a * weighted_q).sum(0)])
+        delta = torch.stack([mean_a, mean_q]).sub_(self.means)
+        self.means.addcmul_(delta, step_channel)
+        between = torch.stack([*delta.square(), delta[0] * delta[1]])
+        self.co_moments.addcmul_(within, added_channel).addcmul_(between, gain)
+        self.sums.add_(torch.stack([(blocks.count > 0).sum(0), blocks.count.sum(0), added]))
 
-        total = self.weight + added
-        added_channel = per_channel(added, self.layer_of_channel)
-        step = per_channel(added / total.clamp(min=1.0), self.layer_of_channel)
-        gain = step * per_channel(self.weight, self.layer_of_channel)
-        delta_a, delta_q = mean_a.sub_(self.mean_a), mean_q.sub_(self.mean_q)
-        self.mean_a.addcmul_(delta_a, step)
-        self.mean_q.addcmul_(delta_q, step)
-        for co_moment, within, between in (
-            (self.aa, (a * weighted_a).sum(0), delta_a * delta_a),
-            (self.aq, (a * weighted_q).sum(0), delta_a * delta_q),
-            (self.qq, (q * weighted_q).sum(0), delta_q * delta_q),
-        ):
-            co_moment.addcmul_(within, added_channel).addcmul_(between, gain)
-        self.weight = total
-        self.count.add_(blocks.count.sum(0))
-        self.num_blocks.add_((blocks.count > 0).sum(0))
+    @staticmethod
+    def stacked(of_sizes: "Sequence[BlockMoments]") -> "BlockMoments":
+        """Those of several block sizes as one, whose tensors have them as dimension 0; only to ask :meth:`about`."""
+        result = BlockMoments.__new__(BlockMoments)
+        result.layer_of_channel = of_sizes[0].layer_of_channel
+        for name in ("sums", "center", "means", "co_moments"):
+            setattr(result, name, torch.stack([getattr(one, name) for one in of_sizes]))
+        return result
 
     def about(self, mean: Tensor, reference_var: Tensor) -> BlockDeviations:
         """The sums over blocks that standard errors need, about a given mean and variance."""
-        weight = per_channel(self.weight, self.layer_of_channel)
+        mean_a, mean_q = self.means.unbind(-2)
+        aa, qq, aq = self.co_moments.unbind(-2)
+        weight = per_channel(self.sums[..., 2, :], self.layer_of_channel)
         d = mean - self.center
-        m_square = self.aa + weight * (self.mean_a - d).square()
-        offset = self.mean_q - 2.0 * d * self.mean_a + d.square() - reference_var
-        u_square = (self.qq - 4.0 * d * self.aq + 4.0 * d.square() * self.aa).clamp(min=0.0)
-        u_square = u_square + weight * offset.square()
-        return BlockDeviations(self.num_blocks, self.count, self.weight, m_square, weight * offset, u_square)
+        m_square = aa + weight * (mean_a - d).square()
+        offset = mean_q - 2.0 * d * mean_a + d.square() - reference_var
+        u_square = (qq - 4.0 * d * aq + 4.0 * d.square() * aa).clamp(min=0.0)
+        weighted = weight * offset
+        return BlockDeviations(self.sums, m_square, weighted, u_square + weighted * offset)
 
 
 class Level:

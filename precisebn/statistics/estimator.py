@@ -11,6 +11,7 @@ over those block sizes that still have enough blocks is reported (Flyvbjerg & Pe
 correlated data", 1989). So the assumption left is that correlation dies out within a fraction of the run.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -27,10 +28,18 @@ __all__ = ["ESTIMATORS", "MIN_BLOCKS", "EstimatorName", "Population", "Populatio
 EstimatorName = Literal["population", "batch-mean"]
 ESTIMATORS: tuple[EstimatorName, ...] = ("population", "batch-mean")
 
-_MAX_WAITING = 16  # mini-batches taken in at once
 
 MIN_BLOCKS = 8
 """Fewest blocks from which a standard error is computed; below, its own relative error would exceed 1/4."""
+
+
+def _max_waiting(size: int) -> int:
+    """How many mini-batches of ``size`` numbers are taken in at once.
+
+    To take some in costs as many operations, however many they are: hundreds, which a network of a few small layers
+    would feel after every 16. So there as many wait as fit into half a mebibyte; above it is the memory that counts.
+    """
+    return min(max(16, (1 << 16) // size), 256)
 
 
 def is_dead(var: Tensor, eps: Tensor | float) -> Tensor:
@@ -111,7 +120,7 @@ class PopulationEstimator:
         ).to(device if device is not None else torch.get_default_device())
         size = len(self.num_channels) + 2 * self.layer_of_channel.numel()
         self._current = torch.zeros(size, dtype=torch.float64, device=device)
-        self._waiting = self._current.new_empty(_MAX_WAITING, size)  # rows are written before they are read
+        self._waiting = self._current.new_empty(_max_waiting(size), size)  # rows are written before they are read
         self._num_waiting = 0
         self._num_merged = 0  # of those that wait
         self._slots = self._slots_of(FlatMoments(self._current, self.layer_of_channel))
@@ -120,7 +129,7 @@ class PopulationEstimator:
         self.num_batches = torch.zeros_like(self._population.count)
         self._average_mean = torch.zeros_like(self._population.mean)
         self._average_var = torch.zeros_like(self._population.mean)
-        self._first_nonfinite = torch.full_like(self.layer_of_channel, -1)
+        self._first_nonfinite = torch.full_like(self._population.mean, math.inf)  # of none yet
         self._levels: list[Level] = []
         self._num_taken_in = 0
 
@@ -140,10 +149,10 @@ class PopulationEstimator:
 
     def end_batch(self) -> None:
         """Close the current mini-batch and start the next from nothing."""
-        self._waiting[self._num_waiting] = self._current
+        self._waiting.select(0, self._num_waiting).copy_(self._current)
         self._current.zero_()
         self._num_waiting += 1
-        if self._num_waiting == _MAX_WAITING:
+        if self._num_waiting == len(self._waiting):
             self._take_in_blocks()
 
     def moments(self, layer: int) -> Moments:
@@ -170,11 +179,16 @@ class PopulationEstimator:
     def first_nonfinite(self) -> Tensor:
         """The mini-batch, counted from 0, in which each channel first met NaN or Inf; -1 if none did. ``(S,)``."""
         self._merge_waiting()
-        return self._first_nonfinite
+        return self._first_nonfinite.where(self._first_nonfinite.isfinite(), -1.0).long()
+
+    def met_nonfinite(self) -> bool:
+        """Whether any channel has met NaN or Inf in a mini-batch that has ended. Waits for the device."""
+        self._merge_waiting()
+        return self._first_nonfinite.min().item() < math.inf
 
     def current_is_finite(self) -> bool:
         """Whether the mini-batch under way is free of NaN and Inf so far. Waits for the device."""
-        return bool(self._current.sum().isfinite())
+        return math.isfinite(self._current.sum().item())
 
     @property
     def num_levels(self) -> int:
@@ -204,24 +218,18 @@ class PopulationEstimator:
         # variances deviate from the mean variance within ranks, which all know by now as well: the variance itself is
         # what this very sum brings.
         reference = within / channel_count
-        own_m2 = self.population.m2 + self.population.channel_count() * (self.population.mean - mean).square()
-        of_blocks = [
-            self._levels[i].moments.about(mean, reference) if i < len(self._levels) else self._no_deviations()
-            for i in range(num_levels)
-        ]
-        flat = torch.cat([own_m2, *(part for sums in of_blocks for part in sums)])
+        own_m2 = self.population.m2 + self.population.channel_count * (self.population.mean - mean).square()
+        blocks = self._deviations(num_levels, mean, reference)
         if all_reduce is not None:
+            flat = torch.cat([own_m2, *(part.flatten() for part in blocks)])
             all_reduce(flat)
-        num_layers, num_flat = count.numel(), mean.numel()
-        m2, *parts = flat.split([num_flat] + ([num_layers] * 3 + [num_flat] * 3) * num_levels)
-        var = m2 / channel_count
-        mean_error, var_error = torch.full_like(count, float("nan")), torch.full_like(count, float("nan"))
-        for i in range(num_levels):
-            deviations = BlockDeviations(*parts[6 * i : 6 * i + 6])
-            enough = deviations.num_blocks >= MIN_BLOCKS
-            errors = self._layer_errors(deviations, channel_count, var, var - reference, eps)
-            for worst, error in zip((mean_error, var_error), errors, strict=True):
-                worst.copy_(torch.where(enough, torch.fmax(worst, error), worst))
+            own_m2, *parts = flat.split([own_m2.numel(), *(part.numel() for part in blocks)])
+            blocks = BlockDeviations(*(part.view_as(old) for part, old in zip(parts, blocks, strict=True)))
+        var = own_m2 / channel_count
+        if num_levels > 0:
+            mean_error, var_error = self._layer_errors(blocks, channel_count, var, var - reference, eps)
+        else:
+            mean_error, var_error = torch.full_like(count, math.nan).expand(2, -1)
         if average is not None:
             mean, var = average
         return Population(count, num_batches, mean, var, mean_error, var_error)
@@ -234,10 +242,10 @@ class PopulationEstimator:
         averaging = self.kind == "batch-mean"
         if all_reduce is None:
             average = (self._average_mean.clone(), self._average_var.clone()) if averaging else None
-            return own.count.clone(), own.mean.clone(), own.m2, self.num_batches.clone(), average
+            return own.count, own.mean, own.m2, self.num_batches.clone(), average
         num_batches = per_channel(self.num_batches, self.layer_of_channel)
         averages = (num_batches * self._average_mean, num_batches * self._average_var) if averaging else ()
-        flat = torch.cat([own.count, self.num_batches, own.channel_count() * own.mean, own.m2, *averages])
+        flat = torch.cat([own.count, self.num_batches, own.channel_count * own.mean, own.m2, *averages])
         all_reduce(flat)
         num_layers, num_flat = own.count.numel(), own.mean.numel()
         count, batches, total, m2, *sums = flat.split([num_layers] * 2 + [num_flat] * (2 + len(averages)))
@@ -245,35 +253,42 @@ class PopulationEstimator:
         average = (sums[0] / num_batches, sums[1] / num_batches) if averaging else None
         return count, total / per_channel(count, self.layer_of_channel).clamp(min=1.0), m2, batches, average
 
+    def _deviations(self, num_levels: int, mean: Tensor, reference_var: Tensor) -> BlockDeviations:
+        """How far the blocks of so many sizes lie apart, a size in a row; 0 where there are none yet."""
+        levels = [level.moments for level in self._levels[:num_levels]]
+        layers, channels = len(self.num_channels), mean.numel()
+        shapes = [(num_levels, 3, layers), *[(num_levels, channels)] * 3]
+        if not levels:
+            return BlockDeviations(*map(mean.new_zeros, shapes))
+        found = BlockMoments.stacked(levels).about(mean, reference_var)
+        if len(levels) == num_levels:
+            return found
+        return BlockDeviations(*(
+            torch.cat([part, part.new_zeros(num_levels - len(levels), *part.shape[1:])]) for part in found
+        ))  # fmt: skip
+
     def _layer_errors(
         self, blocks: BlockDeviations, channel_count: Tensor, var: Tensor, var_offset: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Standard errors from the blocks of one size, per layer, in the layer's own units."""
-        weight = per_channel(blocks.weight, self.layer_of_channel)
-        about_var = blocks.u_square - 2.0 * var_offset * blocks.u + weight * var_offset.square()
-        number = per_channel(blocks.num_blocks, self.layer_of_channel)
-        covered = per_channel(blocks.covered, self.layer_of_channel).clamp(min=1.0)
-        factor = number / (number - 1.0).clamp(min=1.0) / (covered * channel_count)
+        """Standard errors per layer, in the layer's own units: the largest of the block sizes with enough blocks."""
+        number, covered, weight = blocks.of_layers.unbind(1)
+        factor = per_channel(number / (number - 1.0).clamp(min=1.0) / covered.clamp(min=1.0), self.layer_of_channel)
+        factor = factor / channel_count
+        about_var = blocks.u_square - 2.0 * var_offset * blocks.u
+        about_var = about_var + per_channel(weight, self.layer_of_channel) * var_offset.square()
         eps = per_channel(eps, self.layer_of_channel)
         scale, alive = var + eps, ~is_dead(var, eps)
-        num_alive = self._layer_sums(alive).clamp(min=1.0)
-
-        def layer_rms(squared: Tensor) -> Tensor:
-            return (self._layer_sums(squared.where(alive, squared.new_zeros(()))) / num_alive).sqrt()
-
-        return layer_rms(blocks.m_square * factor / scale), layer_rms(
-            about_var.clamp(min=0.0) * factor / scale.square()
-        )
+        squares = torch.stack([blocks.m_square * factor / scale, about_var.clamp(min=0.0) * factor / scale.square()])
+        sums = self._layer_sums(torch.cat([squares.where(alive, 0.0).flatten(0, 1), alive.double().unsqueeze(0)]))
+        errors = (sums[:-1] / sums[-1].clamp(min=1.0)).sqrt().view(2, *number.shape)
+        worst = errors.where(number >= MIN_BLOCKS, -1.0).amax(1)
+        mean_error, var_error = worst.where(worst >= 0.0, math.nan)
+        return mean_error, var_error
 
     def _layer_sums(self, values: Tensor) -> Tensor:
-        """Sums over the channels of each layer, ``(L,)``, the same bits every time: no atomics."""
-        of_layers: tuple[Tensor, ...] = values.split(self.num_channels)
-        return torch.stack([layer.sum(dtype=torch.float64) for layer in of_layers])
-
-    def _no_deviations(self) -> BlockDeviations:
-        zeros = torch.zeros_like(self.population.mean)
-        none = torch.zeros_like(self.num_batches)
-        return BlockDeviations(none, none, none, zeros, zeros, zeros)
+        """Sums over the channels of each layer, of ``(..., S)``, the same bits every time: no atomics."""
+        of_layers: tuple[Tensor, ...] = values.split(self.num_channels, -1)
+        return torch.stack([layer.sum(-1) for layer in of_layers], -1)
 
     def _take_in_blocks(self) -> None:
         """Take the mini-batches that wait into the blocks as well; none waits any more."""
@@ -295,19 +310,26 @@ class PopulationEstimator:
         self._note_nonfinite(batches)
         if self.kind == "batch-mean":
             self._average(batches)
-        self._population.merge_(batches.merged())
+        merged = batches.merged()
+        if self._num_taken_in + self._num_merged == 0:  # nothing to merge with, which is half of a short run's time
+            self._population = FlatMoments(merged.buffer.clone(), self.layer_of_channel)
+        else:
+            self._population = self._population.merged_with(merged)
         self.num_batches.add_((batches.count > 0).sum(0))
         self._num_merged = self._num_waiting
 
     def _note_nonfinite(self, batches: FlatMoments) -> None:
         """Remember the mini-batch in which a channel first met NaN or Inf, without asking the device for it."""
         bad = batches.m2 - batches.m2 != 0  # 0 but for NaN and Inf; in half the time of isfinite
-        first = self._num_taken_in + self._num_merged + bad.byte().argmax(0)
-        self._first_nonfinite = first.where(bad.any(0).logical_and_(self._first_nonfinite < 0), self._first_nonfinite)
+        first = self._num_taken_in + self._num_merged
+        numbers = torch.arange(first, first + len(batches), dtype=torch.float64, device=self.device)
+        self._first_nonfinite = torch.minimum(
+            self._first_nonfinite, numbers.unsqueeze(1).where(bad, math.inf).amin(0)
+        )  # in float64, of which amin takes a tenth of the time of int64's or of argmax
 
     def _average(self, batches: FlatMoments) -> None:
         """Add mini-batches to the plain averages, all that reached a layer weighing the same."""
-        channel_count = batches.channel_count()
+        channel_count = batches.channel_count
         reached = channel_count > 0
         unbiased = batches.m2 / (channel_count - 1.0).clamp(min=1.0)
         seen = per_channel(self.num_batches, self.layer_of_channel) + reached.sum(0)

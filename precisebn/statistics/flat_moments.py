@@ -1,5 +1,7 @@
 """FlatMoments: the Moments of many layers in one flat tensor, so that merging all of them is a few operations."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ __all__ = ["FlatMoments", "per_channel"]
 
 class FlatMoments:
     """Moments of all layers, of one or several mini-batches: counts, then all means, then all m2, in one tensor.
+
+    To be written to before anything is asked of them, and not after.
 
     Args:
         buffer: float64, ``(L + 2 S,)``, or ``(B, L + 2 S)`` for B mini-batches.
@@ -27,28 +31,28 @@ class FlatMoments:
     def __len__(self) -> int:
         return self.buffer.shape[0]
 
+    @cached_property
     def channel_count(self) -> Tensor:
         """The count of each channel's layer."""
         return per_channel(self.count, self.layer_of_channel)
 
-    def merge_(self, other: "FlatMoments") -> None:
-        """Merge the other's moments into these, layer by layer."""
-        mean, m2 = merge(self.channel_count(), self.mean, self.m2, other.channel_count(), other.mean, other.m2)
-        torch.cat([self.count + other.count, mean, m2], dim=-1, out=self.buffer)
+    def merged_with(self, other: "FlatMoments") -> "FlatMoments":
+        """These moments and the other's, layer by layer."""
+        merged = merge(self.channel_count, self.mean, self.m2, other.channel_count, other.mean, other.m2)
+        return self._of(self.count + other.count, *merged)
 
     def merged(self) -> "FlatMoments":
         """The mini-batches as one."""
         if len(self) == 1:
             return FlatMoments(self.buffer[0], self.layer_of_channel)
-        return self._of(self.count.sum(0), *merge_rows(self.channel_count(), self.mean, self.m2))
+        return self._of(self.count.sum(0), *merge_rows(self.channel_count, self.mean, self.m2))
 
     def merged_pairs(self) -> "FlatMoments":
         """Mini-batches 0 and 1 as one, 2 and 3 as one, ...; an odd last one is left out."""
         even, odd = (
             FlatMoments(self.buffer[first : len(self) - len(self) % 2 : 2], self.layer_of_channel) for first in (0, 1)
         )
-        merged = merge(even.channel_count(), even.mean, even.m2, odd.channel_count(), odd.mean, odd.m2)
-        return self._of(even.count + odd.count, *merged)
+        return even.merged_with(odd)
 
     def followed_by(self, others: "FlatMoments") -> "FlatMoments":
         """These mini-batches and then others."""
@@ -63,5 +67,10 @@ class FlatMoments:
 
 
 def per_channel(per_layer: Tensor, layer_of_channel: Tensor) -> Tensor:
-    """Each channel's entry of ``(..., L)``, as ``(..., S)``; ``index_select`` takes a third of the time of indexing."""
-    return per_layer.index_select(-1, layer_of_channel)
+    """Each channel's entry of ``(..., L)``, as ``(..., S)``.
+
+    Of a vector index_select takes a third of the time of indexing; of rows gather a fifth of that of index_select.
+    """
+    if per_layer.dim() == 1:
+        return per_layer.index_select(0, layer_of_channel)
+    return per_layer.gather(-1, layer_of_channel.expand(*per_layer.shape[:-1], -1))

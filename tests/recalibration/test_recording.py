@@ -293,3 +293,23 @@ def test_a_buffer_that_a_forward_registers_stays_unless_the_run_fails(fails):
     else:
         update_bn_stats(model, [torch.randn(4, 2)], None)
     assert ("offset" in model._buffers) is not fails
+
+
+class Differentiates(nn.Module):
+    """A model whose forward needs gradients, as that of an energy does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.bn(x).square().sum(), x)
+        return slope
+
+
+def test_a_forward_that_asks_for_gradients_is_recorded():
+    x, model = torch.randn(4, 3), Differentiates()
+    update_bn_stats(model, [x], 1)
+    assert torch.allclose(model.bn.running_mean, x.mean(0), atol=1e-6)

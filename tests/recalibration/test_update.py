@@ -33,6 +33,7 @@ from precisebn import (
     update_bn_stats,
 )
 from precisebn.nn import DomainSpecificBN
+from precisebn.statistics.estimator import Population, PopulationEstimator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -695,6 +696,24 @@ def test_goes_on_for_a_twentieth_more_than_it_must_at_most():
     stopped = update_bn_stats(nn.BatchNorm1d(4), batches, tolerance=0.05).num_iters
     enough = next(n for n in range(8, 201) if update_bn_stats(nn.BatchNorm1d(4), batches, n).max_error <= 0.05)
     assert enough <= stopped <= enough * 1.05 + 1
+
+
+def test_a_tolerance_is_asked_after_rarely_and_met_without_waste(monkeypatch):
+    asked: list[float] = []
+    result = PopulationEstimator.result
+
+    def counting(estimator: PopulationEstimator, *args: Any, **kwargs: Any) -> Population:
+        population = result(estimator, *args, **kwargs)
+        asked.append(max(float(population.mean_error.max()), float(population.var_error.max())))
+        return population
+
+    monkeypatch.setattr(PopulationEstimator, "result", counting)
+    used = update_bn_stats(nn.BatchNorm1d(64), endless(64), 10_000, tolerance=0.02).num_iters
+    # A variance from n mini-batches of 16 has an error of sqrt(2 / 16 n): some 310. To ask after every twentieth
+    # part of them would be some 70 times.
+    assert 250 < used < 450
+    assert len(asked) <= 25
+    assert asked[-1] > 0.02 * 0.9  # no more than needed
 
 
 def test_a_smaller_tolerance_takes_more_data():
