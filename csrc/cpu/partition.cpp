@@ -12,7 +12,7 @@ constexpr int64_t kStreamBytes = 64 << 10;  // planes read in sequence before th
 constexpr int64_t kMinSlabRows = 192;       // the first rows of a slab cost twice what the others do
 constexpr int64_t kShortBytes = 256;        // so do, of planes no longer than this, the first few of a channel
 constexpr int64_t kMinShortPlanes = 8;
-constexpr int64_t kRowBlock = 1024;         // channels of wider rows that are a task of their own
+constexpr int64_t kRowBlock = 1024;  // channels of wider rows that are a task of their own
 constexpr int64_t kVectorLanes = 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -190,9 +190,9 @@ constexpr int kHeld = 4;
 constexpr int kHeld = 0;
 #endif
 
-// Planes of up to four vectors need no reading for their mean after four others or more: the mean of those will do. Why,
-// and when, is said at Rows below; here q = 10, two in d, one in d * d, three in a chain of four, four among the lanes, and
-// s = 8, so r <= 0.2 is enough.
+// Planes of up to four vectors need no reading for their mean after four others or more: the mean of those will do.
+// Why, and when, is said at Rows below; here q = 10, two in d, one in d * d, three in a chain of four, four among the
+// lanes, and s = 8, so r <= 0.2 is enough.
 template <class T>
 PRECISEBN_INLINE bool follows_enough(int64_t length, double before) {
   return length <= 4 * kLanes<typename Compute<T>::Vec> && before >= 4 * static_cast<double>(length);
@@ -380,8 +380,8 @@ PRECISEBN_INLINE bool lanes_suffice(VecD, int, double, VecI32&) { return true; }
 
 // Replaces the sums of the failing lanes, and of no other: what one channel holds never touches the bits of another.
 template <class T>
-PRECISEBN_INLINE void column_in_float64(const T* p, int64_t stride, int64_t rows, int n, VecI32 failing,
-                                        WideVec& shift, WideVec& sum, WideVec& squares) {
+PRECISEBN_INLINE void column_in_float64(const T* p, int64_t stride, int64_t rows, int n, VecI32 failing, WideVec& shift,
+                                        WideVec& sum, WideVec& squares) {
   WideVec exact_sum, exact_squares, ignored;
   exact_column(p, stride, rows, n, WideVec{}, exact_sum, ignored);
   const WideVec exact_shift = exact_sum * broadcast<WideVec>(1.0 / static_cast<double>(rows));
@@ -413,8 +413,8 @@ template <class V, class W>
 PRECISEBN_INLINE void merge_sums(W shift, W sum, W squares, const Block& block, int n, Column<V>& column, double* mean,
                                  double* m2) {
   // Divide where the reciprocal is not exact: m2 of a constant channel is then exactly 0.
-  const W residual = block.inverse != 0 ? sum * broadcast<W>(block.inverse)
-                                        : sum / broadcast<W>(static_cast<double>(block.rows));
+  const W residual =
+      block.inverse != 0 ? sum * broadcast<W>(block.inverse) : sum / broadcast<W>(static_cast<double>(block.rows));
   const W part_mean = shift + residual, part_m2 = not_negative(squares - sum * residual);
 
   double buffer[2][kLanes<V>];
@@ -479,11 +479,11 @@ PRECISEBN_INLINE Column<V> centered(const Column<V>& column, int64_t rows) {
 
 // A block needs no reading for its mean where n_a rows have come before, enough against its own n_b: the mean of those
 // is the center of the deviations. With S = sum d, Q = sum d * d and n = n_a + n_b, m2 grows by I = Q - S^2 / n, and as
-// S^2 <= n_b Q, at most r = n_b / n of Q cancels: I >= (1 - r) Q, for any data. Each I is right to 1e-6, and so is their
-// sum, where (q + 2 r s) / (1 - r) is below 16.7, 1e-6 in units of 2^-24; q and s are the roundings in Q and S: two in
-// d, for it is squared, one in d * d, two among four rows, one for every four but the first; in S one, two, and those.
-// So there are 6 and 4 in a block of 8 rows, 8 and 6 in one of 16, 12 and 10 in one of 32, which may follow 11, 37 and
-// 218 rows.
+// S^2 <= n_b Q, at most r = n_b / n of Q cancels: I >= (1 - r) Q, for any data. Each I is right to 1e-6, and so is
+// their sum, where (q + 2 r s) / (1 - r) is below 16.7, 1e-6 in units of 2^-24; q and s are the roundings in Q and S:
+// two in d, for it is squared, one in d * d, two among four rows, one for every four but the first; in S one, two, and
+// those. So there are 6 and 4 in a block of 8 rows, 8 and 6 in one of 16, 12 and 10 in one of 32, which may follow 11,
+// 37 and 218 rows.
 constexpr double kFew = 11;
 PRECISEBN_INLINE int64_t rows_of_block(double before, int64_t left) {
   const int64_t rows = before == 0 || before >= 218 ? 32 : before < 37 ? 8 : 16;

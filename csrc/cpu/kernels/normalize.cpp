@@ -26,8 +26,8 @@ void planes(const void* x, void* y, int64_t stride, int64_t channels, int64_t le
   }
 }
 
-// One row after the other, though the coefficients are loaded anew for each: they come from L1, and memory is up to half
-// faster than where several rows are read and written side by side.
+// One row after the other, though the coefficients are loaded anew for each: they come from L1, and memory is up to
+// half faster than where several rows are read and written side by side.
 template <class T>
 void rows(const void* x, void* y, int64_t stride, int64_t width, int64_t rows, const void* center, const void* scale,
           const void* shift) {
