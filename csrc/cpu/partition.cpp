@@ -10,7 +10,8 @@ constexpr int64_t kMaxTasks = 256;
 constexpr int64_t kMinTaskBytes = 128 << 10;
 constexpr int64_t kStreamBytes = 64 << 10;  // planes read in sequence before the next sample's
 constexpr int64_t kMinSlabRows = 192;       // the first rows of a slab cost twice what the others do
-constexpr int64_t kShortBytes = 256;        // so do, of planes no longer than this, the first few of a channel
+constexpr int64_t kLeastSlabRows = 64, kSlabBytes = 768 << 10;  // but of so many bytes, fewer rows are enough
+constexpr int64_t kShortBytes = 256;  // so do, of planes no longer than this, the first few of a channel
 constexpr int64_t kMinShortPlanes = 8;
 constexpr int64_t kRowBlock = 1024;  // channels of wider rows that are a task of their own
 constexpr int64_t kVectorLanes = 16;
@@ -55,14 +56,16 @@ Partition partition(const View& view, int64_t element_size, const std::optional<
   const int64_t sample_units = view.by_rows ? view.sample_rows : view.length;
   const int64_t unit_bytes = (view.by_rows ? view.width : view.channels) * element_size;
 
-  // A slab boundary falls between blocks of the kernels; among planes, between samples where a slab holds several.
+  // A slab of rows is whole fours of them; among planes, its boundary falls between samples where it holds several.
   int64_t max_slabs = kMaxTasks / 2, min_units = divide_up(kMinTaskBytes, unit_bytes), multiple;
   if (view.by_rows) {
     multiple = 4 * rows_joined(view);
-    min_units = std::max(min_units, kMinSlabRows);
     if (view.inner == 1) result.channel_block = std::min(view.channels, kRowBlock);
-    // As many for each of 2, 4 or 8 threads.
-    max_slabs = std::clamp(view.batch * sample_units / min_units / 8 * 8, int64_t{1}, max_slabs);
+    const int64_t task_bytes = (view.inner == 1 ? std::min(view.width, kRowBlock) : view.width) * element_size;
+    min_units = std::max(min_units, std::clamp(kSlabBytes / task_bytes, kLeastSlabRows, kMinSlabRows));
+    // As many for each of 2, 4 or 8 threads, where there are so many.
+    const int64_t slabs = view.batch * sample_units / min_units;
+    max_slabs = std::clamp(slabs < 8 ? slabs : slabs / 8 * 8, int64_t{1}, max_slabs);
   } else {
     result.channel_block = std::clamp<int64_t>(kStreamBytes / (view.length * element_size), 1, view.channels);
     max_slabs = std::max<int64_t>(1, kMaxTasks / result.channel_blocks(view));

@@ -36,7 +36,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_and_track",
     "gradient_coefficients",
-    "is_one_launch",
+    "tracks_in_one_call",
     "laid_out_as",
 ]
 
@@ -163,8 +163,8 @@ def batch_norm(
     return (ys[0] if isinstance(xs, Tensor) else ys), moments
 
 
-def is_one_launch(x: Tensor) -> bool:
-    """Whether ``batch_norm_and_track`` is for this tensor: on a GPU, where each launch takes its time, and eager."""
+def tracks_in_one_call(x: Tensor) -> bool:
+    """Whether ``batch_norm_and_track`` takes this tensor: an eager one on a GPU, where each launch takes its time."""
     return x.is_cuda and not (torch.compiler.is_compiling() or is_tracing() or is_transformed())
 
 

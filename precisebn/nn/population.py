@@ -21,7 +21,7 @@ from precisebn import ops
 from precisebn._torch import in_backward, is_batched, is_tracing
 from precisebn.errors import InputError
 from precisebn.functional import batch_norm, frozen_batch_norm, portable
-from precisebn.functional._batch_norm import Running, batch_norm_and_track, is_one_launch
+from precisebn.functional._batch_norm import Running, batch_norm_and_track, tracks_in_one_call
 from precisebn.nn.norm import TO_PLAIN, Norm
 from precisebn.statistics.moments import Moments
 
@@ -239,7 +239,7 @@ class PopulationNorm(Recordable, Norm):
     def normalize_and_track(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, population: int | None = None
     ) -> Tensor:
-        """Normalize ``(N, C, *)`` by its own statistics, and :meth:`track` these: on a GPU a launch less, or three.
+        """Normalize ``(N, C, *)`` by its own statistics, and :meth:`track` these: on a GPU a launch less if x is small.
 
         Args:
             x: checked.
@@ -247,7 +247,7 @@ class PopulationNorm(Recordable, Norm):
             bias: ``(C,)``; None is 0.
             population: as in :meth:`track`.
         """
-        if is_one_launch(x) and not self._moments_are_wanted():
+        if tracks_in_one_call(x) and not self._moments_are_wanted():
             running = self._running(population)
             if running is not None and running.num_batches.dtype == torch.int64:
                 return batch_norm_and_track(x, weight, bias, eps=self.eps, running=running)

@@ -185,7 +185,7 @@ class Loop:
         Errors fall with the root of the number of mini-batches: half of those that are missing by that, which the
         errors, not exact themselves, may put too high. At most as many again as there were, at least a twentieth.
         """
-        missing = step * min((self._max_error / tolerance) ** 2 - 1.0, 2.0)
+        missing = step * (min(self._max_error / tolerance, math.sqrt(3.0)) ** 2 - 1.0)
         return max(1, step // 20, 0 if math.isnan(missing) else int(missing / 2))
 
     def _tally(self, recording: Recording, unfinished: bool = False) -> Tally:

@@ -159,8 +159,9 @@ class Recording(AbstractContextManager["Recording"]):
 
         Raises:
             PreciseBNError: a module was left half done, as a CycleBatchNormList that was not called on every domain.
-            NonFiniteStatisticsError: a layer on the CPU met NaN or Inf. (On other devices :meth:`check_finite` at the
-                end tells the same: asking every time would make the host wait for the device.)
+            NonFiniteStatisticsError: a layer on the CPU met NaN or Inf. (On other devices :meth:`check_finite`
+                tells the same, at the end and when a tolerance is asked after: asking every time would make the host
+                wait for the device.)
         """
         for name, module in self._with_ends:
             module.end_batch(name)

@@ -97,7 +97,8 @@ def update_bn_stats(
             that mini-batches are correlated, if at all, over a short part of the run, as shuffling ensures. Where the
             loader ends first, the statistics are those of all its data, and a warning tells the error. It is an error
             about the population that the data was drawn from: a loader that brings the same samples again and again
-            tells nothing new of that, and its samples would count as if they did.
+            tells nothing new of that, and its samples would count as if they did. The errors are looked at the more
+            often the nearer they come; a run may so go on for some mini-batches more than it must.
         process_group: ranks whose data counts: a group or a DeviceMesh of one dimension. None: all ranks, where
             torch.distributed is initialized; all of them must call. False: this process alone. Ranks may have different
             numbers of mini-batches, or none (with ``num_iters=None`` or ``tolerance``); all end with the same

@@ -36,8 +36,8 @@ MIN_BLOCKS = 8
 def _max_waiting(size: int) -> int:
     """How many mini-batches of ``size`` numbers are taken in at once.
 
-    To take some in costs as many operations, however many they are: hundreds, which a network of a few small layers
-    would feel after every 16. So there as many wait as fit into half a mebibyte; above it is the memory that counts.
+    To take some in costs as many operations, however many they are: enough that a network of a few small layers would
+    feel it after every 16. So there up to 256 wait, within half a mebibyte; of a large one the memory counts.
     """
     return min(max(16, (1 << 16) // size), 256)
 
@@ -184,7 +184,7 @@ class PopulationEstimator:
     def met_nonfinite(self) -> bool:
         """Whether any channel has met NaN or Inf in a mini-batch that has ended. Waits for the device."""
         self._merge_waiting()
-        return self._first_nonfinite.min().item() < math.inf
+        return bool(self._first_nonfinite.isfinite().any())
 
     def current_is_finite(self) -> bool:
         """Whether the mini-batch under way is free of NaN and Inf so far. Waits for the device."""

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from precisebn import Moments
 from precisebn._torch import in_backward
 from precisebn.errors import InputError
-from precisebn.functional._batch_norm import is_one_launch
+from precisebn.functional._batch_norm import tracks_in_one_call
 from precisebn.nn import BatchStatBN, ConcatSharedBN, CycleBatchNormList, DomainSpecificBN, GhostBN
 from precisebn.nn.population import PopulationNorm, update_running_statistics
 
@@ -363,7 +363,7 @@ def test_in_one_launch_is_as_in_several(build, momentum, monkeypatch):
     versions = {name: buffer._version for name, buffer in one.named_buffers()}
     domain, values = {"domain": 1} if isinstance(one, DomainSpecificBN) else {}, sample((6, CHANNELS, 4))
     for bn, at_once in ((one, True), (several, False)):
-        monkeypatch.setattr("precisebn.nn.population.is_one_launch", lambda *_, at_once=at_once: at_once)
+        monkeypatch.setattr("precisebn.nn.population.tracks_in_one_call", lambda *_, at_once=at_once: at_once)
         x = values.clone().requires_grad_()
         with torch.no_grad():
             bn(x, **domain)  # without a gradient
@@ -379,7 +379,7 @@ def test_in_one_launch_is_as_in_several(build, momentum, monkeypatch):
 
 @pytest.mark.parametrize("build", IN_ONE_LAUNCH)
 def test_one_launch_leaves_alone_what_does_not_track(build, monkeypatch):
-    monkeypatch.setattr("precisebn.nn.population.is_one_launch", lambda *_: True)
+    monkeypatch.setattr("precisebn.nn.population.tracks_in_one_call", lambda *_: True)
     x = sample((6, CHANNELS, 4))
     bn = build()
     domain = {"domain": 1} if isinstance(bn, DomainSpecificBN) else {}
@@ -394,7 +394,7 @@ def test_one_launch_leaves_alone_what_does_not_track(build, monkeypatch):
 
 
 def test_who_overrides_track_gets_the_moments(monkeypatch):
-    monkeypatch.setattr("precisebn.nn.population.is_one_launch", lambda *_: True)
+    monkeypatch.setattr("precisebn.nn.population.tracks_in_one_call", lambda *_: True)
     found = []
 
     class Watching(BatchStatBN):
@@ -406,7 +406,7 @@ def test_who_overrides_track_gets_the_moments(monkeypatch):
 
 
 def test_an_averaged_number_of_mini_batches_takes_several_launches(monkeypatch):
-    monkeypatch.setattr("precisebn.nn.population.is_one_launch", lambda *_: True)
+    monkeypatch.setattr("precisebn.nn.population.tracks_in_one_call", lambda *_: True)
     bn = BatchStatBN(CHANNELS, momentum=None)
     bn.num_batches_tracked = torch.tensor(1.5)
     bn(sample((6, CHANNELS, 4)))
@@ -414,9 +414,9 @@ def test_an_averaged_number_of_mini_batches_takes_several_launches(monkeypatch):
 
 
 def test_one_launch_is_for_eager_tensors_on_a_gpu():
-    assert not is_one_launch(torch.ones(2, 3))
+    assert not tracks_in_one_call(torch.ones(2, 3))
     if torch.cuda.is_available():
         x = torch.ones(2, 3, device="cuda")
-        assert is_one_launch(x)
+        assert tracks_in_one_call(x)
         with torch.autograd.forward_ad.dual_level():
-            assert not is_one_launch(x)
+            assert not tracks_in_one_call(x)

@@ -72,12 +72,14 @@ def test_variance_of_sparse_values(seed, length, log_density, center, channels_l
     rows=st.integers(2, 700),
     first=st.integers(1, 400),
     channels=st.sampled_from([3, 17, 64, 300, 1100]),
-    log_spread=st.floats(-6, 0),
+    log_spread=st.floats(-8, 0),
     step=st.sampled_from([1.0, -300.0, 2.0**-12]),
     again=st.booleans(),
 )
 @example(0, 64, 32, 300, -6.0, 1.0, False)
 @example(0, 700, 218, 300, -6.0, 1.0, False)
+@example(0, 300, 218, 300, -8.0, 0.7, False)
+@example(0, 300, 218, 300, -8.0, -300.1, False)
 @settings(max_examples=100, deadline=None)
 def test_variance_where_the_first_rows_tell_nothing_of_the_rest(seed, rows, first, channels, log_spread, step, again):
     """The mean of the rows so far is the centre of the next block, and cancels most if they are unlike it."""

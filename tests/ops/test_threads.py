@@ -42,8 +42,43 @@ print(json.dumps([run(4, 64, 8, 8), run(2, 80, 16, 16), run(64, 64, 28, 28)]))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
-@pytest.mark.skipif(backend().cpu != "native", reason="what the fallback does is torch's")
+ONE_PASS = """
+import os, sys, torch
+from precisebn import ops
+
+shape, layout = eval(sys.argv[1]), getattr(torch, sys.argv[2])
+torch.set_num_threads(1)  # torch's own operators start threads, too
+x = torch.ones(shape).contiguous(memory_format=layout)
+before = len(os.listdir("/proc/self/task"))
+torch.set_num_threads(2)
+ops.moments(x)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+counts_threads = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or backend().cpu != "native",
+    reason="counts the kernels' threads in /proc",
+)
+
+
+@counts_threads
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((1024, 1024), "contiguous_format"),  # rows, and few of them
+        ((16, 1024, 7, 7), "channels_last"),
+        ((512, 512, 4, 4), "contiguous_format"),  # planes so short that a sample is one row
+        ((1, 64, 200, 200), "channels_last"),
+        ((2, 2048, 16, 16), "contiguous_format"),
+    ],
+)
+def test_a_pass_over_megabytes_is_work_for_several_threads(shape: tuple[int, ...], layout: str) -> None:
+    arguments = [sys.executable, "-c", ONE_PASS, repr(shape), layout]
+    done = subprocess.run(arguments, check=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert int(done.stdout) > 0
+
+
+@counts_threads
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
 def test_passes_over_up_to_half_a_mebibyte_start_no_threads_and_long_ones_do(layout: str) -> None:
     """Inputs of 64 KiB, 160 KiB and 12 MiB; the longest pass, of a backward, goes over three such."""

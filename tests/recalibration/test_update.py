@@ -691,7 +691,7 @@ def test_stops_as_soon_as_the_tolerance_is_met_but_not_before_eight_mini_batches
     assert 20 < report.num_iters < 150
 
 
-def test_goes_on_for_a_twentieth_more_than_it_must_at_most():
+def test_goes_on_for_a_twentieth_more_than_it_must():
     batches = list(itertools.islice(endless(), 200))
     stopped = update_bn_stats(nn.BatchNorm1d(4), batches, tolerance=0.05).num_iters
     enough = next(n for n in range(8, 201) if update_bn_stats(nn.BatchNorm1d(4), batches, n).max_error <= 0.05)
@@ -714,6 +714,12 @@ def test_a_tolerance_is_asked_after_rarely_and_met_without_waste(monkeypatch):
     assert 250 < used < 450
     assert len(asked) <= 25
     assert asked[-1] > 0.02 * 0.9  # no more than needed
+
+
+def test_a_tolerance_that_no_data_meets_ends_with_the_data():
+    batches = list(itertools.islice(endless(), 20))
+    with pytest.warns(UserWarning, match="tolerance"):
+        assert update_bn_stats(nn.BatchNorm1d(4), batches, num_iters=None, tolerance=1e-200).num_iters == 20
 
 
 def test_a_smaller_tolerance_takes_more_data():

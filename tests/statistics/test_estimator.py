@@ -200,6 +200,23 @@ def test_remembers_the_batch_in_which_a_channel_first_met_nan():
     assert estimator.first_nonfinite.tolist() == [-1, 1, -1]
 
 
+@pytest.mark.parametrize("when", [0, 255, 256, 299])
+def test_remembers_it_also_of_mini_batches_that_have_long_been_taken_in(when):
+    estimator = PopulationEstimator([1])
+    for batch in range(300):
+        feed(estimator, [[torch.full((3, 1), float("nan") if batch == when else 1.0)]])
+        if batch == 100:
+            assert estimator.met_nonfinite() == (when <= 100)
+    assert estimator.met_nonfinite()
+    assert estimator.first_nonfinite.tolist() == [when]
+
+
+def test_no_channel_has_met_nan_where_there_is_none():
+    estimator = PopulationEstimator([0])
+    feed(estimator, [[torch.ones(3, 0)]])
+    assert not estimator.met_nonfinite()
+
+
 @pytest.mark.parametrize("kind", ["population", "batch-mean"])
 def test_a_result_does_not_change_when_more_data_comes(kind):
     estimator = PopulationEstimator([1], kind=kind)

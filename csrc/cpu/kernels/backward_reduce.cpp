@@ -152,8 +152,8 @@ PRECISEBN_INLINE void add_wide_block(const T* dy, const T* x, int64_t stride, in
   });
 }
 
-// Four rows are one link, of two additions among them.
-constexpr int64_t kBlock = kTogether * (kChain - 2);
+// Four rows are one link, of two additions among them; the up to three rows left over are links each.
+constexpr int64_t kBlock = kTogether * (kChain - 4);
 
 template <class T>
 void wide_rows(const T* dy, const T* x, int64_t stride, int64_t channels, int64_t rows, const double* mean, double* sum,

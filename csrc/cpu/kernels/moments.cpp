@@ -271,11 +271,11 @@ PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeW
       part_mean[k] = part.mean, part_m2[k] = part.m2;
     }
   }
-  part_m2 = part_m2 < 0 ? 0 - FourD{} : part_m2;
 
   const FourD delta = part_mean - total_mean;
   total_mean += delta * weights.mean;
   total_m2 += part_m2 + delta * weights.m2 * delta;
+  total_m2 = total_m2 < 0 ? 0 - FourD{} : total_m2;  // as a whole: see merge_sums
   memcpy(mean, &total_mean, sizeof total_mean);
   memcpy(m2, &total_m2, sizeof total_m2);
 }
@@ -415,7 +415,7 @@ PRECISEBN_INLINE void merge_sums(W shift, W sum, W squares, const Block& block, 
   // Divide where the reciprocal is not exact: m2 of a constant channel is then exactly 0.
   const W residual =
       block.inverse != 0 ? sum * broadcast<W>(block.inverse) : sum / broadcast<W>(static_cast<double>(block.rows));
-  const W part_mean = shift + residual, part_m2 = not_negative(squares - sum * residual);
+  const W part_mean = shift + residual, part_m2 = squares - sum * residual;
 
   double buffer[2][kLanes<V>];
   const bool partial = n < kLanes<V>;
@@ -430,7 +430,8 @@ PRECISEBN_INLINE void merge_sums(W shift, W sum, W squares, const Block& block, 
   const W delta = part_mean - total_mean;
   total_mean = total_mean + delta * broadcast<W>(block.weights.mean);
   store_accumulator(to_mean, total_mean);
-  store_accumulator(to_m2, total_m2 + (part_m2 + delta * broadcast<W>(block.weights.m2) * delta));
+  // Not negative as a whole: alone, part_m2 may be by a rounding, which the other term makes up for.
+  store_accumulator(to_m2, not_negative(total_m2 + (part_m2 + delta * broadcast<W>(block.weights.m2) * delta)));
   if (partial) {
     for (int i = 0; i < n; ++i) mean[i] = buffer[0][i], m2[i] = buffer[1][i];
   }
