@@ -38,6 +38,7 @@ def fallback(
     Returns:
         What ``normalize_batch`` returns.
 
+    >>> import torch
     >>> mean, var, batches = torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor(0)
     >>> y, *_ = fallback(torch.tensor([[1.0], [3.0]]), None, None, 0.0, mean, var, batches, 0.5)
     >>> y.flatten().tolist(), mean.item(), var.item(), batches.item()
