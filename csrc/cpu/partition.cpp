@@ -62,10 +62,11 @@ Partition partition(const View& view, int64_t element_size, const std::optional<
     multiple = 4 * rows_joined(view);
     if (view.inner == 1) result.channel_block = std::min(view.channels, kRowBlock);
     const int64_t task_bytes = (view.inner == 1 ? std::min(view.width, kRowBlock) : view.width) * element_size;
-    min_units = std::max(min_units, std::clamp(kSlabBytes / task_bytes, kLeastSlabRows, kMinSlabRows));
-    // As many for each of 2, 4 or 8 threads, where there are so many.
-    const int64_t slabs = view.batch * sample_units / min_units;
-    max_slabs = std::clamp(slabs < 8 ? slabs : slabs / 8 * 8, int64_t{1}, max_slabs);
+    const int64_t rows = view.batch * sample_units, least = std::max(min_units, kLeastSlabRows);
+    min_units = std::max(least, std::min(kSlabBytes / task_bytes, kMinSlabRows));
+    // As many for each of 2, 4 or 8 threads; of few rows, so many nevertheless.
+    if (rows < 8 * min_units) min_units = std::clamp(rows / 8, least, min_units);
+    max_slabs = std::clamp(rows < 8 * min_units ? rows / min_units : rows / min_units / 8 * 8, int64_t{1}, max_slabs);
   } else {
     result.channel_block = std::clamp<int64_t>(kStreamBytes / (view.length * element_size), 1, view.channels);
     max_slabs = std::max<int64_t>(1, kMaxTasks / result.channel_blocks(view));
