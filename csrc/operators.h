@@ -53,6 +53,11 @@ Tensor backward_apply(const Tensor& dy, const Tensor& x, const Tensor& center, c
 
 using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, count, mean, m2
 
+// In three operators, whatever the size of x.
+Normalized normalize_step_by_step(const Tensor& x, const std::optional<Tensor>& weight,
+                                  const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& group,
+                                  int64_t num_groups);
+
 Normalized normalize_batch(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                            double eps, const std::optional<Tensor>& group, int64_t num_groups);
 

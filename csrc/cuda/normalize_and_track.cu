@@ -64,6 +64,7 @@ std::optional<Normalized> at_once(const Tensor& x, const std::optional<Tensor>& 
                                   const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& group,
                                   int64_t num_groups, const Running& running) {
   if (x.dim() < 2 || x.numel() == 0) return std::nullopt;
+  if (!group && num_groups != 1) return std::nullopt;  // which is refused step by step
   const std::optional<View> dense_view = view_of(x);
   if (!dense_view) return std::nullopt;  // it is copied first anyway
   const OnDeviceOf where(x);
@@ -118,7 +119,8 @@ Normalized normalize_and_track(const Tensor& x, const std::optional<Tensor>& wei
     const Running running{rows.mean, rows.var, rows.num_batches, rows.num_batches_stride, *momentum};
     if (auto done = at_once(x, weight, bias, eps, group, num_groups, running)) return *done;
   }
-  const Normalized result = normalize_batch(x, weight, bias, eps, group, num_groups);
+  const auto normalize = momentum ? normalize_step_by_step : normalize_batch;  // of a small tensor in one launch
+  const Normalized result = normalize(x, weight, bias, eps, group, num_groups);
   const auto& [y, count, mean, m2] = result;
   track(count, mean, m2, running_mean, running_var, num_batches, momentum);
   return result;

@@ -34,10 +34,7 @@ class Copies:
                 tensor = tensor.detach()
             kind = tensor.dtype, tensor.device
             self._places.append((kind, tensor.shape))
-            try:
-                alike[kind].append(tensor)
-            except KeyError:
-                alike[kind] = [tensor]
+            alike.setdefault(kind, []).append(tensor)
         self._flat = {kind: flattened(own) for kind, own in alike.items()}
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -445,6 +445,19 @@ def test_small_tensors_of_all_kinds(shape, layout):
     assert running[2] == 1
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shape", [(4, 6, 5, 5), (64, 6, 40, 40)])  # at once, and step by step
+def test_several_groups_without_a_group_are_refused(shape, momentum):
+    x = on_gpu(tensor(shape))
+    running = [torch.zeros(2, 6, device=DEVICE), torch.ones(2, 6, device=DEVICE), torch.zeros(2, device=DEVICE).long()]
+    with pytest.raises(RuntimeError, match="several groups need a group"):
+        raw.normalize_batch(x, None, None, 1e-3, None, 2)
+    with pytest.raises(RuntimeError, match="several groups need a group"):
+        raw.normalize_and_track(x, None, None, 1e-3, *running, momentum, None, 2)
+    assert not running[0].any()
+    assert not running[2].any()
+
+
 @needs_gpu
 def test_operands_on_the_host_are_refused():
     mean, count = torch.ones(3, device=DEVICE).double(), torch.ones((), device=DEVICE).double()

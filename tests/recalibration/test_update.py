@@ -691,7 +691,7 @@ def test_stops_as_soon_as_the_tolerance_is_met_but_not_before_eight_mini_batches
     assert 20 < report.num_iters < 150
 
 
-def test_goes_on_for_a_twentieth_more_than_it_must():
+def test_goes_on_for_little_more_than_it_must():
     batches = list(itertools.islice(endless(), 200))
     stopped = update_bn_stats(nn.BatchNorm1d(4), batches, tolerance=0.05).num_iters
     enough = next(n for n in range(8, 201) if update_bn_stats(nn.BatchNorm1d(4), batches, n).max_error <= 0.05)

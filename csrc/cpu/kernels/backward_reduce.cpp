@@ -63,64 +63,22 @@ void planes(const void* dy, const void* x, int64_t stride, int64_t channels, int
   }
 }
 
-// Narrow rows, of no more bytes than these in both tensors, are read a few vectors at a time, down a block: so they are
-// read as they lie, or nearly, with all sums in registers.
-constexpr int64_t kNarrowBytes = 1024;
-
-// kWidth vectors of channels, or one of which only the first n lanes count.
-template <class T, int kWidth, bool kPartial>
-PRECISEBN_INLINE void add_columns(const T* dy, const T* x, int64_t stride, int64_t rows, int n, const double* mean,
-                                  double* sum, double* product) {
-  using V = typename Compute<T>::Vec;
-  using Scalar = typename Compute<T>::Scalar;
-  constexpr int kL = kLanes<V>;
-  alignas(64) Scalar rounded[kWidth * kL] = {};
-  for (int i = 0; i < n; ++i) rounded[i] = static_cast<Scalar>(mean[i]);
-  V sums[kWidth] = {}, products[kWidth] = {};
-  for (int64_t r = 0; r < rows; ++r, dy += stride, x += stride) {
-    for (int k = 0; k < kWidth; ++k) {
-      const V g = kPartial ? load_first(dy, n) : load(dy + k * kL);
-      sums[k] += g;
-      products[k] += g * ((kPartial ? load_first(x, n) : load(x + k * kL)) - load(rounded + k * kL));
-    }
-  }
-  alignas(64) Scalar block_sum[kWidth * kL], block_product[kWidth * kL];
-  for (int k = 0; k < kWidth; ++k) {
-    store(block_sum + k * kL, sums[k]);
-    store(block_product + k * kL, products[k]);
-  }
-  for (int i = 0; i < n; ++i) {
-    const double s = block_sum[i];
-    sum[i] += s;
-    product[i] += block_product[i] + (static_cast<double>(rounded[i]) - mean[i]) * s;
-  }
-}
-
-template <class T>
-void narrow_rows(const T* dy, const T* x, int64_t stride, int64_t width, int64_t rows, const double* mean, double* sum,
-                 double* product) {
-  constexpr int kL = kLanes<typename Compute<T>::Vec>, kAbreast = 4;
-  for (int64_t r = 0; r < rows; r += kChain) {
-    const T *g = dy + r * stride, *v = x + r * stride;
-    const int64_t height = rows - r < kChain ? rows - r : kChain;
-    int64_t c = 0;
-    for (; c + kAbreast * kL <= width; c += kAbreast * kL) {
-      add_columns<T, kAbreast, false>(g + c, v + c, stride, height, kAbreast * kL, mean + c, sum + c, product + c);
-    }
-    for (; c + kL <= width; c += kL) {
-      add_columns<T, 1, false>(g + c, v + c, stride, height, kL, mean + c, sum + c, product + c);
-    }
-    const int rest = static_cast<int>(width - c);
-    if (rest) add_columns<T, 1, true>(g + c, v + c, stride, height, rest, mean + c, sum + c, product + c);
-  }
-}
-
-// One vector of channels of wide rows, which are read as columns.h says.
+// One vector of channels of a block of rows.
 template <class V>
 struct Column {
   V center, sum, product;
 };
 
+// The first n means, rounded, as center of a column.
+template <class T>
+PRECISEBN_INLINE Column<typename Compute<T>::Vec> centered(const double* mean, int n) {
+  using V = typename Compute<T>::Vec;
+  alignas(64) typename Compute<T>::Scalar rounded[kLanes<V>] = {};
+  for (int i = 0; i < n; ++i) rounded[i] = static_cast<typename Compute<T>::Scalar>(mean[i]);
+  return {load(rounded), V{}, V{}};
+}
+
+// Adds kRows rows to a column, as one link of the chains of its sums.
 template <class T, int kRows, bool kPartial>
 PRECISEBN_INLINE void add_to_column(const T* dy, const T* x, int64_t stride, int n,
                                     Column<typename Compute<T>::Vec>& column) {
@@ -133,6 +91,62 @@ PRECISEBN_INLINE void add_to_column(const T* dy, const T* x, int64_t stride, int
   column.sum += in_pairs<kRows>([&](int i) { return g[i]; });
   column.product += in_pairs<kRows>([&](int i) { return g[i] * d[i]; });
 }
+
+// Adds what a block has left in a column of n channels to their sums, and empties the column.
+template <class T>
+PRECISEBN_INLINE void end_block(Column<typename Compute<T>::Vec>& column, int n, const double* __restrict mean,
+                                double* __restrict sum, double* __restrict product) {
+  using V = typename Compute<T>::Vec;
+  alignas(64) typename Compute<T>::Scalar rounded[kLanes<V>], block_sum[kLanes<V>], block_product[kLanes<V>];
+  store(rounded, column.center);
+  store(block_sum, column.sum);
+  store(block_product, column.product);
+  for (int i = 0; i < n; ++i) {
+    const double s = block_sum[i];
+    sum[i] += s;
+    product[i] += block_product[i] + (static_cast<double>(rounded[i]) - mean[i]) * s;
+  }
+  column.sum = column.product = V{};
+}
+
+// Narrow rows, of no more bytes than these in both tensors, are read a few columns at a time, down a block: so they are
+// read as they lie, or nearly, with all sums in registers.
+constexpr int64_t kNarrowBytes = 1024;
+
+template <class T, int kWidth, bool kPartial>
+PRECISEBN_INLINE void narrow_block(const T* dy, const T* x, int64_t stride, int64_t rows, int n, const double* mean,
+                                   double* sum, double* product) {
+  constexpr int kL = kLanes<typename Compute<T>::Vec>;
+  Column<typename Compute<T>::Vec> columns[kWidth];
+  for (int k = 0; k < kWidth; ++k) columns[k] = centered<T>(mean + k * kL, n);
+  for (int64_t r = 0; r < rows; ++r, dy += stride, x += stride) {
+    for (int k = 0; k < kWidth; ++k) add_to_column<T, 1, kPartial>(dy + k * kL, x + k * kL, stride, n, columns[k]);
+  }
+  for (int k = 0; k < kWidth; ++k) end_block<T>(columns[k], n, mean + k * kL, sum + k * kL, product + k * kL);
+}
+
+template <class T>
+void narrow_rows(const T* dy, const T* x, int64_t stride, int64_t channels, int64_t rows, const double* mean,
+                 double* sum, double* product) {
+  constexpr int kL = kLanes<typename Compute<T>::Vec>, kAbreast = 4;
+  for (int64_t r = 0; r < rows; r += kChain, dy += kChain * stride, x += kChain * stride) {
+    const int64_t height = rows - r < kChain ? rows - r : kChain;
+    int64_t c = 0;
+    for (; c + kAbreast * kL <= channels; c += kAbreast * kL) {
+      narrow_block<T, kAbreast, false>(dy + c, x + c, stride, height, kL, mean + c, sum + c, product + c);
+    }
+    for (; c + kL <= channels; c += kL) {
+      narrow_block<T, 1, false>(dy + c, x + c, stride, height, kL, mean + c, sum + c, product + c);
+    }
+    if (const int rest = static_cast<int>(channels - c)) {
+      narrow_block<T, 1, true>(dy + c, x + c, stride, height, rest, mean + c, sum + c, product + c);
+    }
+  }
+}
+
+// Wide rows are read as columns.h says. Four are one link, of two additions among them; the up to three rows left over
+// are links each.
+constexpr int64_t kBlock = kTogether * (kChain - 4);
 
 template <class T>
 PRECISEBN_INLINE void add_wide_block(const T* dy, const T* x, int64_t stride, int64_t rows, int64_t channels,
@@ -152,37 +166,20 @@ PRECISEBN_INLINE void add_wide_block(const T* dy, const T* x, int64_t stride, in
   });
 }
 
-// Four rows are one link, of two additions among them; the up to three rows left over are links each.
-constexpr int64_t kBlock = kTogether * (kChain - 4);
-
 template <class T>
 void wide_rows(const T* dy, const T* x, int64_t stride, int64_t channels, int64_t rows, const double* mean, double* sum,
                double* product) {
   using V = typename Compute<T>::Vec;
-  using Scalar = typename Compute<T>::Scalar;
   constexpr int kL = kLanes<V>;
   const int64_t ahead = ahead_in_rows<T>(stride, channels);
+  const auto lanes = [&](int64_t c) { return channels - c < kL ? static_cast<int>(channels - c) : kL; };
   Column<V> columns[kColumns<T>];
-  for (int64_t c = 0; c < channels; c += kL) {
-    Scalar rounded[kL];
-    for (int i = 0; i < kL; ++i) rounded[i] = c + i < channels ? static_cast<Scalar>(mean[c + i]) : 0;
-    columns[c / kL] = {load(rounded), V{}, V{}};
-  }
+  for (int64_t c = 0; c < channels; c += kL) columns[c / kL] = centered<T>(mean + c, lanes(c));
   for (int64_t r = 0; r < rows; r += kBlock) {
     const int64_t height = rows - r < kBlock ? rows - r : kBlock;
     add_wide_block(dy + r * stride, x + r * stride, stride, height, channels, ahead, columns);
     for (int64_t c = 0; c < channels; c += kL) {
-      auto& [center, of_dy, of_product] = columns[c / kL];
-      Scalar rounded[kL], block_sum[kL], block_product[kL];
-      store(rounded, center);
-      store(block_sum, of_dy);
-      store(block_product, of_product);
-      for (int i = 0; i < kL && c + i < channels; ++i) {
-        const double s = block_sum[i];
-        sum[c + i] += s;
-        product[c + i] += block_product[i] + (static_cast<double>(rounded[i]) - mean[c + i]) * s;
-      }
-      of_dy = of_product = V{};
+      end_block<T>(columns[c / kL], lanes(c), mean + c, sum + c, product + c);
     }
   }
 }
