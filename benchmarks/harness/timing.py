@@ -70,6 +70,11 @@ def interleave(
     return times
 
 
+def rounds_of(device: str, quick: bool) -> int:
+    """How many rounds, at most: on CUDA of several calls each; on the CPU of one, which differs by tens of percent."""
+    return 3 if quick else 15 if device == "cuda" else 61
+
+
 def measure(
     contestants: Mapping[str, Work],
     feed: Iterable[tuple[Any, ...]],

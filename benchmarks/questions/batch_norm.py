@@ -31,7 +31,7 @@ from benchmarks.harness.inputs import (
     random_pool,
     shape_name,
 )
-from benchmarks.harness.timing import Times, comparison, copy_bandwidth, in_time, measure, speeds
+from benchmarks.harness.timing import Times, comparison, copy_bandwidth, in_time, measure, rounds_of, speeds
 from benchmarks.peers import missing
 from benchmarks.peers.batch_norm import batch_norm_peers, right_ones
 from precisebn.functional import batch_norm
@@ -105,7 +105,7 @@ def _rows(
         batch_norm_peers(setting.shape[1], setting.layout, device), feed[0].x, _tolerance(setting.dtype) * 10
     )
     contestants = _contestants(setting, group, device, layers)
-    times = measure(contestants, feed, device, 3 if quick else 15, 3 if device == "cuda" else 12, calls)
+    times = measure(contestants, feed, device, rounds_of(device, quick), 3 if device == "cuda" else 6, calls)
     against_others = [name for name in contestants if name not in (*PASSES, *_passes(), "F.batch_norm forward")]
     rows = []
     for what, against in {
@@ -214,7 +214,7 @@ def _pyramid_row(shapes: list[Shape], layout: str, device: str, quick: bool) -> 
         "ours": training(lambda xs: batch_norm(xs, weight, bias)[0]),
         FLATTEN: training(lambda xs: concatenated_batch_norm(xs, weight, bias)),
     }
-    times = measure(contestants, [tuple(batch) for batch in batches], device, 3 if quick else 15, 20, calls=8)
+    times = measure(contestants, [tuple(batch) for batch in batches], device, rounds_of(device, quick), 10, calls=8)
     row = {"what": PYRAMID_LEVELS, "shape": f"{channels} channels", "layout": layout, "dtype": "float32"}
     return row | comparison(times, "ours", [FLATTEN])
 

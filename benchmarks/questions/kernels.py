@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.harness import Question, Result, goal
 from benchmarks.harness.inputs import LAYOUTS, ODD, RESNET50, Pair, Setting, dtype_name, pairs, random_pool
-from benchmarks.harness.timing import Times, comparison, copy_bandwidth, in_time, measure, speeds
+from benchmarks.harness.timing import Times, comparison, copy_bandwidth, in_time, measure, rounds_of, speeds
 from benchmarks.peers.kernels import PEERS, READS, WRITES, Contestant, able, check, contestants
 from benchmarks.questions._kernels_plot import plot
 
@@ -62,6 +62,7 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
             done += 1
     summary: dict[str, Any] = {
         "goals": _cuda_goals(rows) if device == "cuda" else _cpu_goals(rows),
+        **({} if device == "cuda" else _limits(rows)),
         "tensors left out for lack of time": len(chosen) - done,
         "peers that do not run": "; ".join(f"{name}: {why}" for name, why in failed.items()) or "none",
     }
@@ -113,7 +114,7 @@ def _rows(
         errors = check(feed[0])
         running, failed = able(contestants(feed[0], device), feed[0])
         times = measure(
-            running, feed, device, rounds=5 if quick else 21, budget=3 if device == "cuda" else 12,
+            running, feed, device, rounds_of(device, quick), budget=3 if device == "cuda" else 8,
             calls=max(2, min(32, (1 << 30) // setting.bytes)),
         )  # fmt: skip
     rows = _warm_rows(setting, feed, running, errors, quick) if device == "cpu" and setting.is_resnet50() else []
@@ -193,6 +194,19 @@ def _cpu_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if every:
         goals.append(goal("moments, slowest of all rows: x batch_norm_update_stats", min(every), at_least=1.0))
     return goals
+
+
+def _limits(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """How many times as fast as update_stats is x.sum() itself: as much as reading once at full speed can reach."""
+    limits = {}
+    for layout, (operator, warm) in itertools.product(LAYOUTS, {"moments": "", "moments, warm": ", warm"}.items()):
+        mine = [row for row in rows if (row["_resnet50"], row["dtype"], row["layout"]) == (True, "float32", layout)]
+        mine = [row for row in mine if row["operator"] == operator]
+        peer, share = speeds(mine, "batch_norm_update_stats"), speeds(mine, "x.sum()")
+        if mine:
+            limit = statistics.geometric_mean(peer) / statistics.geometric_mean(share)
+            limits[f"x.sum() itself, {layout}{warm}: x update_stats"] = f"{limit:.2f}"
+    return limits
 
 
 def _cuda_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import Question, Result, goal
 from benchmarks.harness.inputs import LAYOUTS, Setting, laid_out, pairs, random_pool
-from benchmarks.harness.timing import comparison, in_time, measure, peak_bytes, speeds
+from benchmarks.harness.timing import comparison, in_time, measure, peak_bytes, rounds_of, speeds
 from benchmarks.peers import missing
 from benchmarks.questions._modules_cases import (
     CONCATENATED,
@@ -67,7 +67,7 @@ def _row(case: Case, feeds: "_Feeds", device: str, quick: bool) -> dict[str, Any
     bytes_each = sum(setting.bytes for setting in case.settings)
     steps = {name: layer.step for name, layer in layers.items()}
     times = measure(
-        steps, feed, device, rounds=3 if quick else 15, budget=3 if device == "cuda" else 8,
+        steps, feed, device, rounds_of(device, quick), budget=3 if device == "cuda" else 5,
         calls=max(2, min(8, (1 << 30) // bytes_each)),
     )  # fmt: skip
     row = case.columns() | comparison(times, "ours", case.peers)
