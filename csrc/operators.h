@@ -61,11 +61,21 @@ Normalized normalize_step_by_step(const Tensor& x, const std::optional<Tensor>& 
 Normalized normalize_batch(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                            double eps, const std::optional<Tensor>& group, int64_t num_groups);
 
+void track(const Tensor& count, const Tensor& mean, const Tensor& m2, const Tensor& running_mean,
+           const Tensor& running_var, const Tensor& num_batches, std::optional<double> momentum);
+
 #if defined(USE_CUDA)
-// normalize_batch and backward_batch in one launch, with the same bits; nothing where x is too large for that.
+// normalize_batch, normalize_and_track and backward_batch in one launch, with the same bits; nothing where x is too
+// large for that.
 std::optional<Normalized> normalize_at_once(const Tensor& x, const std::optional<Tensor>& weight,
                                             const std::optional<Tensor>& bias, double eps,
                                             const std::optional<Tensor>& group, int64_t num_groups);
+
+std::optional<Normalized> normalize_and_track_at_once(const Tensor& x, const std::optional<Tensor>& weight,
+                                                      const std::optional<Tensor>& bias, double eps,
+                                                      const Tensor& running_mean, const Tensor& running_var,
+                                                      const Tensor& num_batches, double momentum,
+                                                      const std::optional<Tensor>& group, int64_t num_groups);
 
 std::optional<std::tuple<Tensor, Tensor, Tensor>> backward_at_once(const Tensor& dy, const Tensor& x,
                                                                    const Tensor& count, const Tensor& mean,

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "../arithmetic.h"
-#include "../torch.h"
+#include "../operators.h"
 #include "rows.h"
 
 namespace precisebn::cpu {
@@ -14,6 +14,8 @@ void move_row(const Tensor& running, int64_t row, const double* old, const doubl
   for (int64_t c = 0; c < channels; ++c) values[c] = lerp(old[c], batch[c] / divisor, share);
   write_row(running, row, values.data(), channels);
 }
+
+}  // namespace
 
 void track(const Tensor& count, const Tensor& mean, const Tensor& m2, const Tensor& running_mean,
            const Tensor& running_var, const Tensor& num_batches, std::optional<double> momentum) {
@@ -38,8 +40,6 @@ void track(const Tensor& count, const Tensor& mean, const Tensor& m2, const Tens
     move_row(running_var, row, old_vars[row], m2s[row], n - 1.0, share, channels);
   }
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(precisebn, CPU, m) { m.impl("track", TORCH_BOX(&track)); }
 

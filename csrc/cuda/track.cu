@@ -3,7 +3,7 @@
 #include "track.h"
 
 #include "../arithmetic.h"
-#include "../torch.h"
+#include "../operators.h"
 
 namespace precisebn::cuda {
 namespace {

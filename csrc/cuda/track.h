@@ -1,8 +1,6 @@
 // Running statistics as kernels see them, and their update, for the operators that do more than that.
 #pragma once
 
-#include <optional>
-
 #include "rows.h"
 
 namespace precisebn::cuda {
@@ -26,8 +24,5 @@ struct RunningRows {
                     "precisebn::track: num_batches must be int64, () or (G,), on the device of mean");
   }
 };
-
-void track(const Tensor& count, const Tensor& mean, const Tensor& m2, const Tensor& running_mean,
-           const Tensor& running_var, const Tensor& num_batches, std::optional<double> momentum);
 
 }  // namespace precisebn::cuda

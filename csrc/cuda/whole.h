@@ -3,7 +3,7 @@
 // which take longer than such a tensor.
 //
 // The block reduces as in reduce.h. The thread that has the result of a channel makes its coefficients (a Map, see
-// normalize_and_track.cu and backward_at_once.cu), in float64, leaves them in shared memory, and writes what the
+// normalize_at_once.cu and backward_at_once.cu), in float64, leaves them in shared memory, and writes what the
 // operator returns for the channel. Then all threads go through their rows again. What they read again lies in L1,
 // which is the same memory as shared memory would be: a thread has at most 4 batches of 8 vectors, a block 128 KiB.
 //

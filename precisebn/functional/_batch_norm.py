@@ -164,8 +164,8 @@ def batch_norm(
 
 
 def tracks_in_one_call(x: Tensor) -> bool:
-    """Whether ``batch_norm_and_track`` takes this tensor: an eager one on a GPU, where each launch takes its time."""
-    return x.is_cuda and not (torch.compiler.is_compiling() or is_tracing() or is_transformed())
+    """Whether ``batch_norm_and_track`` takes this tensor: an eager one, outside of torch.func."""
+    return not (torch.compiler.is_compiling() or is_tracing() or is_transformed())
 
 
 def batch_norm_and_track(

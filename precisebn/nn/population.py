@@ -239,7 +239,7 @@ class PopulationNorm(Recordable, Norm):
     def normalize_and_track(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, population: int | None = None
     ) -> Tensor:
-        """Normalize ``(N, C, *)`` by its own statistics, and :meth:`track` these: on a GPU a launch less if x is small.
+        """Normalize ``(N, C, *)`` by its own statistics, and :meth:`track` these, in one call where that can be.
 
         Args:
             x: checked.

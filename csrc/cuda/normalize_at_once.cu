@@ -1,5 +1,5 @@
-// normalize_and_track: normalize_batch and track in one call. Of a small tensor in one launch (whole.h), which is that
-// of normalize_batch too, without running statistics.
+// normalize_at_once, normalize_and_track_at_once: normalize_batch and normalize_and_track of a small tensor in one
+// launch (whole.h).
 #include "../arithmetic.h"
 #include "../operators.h"
 #include "formulas.h"
@@ -109,23 +109,6 @@ std::optional<Normalized> at_once(const Tensor& x, const std::optional<Tensor>& 
   return result;
 }
 
-Normalized normalize_and_track(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                               double eps, const Tensor& running_mean, const Tensor& running_var,
-                               const Tensor& num_batches, std::optional<double> momentum,
-                               const std::optional<Tensor>& group, int64_t num_groups) {
-  STD_TORCH_CHECK(x.dim() >= 2, "precisebn::normalize_and_track: x must have at least 2 dimensions");
-  const RunningRows rows(running_mean, running_var, num_batches, x, x.size(1), num_groups);
-  if (momentum) {
-    const Running running{rows.mean, rows.var, rows.num_batches, rows.num_batches_stride, *momentum};
-    if (auto done = at_once(x, weight, bias, eps, group, num_groups, running)) return *done;
-  }
-  const auto normalize = momentum ? normalize_step_by_step : normalize_batch;  // of a small tensor in one launch
-  const Normalized result = normalize(x, weight, bias, eps, group, num_groups);
-  const auto& [y, count, mean, m2] = result;
-  track(count, mean, m2, running_mean, running_var, num_batches, momentum);
-  return result;
-}
-
 }  // namespace
 
 std::optional<Normalized> normalize_at_once(const Tensor& x, const std::optional<Tensor>& weight,
@@ -134,6 +117,15 @@ std::optional<Normalized> normalize_at_once(const Tensor& x, const std::optional
   return at_once(x, weight, bias, eps, group, num_groups, {});
 }
 
-STABLE_TORCH_LIBRARY_IMPL(precisebn, CUDA, m) { m.impl("normalize_and_track", TORCH_BOX(&normalize_and_track)); }
+std::optional<Normalized> normalize_and_track_at_once(const Tensor& x, const std::optional<Tensor>& weight,
+                                                      const std::optional<Tensor>& bias, double eps,
+                                                      const Tensor& running_mean, const Tensor& running_var,
+                                                      const Tensor& num_batches, double momentum,
+                                                      const std::optional<Tensor>& group, int64_t num_groups) {
+  STD_TORCH_CHECK(x.dim() >= 2, "precisebn::normalize_and_track: x must have at least 2 dimensions");
+  const RunningRows rows(running_mean, running_var, num_batches, x, x.size(1), num_groups);
+  return at_once(x, weight, bias, eps, group, num_groups,
+                 {rows.mean, rows.var, rows.num_batches, rows.num_batches_stride, momentum});
+}
 
 }  // namespace precisebn::cuda
