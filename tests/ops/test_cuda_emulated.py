@@ -356,7 +356,8 @@ def mutants() -> Emulated:
     """All defects in one library, of which one at a time is active."""
     patches = tuple(mutation.patch(number) for number, (_, mutation) in enumerate(DEFECTS))
     sources = (
-        *("moments", "accumulate", "track", "normalize", "normalize_batch", "normalize_and_track", "coefficients"),
+        *("moments", "accumulate", "track", "coefficients", "normalize"),
+        *("normalize_batch", "normalize_and_track", "normalize_at_once"),
         *("backward_reduce", "backward_coefficients", "backward_apply", "backward_batch", "backward_at_once"),
         *("workspace", "defects"),
     )
