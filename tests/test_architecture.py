@@ -132,6 +132,31 @@ def test_only_distributed_knows_torch_distributed(path: Path) -> None:
         assert {name for name in torch_names(path.read_text()) if name.startswith("torch.distributed")} == set()
 
 
+MAKERS = frozenset(
+    {"arange", "empty", "empty_strided", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"}
+    | {"tensor", "zeros"}
+)
+"""Functions of torch that make a tensor, on torch's default device where none is named."""
+
+
+def makers_without_device(source: str) -> list[str]:
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and ast.unparse(call.func.value) == "torch"
+        and call.func.attr in MAKERS
+        and not {"device", None} & {keyword.arg for keyword in call.keywords}  # None: **kwargs
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_tensor_is_made_on_a_device_that_is_named(path: Path) -> None:
+    """torch.set_default_device("cuda") is no reason for what belongs on the CPU to be there."""
+    assert makers_without_device(path.read_text()) == []
+
+
 def place_in_the_table(path: Path, rows: list[list[str]]) -> int:
     """Which row of docs/design.md lists a file: by its name, as one of ``room/NAME.py``, or with its room."""
     name = path.relative_to(PACKAGE).as_posix()
@@ -229,3 +254,8 @@ def test_torch_distributed_is_seen_in_every_form(source: str, names: set[str]) -
 )
 def test_private_names_are_seen_in_every_form(source: str, names: set[str]) -> None:
     assert private(torch_names(source)) == names
+
+
+def test_tensors_without_a_device_are_seen() -> None:
+    assert makers_without_device("torch.zeros(2).add(torch.arange(3, device='cpu'))") == ["torch.zeros(2)"]
+    assert makers_without_device("x.new_zeros(2), torch.zeros_like(x), torch.tensor(1, **options)") == []

@@ -87,8 +87,8 @@ def _span(tensor: Tensor) -> int:
 def _bytes_of(tensor: Tensor) -> set[int]:
     """The places of all its elements in the storage, each in bytes: for the few that interleave with others."""
     size = tensor.element_size()
-    places = torch.zeros((), dtype=torch.int64)
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
     for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        places = places.unsqueeze(-1) + torch.arange(n) * stride
+        places = places.unsqueeze(-1) + torch.arange(n, device="cpu") * stride
     starts = (places.flatten() + int(tensor.storage_offset())) * size
-    return set((starts.unsqueeze(1) + torch.arange(size)).flatten().tolist())
+    return set((starts.unsqueeze(1) + torch.arange(size, device="cpu")).flatten().tolist())

@@ -58,7 +58,7 @@ class Routes:
             rank: this one.
         """
         source, origin = _located(permutation, before)
-        place, target = _located(torch.arange(len(permutation)), after)
+        place, target = _located(torch.arange(len(permutation), device="cpu"), after)
         own, here = origin == rank, target == rank
         # By rank, and within a rank by place: the order on both ends of a route.
         others = (here & ~own).nonzero().flatten()
@@ -170,9 +170,9 @@ def _all_to_all(rows: Sequence[Tensor], routes: Routes, group: ProcessGroup) -> 
 
 def _located(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Of rows counted over all ranks: which row of its rank each is, and of which rank."""
-    ends = torch.tensor(list(accumulate(sizes)))
+    ends = torch.tensor(list(accumulate(sizes)), device="cpu")
     ranks = torch.searchsorted(ends, rows, right=True)
-    return rows - (ends - torch.tensor(sizes))[ranks], ranks
+    return rows - (ends - torch.tensor(sizes, device="cpu"))[ranks], ranks
 
 
 def _counts(ranks: Tensor, num_ranks: int) -> list[int]:

@@ -62,7 +62,7 @@ def permutation_of(total: int, seed: int, number: int = 0) -> Tensor:
     The generator takes the lower 32 bits of a seed, and neighbouring seeds begin alike; hence the hash.
     """
     digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=7).digest()
-    return torch.randperm(total, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
+    return torch.randperm(total, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")), device="cpu")
 
 
 def local_shuffle(num_samples: int, permutation: Tensor, *, over_ranks: bool = False) -> Shuffle:
@@ -100,7 +100,7 @@ def shuffle_over_ranks(
     """
     group = group_of(process_group)
     world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    drawn = int(torch.randint(2**62, ())) if seed is None else seed
+    drawn = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
     if world == 1:
         return local_shuffle(num_samples, permutation_of(num_samples, drawn, number), over_ranks=True)
     if sizes is None:
@@ -135,7 +135,7 @@ def _checked(who: str, sizes: Literal["equal"] | Sequence[int], num_samples: int
 
 def _gathered(numbers: Sequence[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
     """The integers of every rank, by one all-gather: through the host where the backend can, so that no GPU waits."""
-    own = torch.tensor(numbers)
+    own = torch.tensor(numbers, device="cpu")
     on_wire = own.to(wire_device(str(dist.get_backend_config(group)), own.device, device))
     every = [torch.empty_like(on_wire) for _ in range(dist.get_world_size(group))]
     with other_ranks_may_fail("asking each other for their numbers of samples", len(every)):

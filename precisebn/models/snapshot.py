@@ -146,7 +146,7 @@ class _ModulePicture:
         """Note a tensor, the content of a container, and what is in that."""
         if isinstance(value, _CONTAINERS):
             if id(value) not in self.contents:
-                self.contents[id(value)] = value, value.copy()
+                self.contents[id(value)] = value, _items_of(value)
                 self._look_into_each(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, tuple):  # it cannot change, but what is in it can
             self._look_into_each(value)
@@ -218,6 +218,14 @@ class _ModulePicture:
         """What was in a container."""
         _, content = self.contents.get(id(container), (container, None))
         return {} if content is None else content
+
+
+def _items_of(container: Any) -> Any:
+    """A container of the builtin kind with the same items: a class of the user's may have a constructor of its own."""
+    if type(container) in _PLAIN_CONTAINERS:
+        return container.copy()
+    kind: Any = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+    return kind(container)
 
 
 _VALUES = frozenset({bool, int, float, str, type(None)})  # what most attributes are, and cannot change by themselves

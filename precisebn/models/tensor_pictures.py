@@ -220,7 +220,7 @@ def _plain_parts(dense: Any) -> list[Any]:
     if isinstance(dense, torch.UntypedStorage) or not dense.is_quantized:
         return [dense]
     if dense.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        scale = torch.tensor([dense.q_scale(), dense.q_zero_point()], dtype=torch.float64)
+        scale = torch.tensor([dense.q_scale(), dense.q_zero_point()], dtype=torch.float64, device="cpu")
         return [dense.int_repr(), scale]
     return [dense.int_repr(), dense.q_per_channel_scales(), dense.q_per_channel_zero_points()]
 

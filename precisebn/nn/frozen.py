@@ -111,7 +111,7 @@ class FrozenNorm(Norm):
         elif version == 2 and tracked not in state_dict and var in state_dict:
             state_dict[var] = (state_dict[var] - self.eps).clamp(min=0.0)
         if var in state_dict and tracked not in state_dict:
-            state_dict[tracked] = torch.zeros((), dtype=torch.long)
+            state_dict[tracked] = state_dict[var].new_zeros((), dtype=torch.long)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
 

@@ -145,7 +145,7 @@ class ShuffleBN(Recordable):
         Several forwards may be under way, and are repeated in any order. What both runs of one have in common, and no
         other has, is the next number of torch's generator, which checkpointing puts back to where it was.
         """
-        drawn = int(torch.randint(2**62, ()))
+        drawn = int(torch.randint(2**62, (), device="cpu"))
         before = self._forwards.get(drawn)
         if in_backward():
             if before is None:
@@ -249,7 +249,7 @@ def batch_shuffle(
         )  # fmt: skip
     else:
         total = samples.number
-        permutation = torch.randperm(total) if seed is None else permutation_of(total, seed)
+        permutation = torch.randperm(total, device="cpu") if seed is None else permutation_of(total, seed)
         shuffle = local_shuffle(total, permutation)
     return samples.with_tensors(shuffle.shuffle(samples.tensors)), shuffle
 

@@ -143,7 +143,7 @@ def _is_number(dtype: torch.dtype) -> bool:
     if dtype.is_complex:
         return True
     try:
-        torch.zeros(16, dtype=torch.uint8).view(dtype).double()
+        torch.zeros(16, dtype=torch.uint8, device="cpu").view(dtype).double()
     except (RuntimeError, NotImplementedError):
         return False
     return True

@@ -186,7 +186,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 def _own(populations: Sequence[_Population]) -> tuple[Tensor, Tensor, Tensor]:
     """Means and variances of this rank, ``(S,)``, and its mini-batches ``(P,)``, -1 where not counted."""
     statistics = [one.statistics for one in populations]
-    missing = torch.full((), -1)
+    missing = torch.full((), -1, device="cpu")
     counts = [missing if one.num_batches is None else one.num_batches for one in statistics]
     return _flat([one.mean for one in statistics]), _flat([one.var for one in statistics]), _flat(counts)
 
@@ -199,7 +199,7 @@ def _merge(populations: Sequence[_Population], ranks: Ranks, weights: Weights) -
     mean, var, counts = _own(populations)
     sizes = [one.statistics.mean.numel() for one in populations]
     per_population = torch.ones_like(counts) if weights == "equal" else _batches(populations, counts, ranks)
-    weight = per_population.repeat_interleave(torch.tensor(sizes))
+    weight = per_population.repeat_interleave(torch.tensor(sizes, device="cpu"))
     counted = weight > 0
     _check_finite(populations, sizes, (mean, var), counted)
     origin = torch.cat([mean, var])

@@ -44,7 +44,7 @@ def differences_of_values(
     pending: list[tuple[Comparable, Tensor, Scale]] = []  # running statistics, whose variances may come later
     for together in _batches(comparable):
         sizes = [one.size for one in together]
-        flat = torch.zeros(sum(sizes), dtype=torch.uint8)
+        flat = torch.zeros(sum(sizes), dtype=torch.uint8, device="cpu")
         if ranks.rank == reference:
             flat = torch.cat([bytes_of(facts.tensors[one.name])[0].cpu() for one in together])  # plain: of one part
         ranks.broadcast(flat, reference)

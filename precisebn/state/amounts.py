@@ -137,7 +137,7 @@ def _dense(before: Tensor, after: Tensor, release: tuple[Release | None, Release
 def _converts(dtype: torch.dtype) -> bool:
     """Whether torch can convert it to float64 or complex128; it cannot with 4-bit floats."""
     try:
-        torch.empty(1, dtype=dtype).to(torch.complex128 if dtype.is_complex else torch.float64)
+        torch.empty(1, dtype=dtype, device="cpu").to(torch.complex128 if dtype.is_complex else torch.float64)
     except (RuntimeError, NotImplementedError):
         return False
     return True

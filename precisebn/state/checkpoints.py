@@ -87,7 +87,7 @@ def _of_torch(path: Path, name: str) -> State:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise InputError(_refused(shown, error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of what it reads in a damaged file torch makes nearly any
         if "TorchScript" in str(error):
             raise InputError(f"{shown} is a TorchScript archive: compare torch.jit.load({str(path)!r})") from error
         why = _first_sentence(error)
@@ -102,8 +102,9 @@ def _of_torch(path: Path, name: str) -> State:
 
 
 def _first_sentence(error: Exception) -> str:
-    """What torch says, without its advice; of a byte that no pickle has it says the number alone."""
-    text = "" if isinstance(error, KeyError) else str(error).strip().partition(". ")[0]
+    """What torch says, without its advice; what pickle says of bytes that are none is of no use."""
+    said = isinstance(error, RuntimeError | OSError | EOFError | ValueError)
+    text = str(error).strip().partition(". ")[0] if said else ""
     return text or "it is no pickle of tensors"
 
 

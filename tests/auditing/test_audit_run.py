@@ -204,6 +204,25 @@ def test_models_without_values():
         assert {one.code for one in report} <= {"PBN601"}  # a bias needs no values to be wasted
 
 
+def test_another_default_device_makes_no_difference():
+    """Such as torch.set_default_device("cuda") is one for a model on the CPU."""
+    some = nn.Sequential(model(), nn.Flatten(), nn.Linear(64, 3))
+    optimizer = torch.optim.SGD(some.parameters(), lr=0.1)
+    loader = [(torch.randn(8, 3, 6, 6), torch.arange(8) % 3) for _ in range(4)]
+
+    def run() -> list[str]:
+        loss = nn.functional.cross_entropy
+        report = audit(
+            some, loader[0], optimizer=optimizer, loss=lambda out, batch: loss(out, batch[1]), loader=loader,
+            other=model(), num_steps=100,
+        )  # fmt: skip
+        return [str(finding) for finding in report]
+
+    expected = run()
+    with torch.device("meta"):
+        assert run() == expected
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*reduce_range will be deprecated.*")
 def test_quantized_models():
     """Trained for quantization, where a BatchNorm lies inside of a convolution; and one that is quantized."""

@@ -1,6 +1,6 @@
 """Snapshot and Transaction: what differs is told, what was is put back, and no step keeps another from running."""
 
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from typing import Any
 
 import pytest
@@ -52,6 +52,48 @@ def test_what_differs_is_named_and_put_back(change):
     assert before == Snapshot(model)
     assert (model.items is items, model.items[1] is inner, model.table is table) == (True, True, True)
     assert (list(model.table), list(model.recent), items, inner) == (["a", "b", "c"], [1, 2], [1, [2]], [2])
+
+
+class Registry(OrderedDict):
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__()
+
+
+class Ring(deque):
+    def __init__(self, size: int) -> None:
+        super().__init__(maxlen=size)
+
+
+class Counts(defaultdict):
+    def __init__(self) -> None:
+        super().__init__(int)
+
+
+class Names(list):
+    def __init__(self, *, of: str) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("made", "change"),
+    [
+        (Registry("a", 3), lambda c: c.update(b=2)),
+        (Ring(2), lambda c: c.extend("bcd")),
+        (Counts(), lambda c: c["b"]),
+        (Names(of="x"), lambda c: c.append("b")),
+    ],
+)
+def test_containers_whose_class_has_a_constructor_of_its_own(made, change):
+    model = nn.Identity()
+    model.made = made
+    made.update(a=1) if isinstance(made, dict) else made.append("a")
+    before, items = Snapshot(model), list(made)
+    change(made)
+    assert list(before.differences(Snapshot(model))) == [":made"]
+    before.put_back()
+    assert model.made is made
+    assert list(made) == items
+    assert before == Snapshot(model)
 
 
 def test_the_order_of_a_state_dict_comes_back():

@@ -1,11 +1,13 @@
 """Checkpoints as sides of a comparison: which part is the model, what formats are read, how much memory that takes."""
 
 import argparse
+import contextlib
 import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -252,10 +254,37 @@ def test_an_index_that_leads_nowhere(content, tmp_path):
         diff_state(tmp_path / "x.index.json", {})
 
 
-@pytest.mark.parametrize("content", [b"", b"hello world this is", b"\x89PNG\r\n\x1a\n0000", b"\x1f\x8b\x08\x00"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello world this is",
+        b"\x89PNG\r\n\x1a\n0000",
+        b"\x1f\x8b\x08\x00",
+        b"root:x:0:0:root",
+        b"(R\xf4GKKJ",
+        b"JX",
+    ],
+)
 def test_a_file_of_another_kind_is_refused_without_advice_on_torch_load(content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(InputError, match="or is damaged") as refused:
         diff_state(tmp_path / "x.pt", {})
     assert "documentation" not in str(refused.value)
     assert str(refused.value)[-1].isalpha()
+    assert "index out of range" not in str(refused.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_compared_or_refused(zipped, tmp_path):
+    """Whatever torch makes of a byte that has changed."""
+    path, random = tmp_path / "a.pt", Random(0)
+    values = {"weight": torch.randn(4), "running_mean": torch.zeros(2), "count": torch.tensor(3)}
+    torch.save(values, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[random.randrange(min(len(whole), 900))] = random.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(InputError):
+            diff_state(path, values)

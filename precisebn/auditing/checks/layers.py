@@ -127,7 +127,7 @@ def eps_too_small(subject: Subject) -> Iterator[Problem]:
     small: dict[float, list[str]] = {}
     for name, layer in keepers(subject).items():
         for one in kept(layer)[:1]:  # all populations of a layer have one eps
-            vanishes = one.var.is_floating_point() and not torch.tensor(one.eps, dtype=one.var.dtype)
+            vanishes = one.var.is_floating_point() and not torch.tensor(one.eps, dtype=one.var.dtype, device="cpu")
             if not math.isnan(one.eps) and (vanishes or one.eps < rounding):
                 small.setdefault(one.eps, []).append(name)
     for eps, names in small.items():

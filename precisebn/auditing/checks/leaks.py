@@ -1,5 +1,6 @@
 """Leaks: normalization batches whose samples have something in common, which tells of each what the others are."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -91,7 +92,7 @@ def _expected_labels(labels: Tensor, sizes: list[int]) -> float:
         rest = total - counts
         log_missing = (
             torch.lgamma(rest + 1) - torch.lgamma((rest - size).clamp(min=0) + 1)
-            + torch.lgamma(torch.tensor(total - size + 1.0).double()) - torch.lgamma(torch.tensor(total + 1.0).double())
+            + math.lgamma(total - size + 1) - math.lgamma(total + 1)
         )  # fmt: skip
         expected += float((1 - torch.where(rest >= size, log_missing.exp(), 0.0)).sum())
     return expected
