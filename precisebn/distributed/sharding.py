@@ -24,11 +24,8 @@ __all__ = [
 
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is this rank's part of one that ranks share; none is before torch's module for it is there."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")
+    return hasattr(module, "DTensor") and isinstance(tensor, module.DTensor)  # not yet, while another thread imports it
 
 
 def communicates(modules: Iterable[torch.nn.Module]) -> bool:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from precisebn._torch import copy_each
 from precisebn.distributed import Ranks, Tally
 from precisebn.errors import NonFiniteStatisticsError
 from precisebn.recalibration.forwards import REASONS
@@ -72,18 +73,19 @@ class Commit:
         changed = [recording.populations[index] for index in self._changed]
         for estimator, group in groups.items():
             group.update([one for one in changed if one.estimator is estimator], ranks, total.samples, prior)
-        self.changes = Changes(changed, [groups[one.estimator].report(one) for one in changed])
+        reports = {estimator: group.reports() for estimator, group in groups.items()}
+        self.changes = Changes(changed, [reports[one.estimator][one.position] for one in changed])
         self._new = [groups[one.estimator].new(one) for one in changed]
 
     def write(self) -> None:
         """Overwrite the running statistics in place. Whoever holds a snapshot of the model can undo it."""
         with torch.no_grad():
-            for index, (mean, var), report in zip(self._changed, self._new, self.changes.reports, strict=True):
-                statistics = self._populations[index].statistics
-                statistics.mean.copy_(mean)
-                statistics.var.copy_(var)
-                if statistics.num_batches is not None:
-                    statistics.num_batches.fill_(self._tracked[index] + report.num_batches)
+            statistics = [self._populations[index].statistics for index in self._changed]
+            copy_each([one.mean for one in statistics], [mean for mean, _ in self._new])
+            copy_each([one.var for one in statistics], [var for _, var in self._new])
+            for index, one, report in zip(self._changed, statistics, self.changes.reports, strict=True):
+                if one.num_batches is not None:
+                    one.num_batches.fill_(self._tracked[index] + report.num_batches)
 
 
 def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float], list[int]]:
@@ -92,8 +94,7 @@ def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float]
     Both are the largest of any rank. Ranks that trained together have counted the same mini-batches, so that a sum
     would count them several times; and a layer with a forward of its own may have been reached on one rank only.
     """
-    # Exact for counts, and for averages of counts.
-    facts = torch.zeros(2, len(recording.populations), dtype=torch.float64, device="cpu")
+    tracked, reasons = [0.0] * len(recording.populations), [0] * len(recording.populations)
     for estimator in recording.estimators:
         of_device = [(i, one.statistics.num_batches) for i, one in enumerate(recording.populations)
                      if one.estimator is estimator and one.statistics.num_batches is not None]  # fmt: skip
@@ -101,9 +102,13 @@ def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float]
             indices, counters = zip(*of_device, strict=True)
             # torch's own are int64 scalars; with float64 among them, stack() makes float64 of all.
             scalars = [c if c.dtype == torch.int64 and c.dim() == 0 else c.reshape(()).double() for c in counters]
-            facts[0, list(indices)] = torch.stack(scalars).cpu().double()
+            for index, number in zip(indices, torch.stack(scalars).tolist(), strict=True):
+                tracked[index] = float(number)
     for index, reason in recording.refused.items():
-        facts[1, index] = reason
+        reasons[index] = reason
+    if ranks.size == 1:
+        return tracked, reasons
+    facts = torch.tensor([tracked, reasons], dtype=torch.float64, device="cpu")  # exact, also for averages of counts
     ranks.all_reduce(facts, "max")
     return facts[0].tolist(), [int(reason) for reason in facts[1].tolist()]
 
@@ -122,10 +127,11 @@ class _Group:
         self.population = population
         self.layer_of_channel = layer_of_channel
         self.sizes = [one.statistics.mean.numel() for one in members]
-        self.old = tuple(
-            torch.cat([buffer.detach() for buffer in buffers]).to("cpu", torch.float64)
-            for buffers in ([one.statistics.mean for one in members], [one.statistics.var for one in members])
-        )
+        with torch.no_grad():
+            self.old = tuple(
+                torch.cat(buffers).to("cpu", torch.float64)
+                for buffers in ([one.statistics.mean for one in members], [one.statistics.var for one in members])
+            )
 
     def update(self, changed: Sequence[RecordedPopulation], ranks: Ranks, samples: int, prior: float) -> None:
         """Work out the new statistics of some of the members, the old ones counting as ``prior`` samples."""
@@ -148,53 +154,36 @@ class _Group:
             of_dtype = [one for one in changed if dtype in (one.statistics.mean.dtype, one.statistics.var.dtype)]
             fits = mean.to(dtype).isfinite() & var.to(dtype).isfinite()
             self._require(fits, of_dtype, self._overflow)
-        self._drifts = self._compare()
 
     def new(self, one: RecordedPopulation) -> tuple[Tensor, Tensor]:
         """New mean and variance, ``(C,)``, rounded to the dtype of the buffers."""
         statistics, position = one.statistics, one.position
         return self._rounded[statistics.mean.dtype][position][0], self._rounded[statistics.var.dtype][position][1]
 
-    def report(self, one: RecordedPopulation) -> LayerReport:
-        """The new statistics against the old."""
-        position, population = one.position, self._numbers
-        return LayerReport(
-            name=one.name,
-            num_channels=self.sizes[position],
-            dead_channels=int(self._drifts["dead_channels"][position]),
-            num_batches=int(population["num_batches"][position]),
-            count=int(population["count"][position]),
-            mean_drift=self._drifts["mean_drift"][position],
-            max_mean_drift=self._drifts["max_mean_drift"][position],
-            var_drift=self._drifts["var_drift"][position],
-            max_var_drift=self._drifts["max_var_drift"][position],
-            mean_error=population["mean_error"][position],
-            var_error=population["var_error"][position],
-        )
-
-    def _compare(self) -> dict[str, list[float]]:
-        """How far the old statistics are from the new, for each population."""
-        self._numbers = {
-            name: getattr(self.population, name).tolist()
-            for name in ("count", "num_batches", "mean_error", "var_error")
-        }
-        eps = self._per_channel(self.population.mean.new_tensor([one.statistics.eps for one in self.members]))
+    def reports(self) -> list[LayerReport]:
+        """Of each member, the new statistics against the old; all the drifts at once."""
+        population = self.population
+        eps = self._per_channel(population.mean.new_tensor([one.statistics.eps for one in self.members]))
+        var = self.var + eps
+        drifts = torch.stack([
+            (self.old[0] - self.mean).abs() / var.sqrt(), ((self.old[1].clamp(min=0.0) + eps) / var).log().abs()
+        ])  # fmt: skip
         # Of dead channels they would say how far the old mean is in units of eps, which is nothing of the data's.
         alive = ~is_dead(self.var, eps)
-        var = self.var + eps
-        drifts = {
-            "mean": (self.old[0] - self.mean).abs() / var.sqrt(),
-            "var": ((self.old[1].clamp(min=0.0) + eps) / var).log().abs(),
-        }
-        zeros = self.population.mean.new_zeros(len(self.members))
-        num_alive = zeros.index_add(0, self.layer_of_channel, alive.double())
-        result = {"dead_channels": (zeros.new_tensor(self.sizes) - num_alive).tolist()}
-        for what, drift in drifts.items():
-            drift = drift.where(alive, 0.0)
-            sums = zeros.index_add(0, self.layer_of_channel, drift.square())
-            result[f"{what}_drift"] = (sums / num_alive.clamp(min=1.0)).sqrt().tolist()
-            result[f"max_{what}_drift"] = zeros.scatter_reduce(0, self.layer_of_channel, drift, "amax").tolist()
-        return result
+        drifts = drifts.where(alive, 0.0)
+        zeros = drifts.new_zeros(3, len(self.members))
+        layers = self.layer_of_channel.expand(3, -1)
+        *squares, number = zeros.scatter_add(1, layers, torch.cat([drifts.square(), alive.double().unsqueeze(0)]))
+        mean_drift, var_drift = (torch.stack(squares) / number.clamp(min=1.0)).sqrt().tolist()
+        max_mean_drift, max_var_drift = zeros[:2].scatter_reduce(1, layers[:2], drifts, "amax").tolist()
+        dead = (size - int(living) for size, living in zip(self.sizes, number.tolist(), strict=True))
+        columns = (
+            [one.name for one in self.members], self.sizes, dead,
+            map(int, population.num_batches.tolist()), map(int, population.count.tolist()),
+            mean_drift, max_mean_drift, var_drift, max_var_drift,
+            population.mean_error.tolist(), population.var_error.tolist(),
+        )  # fmt: skip
+        return [LayerReport(*row) for row in zip(*columns, strict=True)]
 
     def _prior_weights(self, samples: int, prior: float) -> Tensor:
         """The share of the old statistics in the new, ``(L,)``.
