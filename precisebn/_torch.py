@@ -15,7 +15,6 @@ from torch.utils import _pytree
 
 __all__ = [
     "assert_async",
-    "copy_each",
     "flatten_tree",
     "flattened",
     "group_store",
@@ -79,11 +78,6 @@ def flattened(tensors: list[Tensor]) -> Tensor:
         return torch.cat(tensors)  # which makes no views: a quarter of the time
     flat: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
     return flat.clone() if len(tensors) == 1 else flat  # of a single one torch makes a view
-
-
-def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Write into each of some tensors the values of another, in place: ``copy_`` many times, in a single call."""
-    torch._foreach_copy_(targets, sources)
 
 
 def group_store(group: Any) -> Any:

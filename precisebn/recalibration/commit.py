@@ -1,33 +1,34 @@
-"""The commit: the new running statistics of all layers, checked, compared with the old, and then written in place.
+"""The commit: the new running statistics of all layers, checked, and then written in place.
 
 All layers of a device are worked on together, as flat tensors: a small network has as many layers as a large one, and a
 handful of operations on each of them would cost more than its forward.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from precisebn._torch import copy_each
 from precisebn.distributed import Ranks, Tally
 from precisebn.errors import NonFiniteStatisticsError
+from precisebn.recalibration.drift import Drift
 from precisebn.recalibration.forwards import REASONS
 from precisebn.recalibration.loop import merged_over_ranks
 from precisebn.recalibration.recording import RecordedPopulation, Recording
 from precisebn.recalibration.report import LayerReport
-from precisebn.statistics.estimator import Population, is_dead
+from precisebn.statistics.estimator import Population, PopulationEstimator
 
 __all__ = ["Changes", "Commit"]
 
 
 class Changes(NamedTuple):
-    """Populations that are to be written, and what to say of each."""
+    """Populations that are to be written, what to say of each, and the standard errors of all."""
 
     populations: Sequence[RecordedPopulation] = ()
-    reports: Sequence[LayerReport] = ()
+    reports: Callable[[], tuple[LayerReport, ...]] = tuple
+    errors: Sequence[float] = ()
 
 
 class Commit:
@@ -58,12 +59,13 @@ class Commit:
             groups[estimator] = _Group(members, merged[estimator].cpu(), estimator.layer_of_channel.cpu())
 
         reached = {estimator: group.population.num_batches.tolist() for estimator, group in groups.items()}
+        self._reached = [int(reached[one.estimator][one.position]) for one in recording.populations]
         self.skipped: dict[str, str] = {}
         self._changed: list[int] = []
         for index, one in enumerate(recording.populations):
             if refused[index]:
                 self.skipped[one.name] = REASONS[refused[index]]
-            elif reached[one.estimator][one.position] > 0:
+            elif self._reached[index] > 0:
                 self._changed.append(index)
             elif one.statistics.index is not None:
                 self.skipped[one.name] = "no sample of the domain was seen"
@@ -73,19 +75,18 @@ class Commit:
         changed = [recording.populations[index] for index in self._changed]
         for estimator, group in groups.items():
             group.update([one for one in changed if one.estimator is estimator], ranks, total.samples, prior)
-        reports = {estimator: group.reports() for estimator, group in groups.items()}
-        self.changes = Changes(changed, [reports[one.estimator][one.position] for one in changed])
+        self.changes = Changes(changed, _reports_of(changed, groups), _errors_of(changed, groups))
         self._new = [groups[one.estimator].new(one) for one in changed]
 
     def write(self) -> None:
         """Overwrite the running statistics in place. Whoever holds a snapshot of the model can undo it."""
         with torch.no_grad():
-            statistics = [self._populations[index].statistics for index in self._changed]
-            copy_each([one.mean for one in statistics], [mean for mean, _ in self._new])
-            copy_each([one.var for one in statistics], [var for _, var in self._new])
-            for index, one, report in zip(self._changed, statistics, self.changes.reports, strict=True):
-                if one.num_batches is not None:
-                    one.num_batches.fill_(self._tracked[index] + report.num_batches)
+            for index, (mean, var) in zip(self._changed, self._new, strict=True):
+                statistics = self._populations[index].statistics
+                statistics.mean.copy_(mean)
+                statistics.var.copy_(var)
+                if statistics.num_batches is not None:
+                    statistics.num_batches.fill_(self._tracked[index] + self._reached[index])
 
 
 def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float], list[int]]:
@@ -160,30 +161,11 @@ class _Group:
         statistics, position = one.statistics, one.position
         return self._rounded[statistics.mean.dtype][position][0], self._rounded[statistics.var.dtype][position][1]
 
-    def reports(self) -> list[LayerReport]:
-        """Of each member, the new statistics against the old; all the drifts at once."""
-        population = self.population
-        eps = self._per_channel(population.mean.new_tensor([one.statistics.eps for one in self.members]))
-        var = self.var + eps
-        drifts = torch.stack([
-            (self.old[0] - self.mean).abs() / var.sqrt(), ((self.old[1].clamp(min=0.0) + eps) / var).log().abs()
-        ])  # fmt: skip
-        # Of dead channels they would say how far the old mean is in units of eps, which is nothing of the data's.
-        alive = ~is_dead(self.var, eps)
-        drifts = drifts.where(alive, 0.0)
-        zeros = drifts.new_zeros(3, len(self.members))
-        layers = self.layer_of_channel.expand(3, -1)
-        *squares, number = zeros.scatter_add(1, layers, torch.cat([drifts.square(), alive.double().unsqueeze(0)]))
-        mean_drift, var_drift = (torch.stack(squares) / number.clamp(min=1.0)).sqrt().tolist()
-        max_mean_drift, max_var_drift = zeros[:2].scatter_reduce(1, layers[:2], drifts, "amax").tolist()
-        dead = (size - int(living) for size, living in zip(self.sizes, number.tolist(), strict=True))
-        columns = (
-            [one.name for one in self.members], self.sizes, dead,
-            map(int, population.num_batches.tolist()), map(int, population.count.tolist()),
-            mean_drift, max_mean_drift, var_drift, max_var_drift,
-            population.mean_error.tolist(), population.var_error.tolist(),
-        )  # fmt: skip
-        return [LayerReport(*row) for row in zip(*columns, strict=True)]
+    def drift(self) -> Drift:
+        """The new statistics against the old, to be worked out later."""
+        names, eps = [one.name for one in self.members], [one.statistics.eps for one in self.members]
+        new = self.mean, self.var
+        return Drift(names, self.sizes, eps, self.layer_of_channel, self.old, new, self.population)
 
     def _prior_weights(self, samples: int, prior: float) -> Tensor:
         """The share of the old statistics in the new, ``(L,)``.
@@ -215,6 +197,30 @@ class _Group:
             f"the new statistics of layer {one.name!r} overflow its {one.statistics.var.dtype} buffers (largest "
             f"variance {largest:.3g}); keep BatchNorm layers in float32. The model is as it was"
         )
+
+
+def _reports_of(
+    changed: Sequence[RecordedPopulation], groups: Mapping[PopulationEstimator, _Group]
+) -> Callable[[], tuple[LayerReport, ...]]:
+    """What says of each population how far the old statistics are from the new, and holds on to no layer."""
+    drifts = [group.drift() for group in groups.values()]
+    numbers = {estimator: number for number, estimator in enumerate(groups)}
+    places = [(numbers[one.estimator], one.position) for one in changed]
+
+    def reports() -> tuple[LayerReport, ...]:
+        of_groups = [drift.reports() for drift in drifts]
+        return tuple(of_groups[number][position] for number, position in places)
+
+    return reports
+
+
+def _errors_of(changed: Sequence[RecordedPopulation], groups: Mapping[PopulationEstimator, _Group]) -> list[float]:
+    """The standard errors of the means and of the variances of some populations."""
+    errors = {
+        estimator: torch.stack([group.population.mean_error, group.population.var_error], 1).tolist()
+        for estimator, group in groups.items()
+    }
+    return [error for one in changed for error in errors[one.estimator][one.position]]
 
 
 _Failure = Callable[[RecordedPopulation], NonFiniteStatisticsError]
