@@ -149,9 +149,11 @@ class _ModulePicture:
 
     def _note(self, own: Iterable[Tensor | None], tensors: dict[int, Tensor]) -> None:
         for tensor in own:
-            if type(tensor) in PLAIN_TENSORS or (tensor is not None and not is_lazy(tensor)):
+            if tensor is None:
+                continue
+            if type(tensor) in PLAIN_TENSORS or not is_lazy(tensor):
                 tensors[id(tensor)] = tensor
-            elif tensor is not None:  # a lazy one has no values to keep
+            else:  # it has no values to keep
                 self.was_lazy = True
 
     def _look_into(self, value: object) -> None:

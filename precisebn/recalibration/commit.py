@@ -129,9 +129,9 @@ class _Group:
         self.layer_of_channel = layer_of_channel
         self.sizes = [one.statistics.mean.numel() for one in members]
         with torch.no_grad():
-            self.old = tuple(
-                torch.cat(buffers).to("cpu", torch.float64)
-                for buffers in ([one.statistics.mean for one in members], [one.statistics.var for one in members])
+            self.old = (
+                torch.cat([one.statistics.mean for one in members]).to("cpu", torch.float64),
+                torch.cat([one.statistics.var for one in members]).to("cpu", torch.float64),
             )
 
     def update(self, changed: Sequence[RecordedPopulation], ranks: Ranks, samples: int, prior: float) -> None:
@@ -139,9 +139,9 @@ class _Group:
         mean, var = self.population.mean, self.population.var
         if prior > 0:
             if ranks.size > 1:  # ranks that trained together have slightly different running averages
-                flat = torch.cat(self.old).div_(ranks.size)
+                flat = torch.stack(self.old).div_(ranks.size)
                 ranks.all_reduce(flat)
-                self.old = tuple(flat.chunk(2))
+                self.old = flat[0], flat[1]
             weight = self._per_channel(self._prior_weights(samples, prior))
             mean, var = torch.lerp(mean, self.old[0], weight), torch.lerp(var, self.old[1], weight)
         self.mean, self.var = mean, var
