@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precisebn.distributed import is_sharded
-from precisebn.models.tensor_pictures import PLAIN_TENSORS, TensorPicture, TensorPictures, memory_of
+from precisebn.models.statistics_buffers import statistics_buffers
+from precisebn.models.tensor_pictures import PLAIN_TENSORS, TensorPicture, TensorPictures
 from precisebn.models.transaction import Transaction, refill
-from precisebn.nn.population import STATISTICS, Recordable
 
 __all__ = ["Snapshot"]
 
@@ -180,18 +180,8 @@ class _ModulePicture:
         if not place:
             return []
         content = self._content(place)
-        names = STATISTICS if content.keys() <= _STATISTICS else (*STATISTICS, *self._declared())
-        found = [(place, name, t) for name in names if (t := content.get(name)) is not None]
+        found = [(place, name, content[name]) for name in statistics_buffers(self.module)]
         return [one for one in found if not is_lazy(one[2])] if self.was_lazy else found
-
-    def _declared(self) -> list[str]:
-        """Names of other buffers that hold populations, wholly or in part, of a module that declares such."""
-        others = [(name, t) for name, t in self.places[1].items() if t is not None and name not in _STATISTICS]
-        if not others or not isinstance(self.module, Recordable):
-            return []
-        populations = [(one.mean, one.var, one.num_batches) for one in self.module.populations()]
-        memory = {memory_of(t) for tensors in populations for t in tensors if t is not None}
-        return [name for name, t in others if (address := memory_of(t)) and address in memory]
 
     def entries(self, named: set[int]) -> Iterator[tuple[str, object]]:
         """Everything that may differ, by name; but for tensors of containers that have a name elsewhere."""
@@ -248,7 +238,6 @@ _VALUES = frozenset({bool, int, float, str, type(None)})  # what most attributes
 _CONTAINERS = (dict, list, set, deque)
 _PLAIN_CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 _PLACES = frozenset({"_parameters", "_buffers"})
-_STATISTICS = frozenset(STATISTICS)
 
 
 def _alike(now: Any, then: Any) -> bool:

@@ -42,10 +42,10 @@ def statistics_buffers(module: nn.Module) -> list[str]:
         >>> statistics_buffers(nn.BatchNorm2d(4))
         ['running_mean', 'running_var', 'num_batches_tracked']
     """
-    buffers = module._buffers
-    if not buffers:
+    if not module._buffers:
         return []
-    names = [name for name in STATISTICS if buffers.get(name) is not None]
+    buffers = [name for name, t in module._buffers.items() if t is not None]  # of torch.jit, no dictionary
+    names = [name for name in STATISTICS if name in buffers]
     if len(buffers) == len(names) or not isinstance(module, Recordable):
         return names
     places = _places(module)
