@@ -33,8 +33,7 @@ class Copies:
         alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for index, kind in enumerate(map(_kind_of, tensors)):
             alike.setdefault(kind, []).append(index)
-        with torch.no_grad():
-            self._parts = [_Part.of(tensors, indices) for indices in alike.values()]
+        self._parts = [_Part.of(tensors, indices) for indices in alike.values()]
 
     def __iter__(self) -> Iterator[Tensor]:
         found: list[Any] = [None] * self._number
@@ -55,7 +54,8 @@ class _Part(NamedTuple):
     @staticmethod
     def of(tensors: Sequence[Tensor], indices: list[int]) -> "_Part":
         own = [tensors[index] for index in indices]
-        return _Part(indices, [tensor.shape for tensor in own], flattened(own))
+        # Not under no_grad, which Ctrl-C can leave on where nobody holds it back.
+        return _Part(indices, [tensor.shape for tensor in own], flattened(own).detach())
 
 
 _kind_of = attrgetter("dtype", "device")
