@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from precisebn.errors import BatchFormatError, InputError, add_note
+from precisebn.models.nested import tensors_in
 
 __all__ = [
     "CHANNELS_LAST",
@@ -232,14 +233,8 @@ def _is_list_of_samples(batch: Any) -> bool:
 
 
 def _holds(item: Any, wanted: Callable[[Tensor], bool]) -> bool:
-    """Whether a tensor that is ``wanted`` lies anywhere in nested containers."""
-    if isinstance(item, Tensor):
-        return wanted(item)
-    if isinstance(item, Mapping):
-        return any(_holds(value, wanted) for value in item.values())
-    if isinstance(item, list | tuple):
-        return any(_holds(value, wanted) for value in item)
-    return False
+    """Whether a tensor that is ``wanted`` lies anywhere in nested containers; objects of classes are metadata."""
+    return any(map(wanted, tensors_in(item, in_data_classes=False)))
 
 
 def _has_dimensions(tensor: Tensor) -> bool:
