@@ -123,10 +123,10 @@ class _Group:
 
     def may_have_changed(self) -> bool:
         """``.data`` changes without a new version; to look at the bits on another device would be to wait for it."""
+        if {(t.dtype, t.device) for t in self.tensors} != {(self.value.dtype, self.value.device)}:
+            return True
         if not all(map(Tensor.is_set_to, self.tensors, self.aliases)):
             return True  # in other memory, or of another shape
-        if [t.dtype for t in self.tensors] != [t.dtype for t in self.aliases]:
-            return True
         if self.value.device.type != "cpu":
             return [t._version for t in self.tensors] != self.versions
         return not torch.equal(flattened(self.aliases).view(torch.uint8), self.value.view(torch.uint8))

@@ -1,4 +1,4 @@
-"""The operator that normalizes and tracks in one call, which is the way on a GPU, under all that watches tracking."""
+"""The operator that normalizes and tracks in one call, the way of eager tensors, under all that watches tracking."""
 
 import copy
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class OfDomain(nn.Module):
 
 
 class Calls:
-    """Lets tensors on the CPU take the way of those on a GPU, and counts which do."""
+    """Lets tensors take the one way or the other, and counts which take the one call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from precisebn.nn import population
