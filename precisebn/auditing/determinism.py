@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from precisebn._torch import unwrapped
-from precisebn.auditing.observations.flow import tensors_in
 from precisebn.auditing.optimizers import Optimizers, checked_optimizers, optimizers_of
 from precisebn.auditing.surroundings import MOST_ITEMS, ObjectsPicture, Surroundings
 from precisebn.errors import InputError
 from precisebn.models.checksums import checksums
 from precisebn.models.interrupts import HeldBack
+from precisebn.models.nested import tensors_in
 from precisebn.models.selection import named_modules
 from precisebn.models.tensor_pictures import bytes_of
 from precisebn.models.transaction import Transaction

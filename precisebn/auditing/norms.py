@@ -73,15 +73,26 @@ def is_at_initial_values(populations: Iterable[RunningStatistics]) -> bool:
 
 
 def is_fresh(layer: nn.Module) -> bool:
-    """Whether the initial values (mean 0, variance 1) make up more than 5% of the running statistics of a layer."""
-    return any(is_at_initial_values([one]) or _weight_of_initial(layer, one) > 0.05 for one in kept(layer))
+    """Whether the initial values (mean 0, variance 1) make up more than 5% of the running statistics of a layer.
+
+    How many mini-batches have been counted does not tell: a recalibration on three of them (``update_bn_stats``,
+    ``torch.optim.swa_utils.update_bn``) counts three, and leaves nothing of the initial values. But a moving average
+    still holds its part of the initial variance, for no mini-batch takes away of a variance; so where a channel has
+    less than that part, the statistics have been measured. (Where none has, it is taken for fresh, and not complained
+    of: variances of a network's layers that are all near 1 or above are rare.)
+    """
+    return any(is_at_initial_values([one]) or _is_moving_average_of_initial(layer, one) for one in kept(layer))
 
 
-def _weight_of_initial(layer: nn.Module, one: RunningStatistics) -> float:
-    """What is left of them in the moving average. A count of 0 beside other values is that of an old checkpoint."""
+def _is_moving_average_of_initial(layer: nn.Module, one: RunningStatistics) -> bool:
     momentum = getattr(layer, "momentum", None)
+    # A count of 0 beside other values is that of an old checkpoint.
     number = float(one.num_batches) if one.num_batches is not None else 0.0
-    return (1.0 - momentum) ** number if isinstance(momentum, float) and number else 0.0
+    weight = (1.0 - momentum) ** number if isinstance(momentum, float) and number else 0.0
+    if weight <= 0.05:
+        return False
+    rounding = number * torch.finfo(one.var.dtype).eps  # relative, of as many updates
+    return bool(one.var.min() >= weight * (1.0 - rounding))
 
 
 def is_training(subject: Subject) -> bool:

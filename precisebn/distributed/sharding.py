@@ -24,11 +24,8 @@ __all__ = [
 
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is this rank's part of one that ranks share; none is before torch's module for it is there."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # not yet, while it is being imported
+    return kind is not None and isinstance(tensor, kind)
 
 
 def communicates(modules: Iterable[torch.nn.Module]) -> bool:

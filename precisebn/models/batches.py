@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from precisebn.errors import BatchFormatError, InputError, add_note
+from precisebn.models.nested import tensors_in
 
 __all__ = [
     "CHANNELS_LAST",
@@ -200,16 +201,16 @@ def _rebuilt(batch: Any, items: Any) -> Any:
 def common_device(model: nn.Module) -> torch.device | None:
     """The device that holds all parameters of a model (all buffers, if it has none); None if there are several."""
     # Not model.parameters(), which takes longer than a small model's forward to name what it yields.
-    modules = list(model.modules())
-    for tensors in ([m._parameters for m in modules], [m._buffers for m in modules]):
-        first: torch.device | None = None
-        for tensor in (tensor for place in tensors if place for tensor in place.values() if tensor is not None):
-            if first is None:
-                first = tensor.device
-            elif tensor.device != first:
-                return None
-        if first is not None:
-            return first
+    modules, seen = [model], {model}
+    for module in modules:  # which grows meanwhile
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    for places in ([m._parameters for m in modules], [m._buffers for m in modules]):
+        devices = {tensor.device for place in places if place for tensor in place.values() if tensor is not None}
+        if devices:
+            return devices.pop() if len(devices) == 1 else None
     return None
 
 
@@ -232,14 +233,8 @@ def _is_list_of_samples(batch: Any) -> bool:
 
 
 def _holds(item: Any, wanted: Callable[[Tensor], bool]) -> bool:
-    """Whether a tensor that is ``wanted`` lies anywhere in nested containers."""
-    if isinstance(item, Tensor):
-        return wanted(item)
-    if isinstance(item, Mapping):
-        return any(_holds(value, wanted) for value in item.values())
-    if isinstance(item, list | tuple):
-        return any(_holds(value, wanted) for value in item)
-    return False
+    """Whether a tensor that is ``wanted`` lies anywhere in nested containers; objects of classes are metadata."""
+    return any(map(wanted, tensors_in(item, in_data_classes=False)))
 
 
 def _has_dimensions(tensor: Tensor) -> bool:

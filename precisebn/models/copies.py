@@ -5,6 +5,8 @@ they are copied all at once, and cut into pieces when somebody wants them.
 """
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,21 +29,33 @@ class Copies:
     """
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
-        alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        self._places = []
-        for tensor in tensors:
-            if tensor.requires_grad:
-                tensor = tensor.detach()
-            kind = tensor.dtype, tensor.device
-            self._places.append((kind, tensor.shape))
-            alike.setdefault(kind, []).append(tensor)
-        self._flat = {kind: flattened(own) for kind, own in alike.items()}
+        self._number = len(tensors)
+        alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for index, kind in enumerate(map(_kind_of, tensors)):
+            alike.setdefault(kind, []).append(index)
+        self._parts = [_Part.of(tensors, indices) for indices in alike.values()]
 
     def __iter__(self) -> Iterator[Tensor]:
-        sizes: dict[tuple[torch.dtype, torch.device], list[int]] = {kind: [] for kind in self._flat}
-        for kind, shape in self._places:
-            sizes[kind].append(shape.numel())
-        pieces = {kind: iter(flat.split(sizes[kind])) for kind, flat in self._flat.items()}
-        for kind, shape in self._places:
-            piece = next(pieces[kind])
-            yield piece if len(shape) == 1 else piece.view(shape)
+        found: list[Any] = [None] * self._number
+        for part in self._parts:
+            pieces = part.flat.split([shape.numel() for shape in part.shapes])
+            for index, shape, piece in zip(part.indices, part.shapes, pieces, strict=True):
+                found[index] = piece if len(shape) == 1 else piece.view(shape)
+        return iter(found)
+
+
+class _Part(NamedTuple):
+    """Copies of the tensors of one dtype and device: which they are of all, their shapes, and their values."""
+
+    indices: list[int]
+    shapes: list[torch.Size]
+    flat: Tensor
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], indices: list[int]) -> "_Part":
+        own = [tensors[index] for index in indices]
+        # Not under no_grad, which Ctrl-C can leave on where nobody holds it back.
+        return _Part(indices, [tensor.shape for tensor in own], flattened(own).detach())
+
+
+_kind_of = attrgetter("dtype", "device")

@@ -123,7 +123,7 @@ def select(
     chosen = set(found.values()) if included is None else _matched(argument, what, included, model, found, places)
     left_out = set[nn.Module]() if excluded is None else _matched("exclude", what, excluded, model, found, places)
     asked_for = set(included or ())
-    named = {module for name, module in places if name in asked_for or module in asked_for}
+    named = {module for name, module in places if name in asked_for or module in asked_for} if asked_for else set()
     return Selection(
         found,
         {name: layer for name, layer in found.items() if layer in chosen and layer not in left_out},

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precisebn.distributed import is_sharded
-from precisebn.models.tensor_pictures import PLAIN_TENSORS, TensorPicture, TensorPictures, memory_of
+from precisebn.models.statistics_buffers import statistics_buffers
+from precisebn.models.tensor_pictures import PLAIN_TENSORS, TensorPicture, TensorPictures
 from precisebn.models.transaction import Transaction, refill
-from precisebn.nn.population import STATISTICS, Recordable
 
 __all__ = ["Snapshot"]
 
@@ -42,12 +42,14 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> None:
         modules = model.named_modules() if modules is None else modules
-        self._modules = [_ModulePicture(name, module) for name, module in modules]
+        tensors: dict[int, Tensor] = {}  # by identity: a tensor's own hash is slow
+        self._modules = [_ModulePicture(name, module, tensors) for name, module in modules]
         # Running statistics apart from the rest: whether any has changed is asked at the end of every good run.
         self._statistics = [place for module in self._modules for place in module.statistics()]
-        statistics = {id(buffer): buffer for _, _, buffer in self._statistics}  # not by hash, which is slow for tensors
-        rest = {id(t): t for module in self._modules for t in module.tensors if id(t) not in statistics}
-        self._statistics_at, self._rest_at = TensorPictures(statistics.values()), TensorPictures(rest.values())
+        statistics = {id(buffer): buffer for _, _, buffer in self._statistics}
+        for key in statistics:
+            tensors.pop(key, None)
+        self._statistics_at, self._rest_at = TensorPictures(statistics.values()), TensorPictures(tensors.values())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Snapshot) and not self.differences(other)
@@ -109,22 +111,27 @@ class _ModulePicture:
     """Attributes of one module, what is in its containers, and the tensors that are reached from there.
 
     Nothing is kept of a container that is empty, as most are: hooks, of which there are none.
+
+    Args:
+        name: what to call the module.
+        module: the module.
+        tensors: takes those that are reached and have values, by their identity.
     """
 
-    __slots__ = ("attributes", "contents", "module", "name", "others", "places", "tensors", "was_lazy")
+    __slots__ = ("attributes", "contents", "module", "name", "others", "places", "was_lazy")
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, tensors: dict[int, Tensor]) -> None:
         self.name = name
         self.module = module
         self.attributes = vars(module).copy()
         self.places: tuple[Any, Any] = (module._parameters, module._buffers)  # of torch.jit, no dictionaries
         self.contents: dict[int, tuple[Any, Any]] = {}
-        self.tensors: list[Tensor] = []
         self.others: Sequence[Tensor] = ()  # most modules have none, and a list for each would be felt
+        self.was_lazy = False
         for place in self.places:
             if place:
                 self.contents[id(place)] = place, (content := dict(place.items()))
-                self.tensors += [t for t in content.values() if t is not None]
+                self._note(content.values(), tensors)
         # Of the twenty and more attributes of a module this leaves a few.
         telling = [
             (key, value)
@@ -137,10 +144,17 @@ class _ModulePicture:
                 self.contents[id(value)] = value, dict(value.items())
             elif key not in _PLACES:
                 self._look_into(value)
-        self.tensors += self.others
-        self.was_lazy = not PLAIN_TENSORS.issuperset(map(type, self.tensors)) and any(map(is_lazy, self.tensors))
-        if self.was_lazy:
-            self.tensors = [t for t in self.tensors if not is_lazy(t)]  # which have no values to keep
+        if self.others:
+            self._note(self.others, tensors)
+
+    def _note(self, own: Iterable[Tensor | None], tensors: dict[int, Tensor]) -> None:
+        for tensor in own:
+            if tensor is None:
+                continue
+            if type(tensor) in PLAIN_TENSORS or not is_lazy(tensor):
+                tensors[id(tensor)] = tensor
+            else:  # it has no values to keep
+                self.was_lazy = True
 
     def _look_into(self, value: object) -> None:
         """Note a tensor, the content of a container, and what is in that."""
@@ -165,17 +179,9 @@ class _ModulePicture:
         place = self.places[1]
         if not place:
             return []
-        found = [(name, self._content(place).get(name)) for name in (*STATISTICS, *self._declared())]
-        return [(place, name, t) for name, t in found if t is not None and not (self.was_lazy and is_lazy(t))]
-
-    def _declared(self) -> list[str]:
-        """Names of other buffers that hold populations, wholly or in part, of a module that declares such."""
-        others = [(name, t) for name, t in self.places[1].items() if t is not None and name not in STATISTICS]
-        if not others or not isinstance(self.module, Recordable):
-            return []
-        populations = [(one.mean, one.var, one.num_batches) for one in self.module.populations()]
-        memory = {memory_of(t) for tensors in populations for t in tensors if t is not None}
-        return [name for name, t in others if (address := memory_of(t)) and address in memory]
+        content = self._content(place)
+        found = [(place, name, content[name]) for name in statistics_buffers(self.module)]
+        return [one for one in found if not is_lazy(one[2])] if self.was_lazy else found
 
     def entries(self, named: set[int]) -> Iterator[tuple[str, object]]:
         """Everything that may differ, by name; but for tensors of containers that have a name elsewhere."""

@@ -1,6 +1,7 @@
 """Pictures of tensors: of each its identity, its memory, its shape and its bits; to compare, and to put back."""
 
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,13 @@ class TensorPicture:
 
 
 _USUAL = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64})
+_Kind = tuple[torch.dtype, torch.device, torch.layout, bool]
+_kind_of: Callable[[Tensor], _Kind] = attrgetter("dtype", "device", "layout", "is_nested")
+
+
+def _is_usual(dtype: torch.dtype, device: torch.device, layout: torch.layout, is_nested: bool) -> bool:
+    """Whether contiguous tensors of this kind can be copied many at a time."""
+    return dtype in _USUAL and device.type != "meta" and layout is torch.strided and not is_nested
 
 
 class TensorPictures:
@@ -71,23 +79,20 @@ class TensorPictures:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._odd: list[TensorPicture] = []
-        usual: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        usual: dict[_Kind, list[Tensor] | None] = {}
         with torch.no_grad():
             for tensor in tensors:
-                if (
-                    type(tensor) in PLAIN_TENSORS
-                    and tensor.dtype in _USUAL
-                    and tensor.layout is torch.strided
-                    and not tensor.is_nested
-                    and tensor.is_contiguous()
-                    and not tensor.is_inference()
-                    and not tensor.is_meta
-                ):
-                    usual.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-                else:
-                    version, alias_and_value = _version(tensor), _alias_and_value(tensor)
-                    self._odd.append(TensorPicture(tensor, version, tensor.requires_grad, *alias_and_value))
-            self._groups = [_Group(group) for group in usual.values()]
+                if type(tensor) in PLAIN_TENSORS:
+                    kind = _kind_of(tensor)
+                    if kind not in usual:
+                        usual[kind] = [] if _is_usual(*kind) else None
+                    alike = usual[kind]
+                    if alike is not None and tensor.is_contiguous() and not tensor.is_inference():
+                        alike.append(tensor)
+                        continue
+                version, alias_and_value = _version(tensor), _alias_and_value(tensor)
+                self._odd.append(TensorPicture(tensor, version, tensor.requires_grad, *alias_and_value))
+            self._groups = [_Group(group) for group in usual.values() if group]
 
     def pictures(self) -> Iterator[TensorPicture]:
         """One of each tensor."""
@@ -118,9 +123,10 @@ class _Group:
 
     def may_have_changed(self) -> bool:
         """``.data`` changes without a new version; to look at the bits on another device would be to wait for it."""
-        now, then = ([(t.data_ptr(), t.shape, t.stride()) for t in of] for of in (self.tensors, self.aliases))
-        if now != then:
+        if {(t.dtype, t.device) for t in self.tensors} != {(self.value.dtype, self.value.device)}:
             return True
+        if not all(map(Tensor.is_set_to, self.tensors, self.aliases)):
+            return True  # in other memory, or of another shape
         if self.value.device.type != "cpu":
             return [t._version for t in self.tensors] != self.versions
         return not torch.equal(flattened(self.aliases).view(torch.uint8), self.value.view(torch.uint8))

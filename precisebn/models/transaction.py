@@ -70,7 +70,8 @@ class Transaction(AbstractContextManager["Transaction"]):
     def update(self, place: MutableMapping[Any, Any], items: Mapping[Any, Any]) -> None:
         """Put several items into a dictionary, as :meth:`put` does one, under a single note."""
         before = {key: place[key] for key in items if key in place}
-        self.on_undo(_put_items_back, place, before, items.keys() - before.keys())
+        new = () if len(before) == len(items) else items.keys() - before.keys()
+        self.on_undo(_put_items_back, place, before, new)
         place.update(items)
 
     def set(self, target: object, name: str, value: object) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from precisebn.distributed import describe_shards, is_sharded, reshard, sharded_flat, whole_of
 from precisebn.models.checksums import checksums
-from precisebn.models.families import populations_of
 from precisebn.models.selection import named_modules
-from precisebn.models.tensor_pictures import PLAIN_TENSORS, bytes_of, memory_of
-from precisebn.nn.population import STATISTICS
+from precisebn.models.statistics_buffers import statistics_buffers, statistics_of
+from precisebn.models.tensor_pictures import PLAIN_TENSORS, bytes_of
 
 __all__ = ["Fact", "Facts", "Scale"]
 
@@ -110,17 +109,13 @@ class Facts:
 
     def _note_scales(self, prefix: str, module: nn.Module) -> None:
         """Which buffers of a layer are running means, and which the variances of the same populations."""
-        buffers = {id(tensor): _joined(prefix, name) for name, tensor in module._buffers.items() if tensor is not None}
-        if any(is_lazy(tensor) for tensor in module._buffers.values() if tensor is not None):
-            return
-        mean, var = (module._buffers.get(name) for name in STATISTICS[:2])
-        pairs = [(one.mean, one.var, one.eps) for one in populations_of(module)] if mean is None else []
-        if mean is not None and var is not None and mean.shape == var.shape:
-            pairs = [(mean, var, float(getattr(module, "eps", 0.0)))]
-        for a, b, eps in pairs:
-            if id(a) in buffers and id(b) in buffers:
-                self.scales[buffers[id(a)]] = Scale("mean", b, buffers[id(b)], eps)
-                self.scales[buffers[id(b)]] = Scale("var", b, buffers[id(b)], eps)
+        buffers = dict(module._buffers.items())  # of torch.jit, no dictionary
+        for name, one in statistics_of(module).items():
+            own, var = buffers[name], buffers.get(one.var)
+            if own is None or var is None or not one.role or is_lazy(own) or is_lazy(var):
+                continue
+            if own.shape == var.shape:
+                self.scales[_joined(prefix, name)] = Scale(one.role, var, _joined(prefix, one.var), one.eps or 0.0)
 
 
 SHARDED = "sharded: every rank holds a part of it"
@@ -131,10 +126,9 @@ def _tensors(prefix: str, module: nn.Module) -> Iterator[tuple[str, str, Tensor]
     """Name, kind and tensor of what a module itself has, buffers outside of its state dict included."""
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         yield _joined(prefix, name), "parameter", parameter
-    statistics = _memory_of_populations(module)
+    statistics = statistics_buffers(module)
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-        is_statistics = name in STATISTICS or (memory_of(buffer) or None) in statistics
-        yield _joined(prefix, name), "statistic" if is_statistics else "buffer", buffer
+        yield _joined(prefix, name), "statistic" if name in statistics else "buffer", buffer
 
 
 @cache
@@ -147,14 +141,6 @@ def _is_number(dtype: torch.dtype) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
-
-
-def _memory_of_populations(module: nn.Module) -> set[Any]:
-    """Where the running statistics lie that a module declares; a buffer without memory lies nowhere."""
-    if not module._buffers:
-        return set()
-    populations = [(one.mean, one.var, one.num_batches) for one in populations_of(module)]
-    return {memory_of(tensor) for tensors in populations for tensor in tensors if tensor is not None} - {None, 0}
 
 
 def _bytes_of(tensor: Tensor) -> list[Tensor] | None:

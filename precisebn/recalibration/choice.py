@@ -74,7 +74,8 @@ def choose(settings: Settings) -> Choice:
             running statistics are cut into parts.
     """
     selection = select_modules(settings.model, settings.modules, settings.exclude)
-    result = Choice(some_are_lazy=any(map(_is_lazy, selection.found.values())))
+    lazy = {name for name, layer in selection.found.items() if _is_lazy(layer)}
+    result = Choice(some_are_lazy=bool(lazy))
     for name, layer in selection.found.items():
         if layer in selection.excluded:
             result.skipped[name] = EXCLUDED
@@ -85,7 +86,7 @@ def choose(settings: Settings) -> Choice:
             populations = populations_of(layer)
             if not populations:
                 result.skipped[name] = "no running statistics (track_running_stats=False)"
-            elif _is_lazy(layer):
+            elif name in lazy:
                 result.skipped[name] = "lazy, and not reached by the first mini-batch"
             elif populations[0].mean.is_meta:
                 raise InputError(
@@ -133,7 +134,7 @@ def initialize_lazy_layers(model: nn.Module, batches: Iterator[Any], run: Callab
 
 
 def _is_lazy(layer: nn.Module) -> bool:
-    tensors = [*layer._parameters.values(), *layer._buffers.values()]
+    tensors = (*layer._parameters.values(), *layer._buffers.values())
     return not _NOT_LAZY.issuperset(map(type, tensors)) and any(is_lazy(t) for t in tensors if t is not None)
 
 

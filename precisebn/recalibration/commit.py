@@ -1,11 +1,11 @@
-"""The commit: the new running statistics of all layers, checked, compared with the old, and then written in place.
+"""The commit: the new running statistics of all layers, checked, and then written in place.
 
 All layers of a device are worked on together, as flat tensors: a small network has as many layers as a large one, and a
 handful of operations on each of them would cost more than its forward.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,20 +13,22 @@ from torch import Tensor
 
 from precisebn.distributed import Ranks, Tally
 from precisebn.errors import NonFiniteStatisticsError
+from precisebn.recalibration.drift import Drift
 from precisebn.recalibration.forwards import REASONS
 from precisebn.recalibration.loop import merged_over_ranks
 from precisebn.recalibration.recording import RecordedPopulation, Recording
 from precisebn.recalibration.report import LayerReport
-from precisebn.statistics.estimator import Population, is_dead
+from precisebn.statistics.estimator import Population, PopulationEstimator
 
 __all__ = ["Changes", "Commit"]
 
 
 class Changes(NamedTuple):
-    """Populations that are to be written, and what to say of each."""
+    """Populations that are to be written, what to say of each, and the standard errors of all."""
 
     populations: Sequence[RecordedPopulation] = ()
-    reports: Sequence[LayerReport] = ()
+    reports: Callable[[], tuple[LayerReport, ...]] = tuple
+    errors: Sequence[float] = ()
 
 
 class Commit:
@@ -57,12 +59,13 @@ class Commit:
             groups[estimator] = _Group(members, merged[estimator].cpu(), estimator.layer_of_channel.cpu())
 
         reached = {estimator: group.population.num_batches.tolist() for estimator, group in groups.items()}
+        self._reached = [int(reached[one.estimator][one.position]) for one in recording.populations]
         self.skipped: dict[str, str] = {}
         self._changed: list[int] = []
         for index, one in enumerate(recording.populations):
             if refused[index]:
                 self.skipped[one.name] = REASONS[refused[index]]
-            elif reached[one.estimator][one.position] > 0:
+            elif self._reached[index] > 0:
                 self._changed.append(index)
             elif one.statistics.index is not None:
                 self.skipped[one.name] = "no sample of the domain was seen"
@@ -72,18 +75,18 @@ class Commit:
         changed = [recording.populations[index] for index in self._changed]
         for estimator, group in groups.items():
             group.update([one for one in changed if one.estimator is estimator], ranks, total.samples, prior)
-        self.changes = Changes(changed, [groups[one.estimator].report(one) for one in changed])
+        self.changes = Changes(changed, _reports_of(changed, groups), _errors_of(changed, groups))
         self._new = [groups[one.estimator].new(one) for one in changed]
 
     def write(self) -> None:
         """Overwrite the running statistics in place. Whoever holds a snapshot of the model can undo it."""
         with torch.no_grad():
-            for index, (mean, var), report in zip(self._changed, self._new, self.changes.reports, strict=True):
+            for index, (mean, var) in zip(self._changed, self._new, strict=True):
                 statistics = self._populations[index].statistics
                 statistics.mean.copy_(mean)
                 statistics.var.copy_(var)
                 if statistics.num_batches is not None:
-                    statistics.num_batches.fill_(self._tracked[index] + report.num_batches)
+                    statistics.num_batches.fill_(self._tracked[index] + self._reached[index])
 
 
 def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float], list[int]]:
@@ -92,8 +95,7 @@ def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float]
     Both are the largest of any rank. Ranks that trained together have counted the same mini-batches, so that a sum
     would count them several times; and a layer with a forward of its own may have been reached on one rank only.
     """
-    # Exact for counts, and for averages of counts.
-    facts = torch.zeros(2, len(recording.populations), dtype=torch.float64, device="cpu")
+    tracked, reasons = [0.0] * len(recording.populations), [0] * len(recording.populations)
     for estimator in recording.estimators:
         of_device = [(i, one.statistics.num_batches) for i, one in enumerate(recording.populations)
                      if one.estimator is estimator and one.statistics.num_batches is not None]  # fmt: skip
@@ -101,9 +103,13 @@ def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float]
             indices, counters = zip(*of_device, strict=True)
             # torch's own are int64 scalars; with float64 among them, stack() makes float64 of all.
             scalars = [c if c.dtype == torch.int64 and c.dim() == 0 else c.reshape(()).double() for c in counters]
-            facts[0, list(indices)] = torch.stack(scalars).cpu().double()
+            for index, number in zip(indices, torch.stack(scalars).tolist(), strict=True):
+                tracked[index] = float(number)
     for index, reason in recording.refused.items():
-        facts[1, index] = reason
+        reasons[index] = reason
+    if ranks.size == 1:
+        return tracked, reasons
+    facts = torch.tensor([tracked, reasons], dtype=torch.float64, device="cpu")  # exact, also for averages of counts
     ranks.all_reduce(facts, "max")
     return facts[0].tolist(), [int(reason) for reason in facts[1].tolist()]
 
@@ -122,19 +128,20 @@ class _Group:
         self.population = population
         self.layer_of_channel = layer_of_channel
         self.sizes = [one.statistics.mean.numel() for one in members]
-        self.old = tuple(
-            torch.cat([buffer.detach() for buffer in buffers]).to("cpu", torch.float64)
-            for buffers in ([one.statistics.mean for one in members], [one.statistics.var for one in members])
-        )
+        with torch.no_grad():
+            self.old = (
+                torch.cat([one.statistics.mean for one in members]).to("cpu", torch.float64),
+                torch.cat([one.statistics.var for one in members]).to("cpu", torch.float64),
+            )
 
     def update(self, changed: Sequence[RecordedPopulation], ranks: Ranks, samples: int, prior: float) -> None:
         """Work out the new statistics of some of the members, the old ones counting as ``prior`` samples."""
         mean, var = self.population.mean, self.population.var
         if prior > 0:
             if ranks.size > 1:  # ranks that trained together have slightly different running averages
-                flat = torch.cat(self.old).div_(ranks.size)
+                flat = torch.stack(self.old).div_(ranks.size)
                 ranks.all_reduce(flat)
-                self.old = tuple(flat.chunk(2))
+                self.old = flat[0], flat[1]
             weight = self._per_channel(self._prior_weights(samples, prior))
             mean, var = torch.lerp(mean, self.old[0], weight), torch.lerp(var, self.old[1], weight)
         self.mean, self.var = mean, var
@@ -148,53 +155,17 @@ class _Group:
             of_dtype = [one for one in changed if dtype in (one.statistics.mean.dtype, one.statistics.var.dtype)]
             fits = mean.to(dtype).isfinite() & var.to(dtype).isfinite()
             self._require(fits, of_dtype, self._overflow)
-        self._drifts = self._compare()
 
     def new(self, one: RecordedPopulation) -> tuple[Tensor, Tensor]:
         """New mean and variance, ``(C,)``, rounded to the dtype of the buffers."""
         statistics, position = one.statistics, one.position
         return self._rounded[statistics.mean.dtype][position][0], self._rounded[statistics.var.dtype][position][1]
 
-    def report(self, one: RecordedPopulation) -> LayerReport:
-        """The new statistics against the old."""
-        position, population = one.position, self._numbers
-        return LayerReport(
-            name=one.name,
-            num_channels=self.sizes[position],
-            dead_channels=int(self._drifts["dead_channels"][position]),
-            num_batches=int(population["num_batches"][position]),
-            count=int(population["count"][position]),
-            mean_drift=self._drifts["mean_drift"][position],
-            max_mean_drift=self._drifts["max_mean_drift"][position],
-            var_drift=self._drifts["var_drift"][position],
-            max_var_drift=self._drifts["max_var_drift"][position],
-            mean_error=population["mean_error"][position],
-            var_error=population["var_error"][position],
-        )
-
-    def _compare(self) -> dict[str, list[float]]:
-        """How far the old statistics are from the new, for each population."""
-        self._numbers = {
-            name: getattr(self.population, name).tolist()
-            for name in ("count", "num_batches", "mean_error", "var_error")
-        }
-        eps = self._per_channel(self.population.mean.new_tensor([one.statistics.eps for one in self.members]))
-        # Of dead channels they would say how far the old mean is in units of eps, which is nothing of the data's.
-        alive = ~is_dead(self.var, eps)
-        var = self.var + eps
-        drifts = {
-            "mean": (self.old[0] - self.mean).abs() / var.sqrt(),
-            "var": ((self.old[1].clamp(min=0.0) + eps) / var).log().abs(),
-        }
-        zeros = self.population.mean.new_zeros(len(self.members))
-        num_alive = zeros.index_add(0, self.layer_of_channel, alive.double())
-        result = {"dead_channels": (zeros.new_tensor(self.sizes) - num_alive).tolist()}
-        for what, drift in drifts.items():
-            drift = drift.where(alive, 0.0)
-            sums = zeros.index_add(0, self.layer_of_channel, drift.square())
-            result[f"{what}_drift"] = (sums / num_alive.clamp(min=1.0)).sqrt().tolist()
-            result[f"max_{what}_drift"] = zeros.scatter_reduce(0, self.layer_of_channel, drift, "amax").tolist()
-        return result
+    def drift(self) -> Drift:
+        """The new statistics against the old, to be worked out later."""
+        names, eps = [one.name for one in self.members], [one.statistics.eps for one in self.members]
+        new = self.mean, self.var
+        return Drift(names, self.sizes, eps, self.layer_of_channel, self.old, new, self.population)
 
     def _prior_weights(self, samples: int, prior: float) -> Tensor:
         """The share of the old statistics in the new, ``(L,)``.
@@ -226,6 +197,30 @@ class _Group:
             f"the new statistics of layer {one.name!r} overflow its {one.statistics.var.dtype} buffers (largest "
             f"variance {largest:.3g}); keep BatchNorm layers in float32. The model is as it was"
         )
+
+
+def _reports_of(
+    changed: Sequence[RecordedPopulation], groups: Mapping[PopulationEstimator, _Group]
+) -> Callable[[], tuple[LayerReport, ...]]:
+    """What says of each population how far the old statistics are from the new, and holds on to no layer."""
+    drifts = [group.drift() for group in groups.values()]
+    numbers = {estimator: number for number, estimator in enumerate(groups)}
+    places = [(numbers[one.estimator], one.position) for one in changed]
+
+    def reports() -> tuple[LayerReport, ...]:
+        of_groups = [drift.reports() for drift in drifts]
+        return tuple(of_groups[number][position] for number, position in places)
+
+    return reports
+
+
+def _errors_of(changed: Sequence[RecordedPopulation], groups: Mapping[PopulationEstimator, _Group]) -> list[float]:
+    """The standard errors of the means and of the variances of some populations."""
+    errors = {
+        estimator: torch.stack([group.population.mean_error, group.population.var_error], 1).tolist()
+        for estimator, group in groups.items()
+    }
+    return [error for one in changed for error in errors[one.estimator][one.position]]
 
 
 _Failure = Callable[[RecordedPopulation], NonFiniteStatisticsError]

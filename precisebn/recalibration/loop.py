@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -209,7 +209,7 @@ def merged_over_ranks(recording: Recording, ranks: Ranks, most: Tally) -> list[P
     return results
 
 
-def all_within(tolerance: float, errors: list[float]) -> bool:
+def all_within(tolerance: float, errors: Sequence[float]) -> bool:
     """Whether there are errors, and all are known and small enough."""
     return bool(errors) and all(error <= tolerance for error in errors)  # NaN, an error not known yet, is not within
 

@@ -165,10 +165,8 @@ class Recording(AbstractContextManager["Recording"]):
         """
         for name, module in self._with_ends:
             module.end_batch(name)
-        finite = all(estimator.current_is_finite() for estimator in self._on_cpu)
-        for estimator in self.estimators:
-            estimator.end_batch()
-        if not finite:
+        are_finite = [estimator.end_batch() or estimator.device.type != "cpu" for estimator in self.estimators]
+        if not all(are_finite):
             self.check_finite()
 
     def check_finite(self) -> None:
@@ -209,7 +207,6 @@ class Recording(AbstractContextManager["Recording"]):
             device: PopulationEstimator(channels, kind=self.kind, device=device) for device, channels in sizes.items()
         }
         self.estimators += estimators.values()
-        self._on_cpu = [estimator for device, estimator in estimators.items() if device.type == "cpu"]
         self.populations += [
             RecordedPopulation(shown, module, one, estimators[one.mean.device], position)
             for shown, module, one, position in found

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,20 @@ class UpdateReport:
     converged: bool | None
     fallback: str
     _undo: Undo = field(default_factory=Undo, repr=False, compare=False)
+    _later: Callable[[], tuple[LayerReport, ...]] | None = field(default=None, repr=False, compare=False)
+    """In the place of ``layers``, what works them out when somebody asks for them, which nobody may ever."""
+
+    def __post_init__(self) -> None:
+        if self._later is not None:
+            object.__delattr__(self, "layers")
+
+    def __getattr__(self, name: str) -> Any:
+        """The layers, when they are asked for first: copies and comparisons ask, too."""
+        later = object.__getattribute__(self, "_later") if name == "layers" else None
+        if later is not None:
+            object.__setattr__(self, "layers", later())
+            object.__setattr__(self, "_later", None)
+        return object.__getattribute__(self, name)
 
     @property
     def max_error(self) -> float:

@@ -26,7 +26,7 @@ from precisebn.recalibration.early_exit import EarlyExit
 from precisebn.recalibration.loop import Loop, all_within
 from precisebn.recalibration.prior import Prior
 from precisebn.recalibration.recording import Recording
-from precisebn.recalibration.report import UpdateReport, fallback_in_use, frozen_parameters
+from precisebn.recalibration.report import UpdateReport, fallback_in_use, frozen_parameters, largest
 from precisebn.recalibration.settings import Settings
 from precisebn.recalibration.undo import Undo
 from precisebn.statistics.estimator import MIN_BLOCKS, EstimatorName
@@ -247,11 +247,11 @@ def recalibrate(settings: Settings, undo: Undo | None = None) -> UpdateReport:
             total, most = loop.run(recording)
             recording.stop()
             commit = Commit(recording, ranks, total, most, settings.prior)
-            if not commit.changes.reports and total.samples == 0 and loop.iterations == 0:
+            if not commit.changes.populations and total.samples == 0 and loop.iterations == 0:
                 raise InsufficientDataError("no rank's data loader gave a mini-batch")
             skipped = choice.skipped | commit.skipped
             report = _report(settings, ranks, commit.changes, skipped, loop.iterations, total.samples, undo)
-            _warn_of(report, commit.skipped)  # before writing: it may have been made an error
+            _warn_of(report, commit)  # before writing: it may have been made an error
             undo.note_old(model, commit.changes.populations)
             commit.write()
             undo.note_new(commit.changes.populations)
@@ -281,10 +281,9 @@ def _report(
     num_samples: int,
     undo: Undo,
 ) -> UpdateReport:
-    layers, devices = changes.reports, {one.statistics.mean.device.type for one in changes.populations}
-    errors = [error for layer in layers for error in (layer.mean_error, layer.var_error)]
+    devices = {one.statistics.mean.device.type for one in changes.populations}
     return UpdateReport(
-        layers=tuple(layers),
+        layers=(),
         skipped=skipped,
         frozen=frozen_parameters(settings.model, {one.name: one.layer for one in changes.populations}),
         num_iters=num_iters,
@@ -292,19 +291,20 @@ def _report(
         world_size=ranks.size,
         estimator=settings.estimator,
         tolerance=settings.tolerance,
-        converged=None if settings.tolerance is None else all_within(settings.tolerance, errors),
+        converged=None if settings.tolerance is None else all_within(settings.tolerance, changes.errors),
         fallback=fallback_in_use(sorted(devices)),
         _undo=undo,
+        _later=changes.reports,
     )
 
 
-def _warn_of(report: UpdateReport, skipped: dict[str, str]) -> None:
+def _warn_of(report: UpdateReport, commit: Commit) -> None:
     """Tell where a report is not what was asked for."""
-    if not report.layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+    if not commit.changes.populations:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(commit.skipped.items())[:3])
         warn(f"no BatchNorm layer was recalibrated ({reasons})")
     if report.tolerance is not None and not report.converged:
-        worst = report.max_error
+        worst = largest(commit.changes.errors)
         known = f"is {worst:.3g}" if not math.isnan(worst) else f"takes at least {MIN_BLOCKS} mini-batches to know"
         warn(
             f"tolerance={report.tolerance:g} was not reached in {report.num_iters} mini-batches: the largest standard "

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precisebn.errors import InputError
-from precisebn.models.families import populations_of
 from precisebn.models.selection import named_modules
-from precisebn.models.tensor_pictures import memory_of
-from precisebn.nn.population import STATISTICS
+from precisebn.models.statistics_buffers import statistics_of
 from precisebn.state.entries import Entry, Population, State, Uninitialized, check_kinds, entries_of, place_of
 
 __all__ = ["StateSnapshot", "snapshot", "state_of_model"]
@@ -160,39 +158,11 @@ class _Kept:
 
 
 def _populations(module: nn.Module, prefix: str) -> dict[str, Population]:
-    """The buffers of a module that are running statistics: by their names, or by what it declares."""
-    buffers = {key: tensor for key, tensor in module._buffers.items() if tensor is not None}
-    if not buffers:
-        return {}
-    eps = getattr(module, "eps", None)
-    eps = float(eps) if isinstance(eps, int | float) else None
-    mean, var, count = STATISTICS
-    found: dict[str, Population] = {}
-    if {mean, var} <= buffers.keys():  # of any class: torchvision's frozen layers are none of torch's
-        roles = {mean: "mean", var: "var", count: ""}
-        found = {key: Population(role, prefix + var, eps) for key, role in roles.items() if key in buffers}
-    others = {key: memory for key, tensor in buffers.items() if key not in found and (memory := memory_of(tensor))}
-    if others:
-        for population in () if _is_lazy(module) else populations_of(module):
-            found |= _declared(population, others, prefix)
-    return found
-
-
-def _declared(population: Any, buffers: Mapping[str, int], prefix: str) -> dict[str, Population]:
-    """Which of these buffers hold a population that a module declares, under whatever name."""
-    mean, var = memory_of(population.mean), memory_of(population.var)
-    count = None if population.num_batches is None else memory_of(population.num_batches)
-    at_var = [key for key, memory in buffers.items() if memory == var]
-    found = {}
-    for key, memory in buffers.items():
-        if memory in (mean, var, count):
-            role = "" if mean == var or not at_var else {mean: "mean", var: "var"}.get(memory, "")
-            found[key] = Population(role, prefix + at_var[0] if at_var else "", population.eps)
-    return found
-
-
-def _is_lazy(module: nn.Module) -> bool:
-    return any(tensor is not None and is_lazy(tensor) for tensor in module._buffers.values())
+    """The buffers of a module that are running statistics, and what each is to it."""
+    return {
+        name: Population(one.role, prefix + one.var if one.var else "", one.eps)
+        for name, one in statistics_of(module).items()
+    }
 
 
 def _copy(value: Any, device: str | torch.device | None) -> Any:

@@ -127,9 +127,11 @@ class PopulationEstimator:
 
         self._population = FlatMoments(torch.zeros_like(self._current), self.layer_of_channel)
         self.num_batches = torch.zeros_like(self._population.count)
-        self._average_mean = torch.zeros_like(self._population.mean)
-        self._average_var = torch.zeros_like(self._population.mean)
-        self._first_nonfinite = torch.full_like(self._population.mean, math.inf)  # of none yet
+        # The plain averages of the mini-batches' means and variances, where these are asked for.
+        averaged = self._population.mean if kind == "batch-mean" else self._population.mean[:0]
+        self._average_mean, self._average_var = torch.zeros_like(averaged), torch.zeros_like(averaged)
+        self._first_nonfinite: Tensor | None = None  # made when there is something to look for
+        self._is_suspicious = False  # whether any that is not merged yet may hold NaN or Inf
         self._levels: list[Level] = []
         self._num_taken_in = 0
 
@@ -147,13 +149,20 @@ class PopulationEstimator:
         mean, m2 = (part.narrow(0, offset, number * channels).view(number, channels) for part in (flat.mean, flat.m2))
         return flat.count.narrow(0, first, number), mean, m2
 
-    def end_batch(self) -> None:
-        """Close the current mini-batch and start the next from nothing."""
+    def end_batch(self) -> bool:
+        """Close the current mini-batch and start the next from nothing.
+
+        Returns:
+            Whether it is free of NaN and Inf, as far as that can be told without waiting for a device: on the CPU.
+        """
+        is_finite = self._current.device.type == "cpu" and math.isfinite(self._current.sum().item())
+        self._is_suspicious |= not is_finite
         self._waiting.select(0, self._num_waiting).copy_(self._current)
         self._current.zero_()
         self._num_waiting += 1
         if self._num_waiting == len(self._waiting):
             self._take_in_blocks()
+        return is_finite
 
     def moments(self, layer: int) -> Moments:
         """Moments of all values that one layer has seen."""
@@ -179,16 +188,14 @@ class PopulationEstimator:
     def first_nonfinite(self) -> Tensor:
         """The mini-batch, counted from 0, in which each channel first met NaN or Inf; -1 if none did. ``(S,)``."""
         self._merge_waiting()
+        if self._first_nonfinite is None:
+            return torch.full_like(self._population.mean, -1, dtype=torch.int64)
         return self._first_nonfinite.where(self._first_nonfinite.isfinite(), -1.0).long()
 
     def met_nonfinite(self) -> bool:
         """Whether any channel has met NaN or Inf in a mini-batch that has ended. Waits for the device."""
         self._merge_waiting()
-        return bool(self._first_nonfinite.isfinite().any())
-
-    def current_is_finite(self) -> bool:
-        """Whether the mini-batch under way is free of NaN and Inf so far. Waits for the device."""
-        return math.isfinite(self._current.sum().item())
+        return self._first_nonfinite is not None and bool(self._first_nonfinite.isfinite().any())
 
     @property
     def num_levels(self) -> int:
@@ -218,9 +225,10 @@ class PopulationEstimator:
         # variances deviate from the mean variance within ranks, which all know by now as well: the variance itself is
         # what this very sum brings.
         reference = within / channel_count
-        own_m2 = self.population.m2 + self.population.channel_count * (self.population.mean - mean).square()
+        own_m2 = self.population.m2
         blocks = self._deviations(num_levels, mean, reference)
         if all_reduce is not None:
+            own_m2 = own_m2 + self.population.channel_count * (self.population.mean - mean).square()
             flat = torch.cat([own_m2, *(part.flatten() for part in blocks)])
             all_reduce(flat)
             own_m2, *parts = flat.split([own_m2.numel(), *(part.numel() for part in blocks)])
@@ -307,7 +315,9 @@ class PopulationEstimator:
         if self._num_waiting == self._num_merged:
             return
         batches = FlatMoments(self._waiting[self._num_merged : self._num_waiting], self.layer_of_channel)
-        self._note_nonfinite(batches)
+        if self._is_suspicious:
+            self._note_nonfinite(batches)
+            self._is_suspicious = False
         if self.kind == "batch-mean":
             self._average(batches)
         merged = batches.merged()
@@ -323,9 +333,9 @@ class PopulationEstimator:
         bad = batches.m2 - batches.m2 != 0  # 0 but for NaN and Inf; in half the time of isfinite
         first = self._num_taken_in + self._num_merged
         numbers = torch.arange(first, first + len(batches), dtype=torch.float64, device=self.device)
-        self._first_nonfinite = torch.minimum(
-            self._first_nonfinite, numbers.unsqueeze(1).where(bad, math.inf).amin(0)
-        )  # in float64, of which amin takes a tenth of the time of int64's or of argmax
+        # In float64, of which amin takes a tenth of the time of int64's or of argmax.
+        own = numbers.unsqueeze(1).where(bad, math.inf).amin(0)
+        self._first_nonfinite = own if self._first_nonfinite is None else torch.minimum(self._first_nonfinite, own)
 
     def _average(self, batches: FlatMoments) -> None:
         """Add mini-batches to the plain averages, all that reached a layer weighing the same."""

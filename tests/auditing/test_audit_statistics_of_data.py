@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from precisebn import freeze, update_bn_stats
 from precisebn.auditing.finding import Finding
+from precisebn.auditing.norms import is_fresh
 from precisebn.auditing.run import audit
 
 
@@ -74,6 +75,41 @@ def test_a_small_batch_is_no_proof():
 def test_a_fresh_model_is_far_from_everything_and_that_is_no_fault():
     assert of("PBN251", net(), data(2.0)[0]) == []
     assert of("PBN252", net(), data(2.0)[0]) == []
+
+
+def _recalibrated(model: nn.Module, loader: list[torch.Tensor]) -> None:
+    update_bn_stats(model, loader, None)
+
+
+def _averaged(model: nn.Module, loader: list[torch.Tensor]) -> None:
+    update_bn(loader, model)
+
+
+@pytest.mark.parametrize("number", [1, 10])
+@pytest.mark.parametrize("measure", [_recalibrated, _averaged])
+def test_statistics_measured_on_few_mini_batches_are_not_those_of_a_fresh_model(measure, number):
+    """They count one mini-batch or ten, of which a moving average would hold its initial values still."""
+    model = net()
+    measure(model, data(number=number))
+    assert of("PBN251", model, data()[0]) == of("PBN252", model, data()[0]) == []
+    [finding] = of("PBN251", model, data(2.0)[0])
+    assert (finding.severity, finding.layers[0]) == ("warning", "1")
+    with torch.no_grad():  # the weights train on, and the statistics stay behind
+        model[3].weight.mul_(3)
+        model[3].bias.add_(3)
+    [finding] = of("PBN252", model.eval(), data()[0])
+    assert (finding.severity, finding.layers) == ("warning", ("4",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+def test_a_model_in_its_first_steps_is_fresh_whatever_its_data(spread, dtype):
+    """Of no variance at all its part of the initial variance is all there is."""
+    layer = nn.BatchNorm1d(4).to(dtype).train()
+    for steps in range(1, 40):
+        layer(spread * torch.randn(8, 4, dtype=dtype) + 5)
+        # 0.9^28 is 0.052; behind it the initial values count as forgotten.
+        assert is_fresh(layer) == (steps <= 28), steps
 
 
 def test_where_train_and_eval_begin_to_disagree():

@@ -136,6 +136,25 @@ def test_running_statistics_alone():
     assert before.differences(Snapshot(model)) == {"0.weight": "values"}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.data.add_(1),
+        lambda t: setattr(t, "data", t.data.clone()),
+        lambda t: setattr(t, "data", t.data.view(torch.int32)),  # the same memory, shape and bits
+        lambda t: setattr(t, "data", t.data.view(2, 2)),
+        lambda t: setattr(t, "data", t.data[:2]),
+    ],
+)
+def test_what_is_done_to_the_data_of_running_statistics_is_seen_without_a_version(change):
+    model = nn.BatchNorm1d(4)
+    before, version = Snapshot(model), model.running_mean._version
+    change(model.running_mean)
+    assert model.running_mean._version == version
+    before.put_back_statistics()
+    assert before.differences(Snapshot(model)) == {}
+
+
 def test_a_step_that_raises_keeps_no_other_from_running():
     done: list[str] = []
     changes = Transaction()

@@ -771,3 +771,36 @@ def test_numpys_integers_are_domains():
     with use_domain(np.int32(0)):
         bn(torch.randn(4, C))
     assert bn.num_batches_tracked.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("affine", ["domain", "shared", None])
+@pytest.mark.parametrize("normalize", ["domain", "shared"])
+def test_a_shared_cumulative_average_is_that_of_all_samples_of_each_call(normalize, affine):
+    """As of nn.BatchNorm on them together, whichever way domains are told; a call is one mini-batch."""
+    layer = DomainSpecificBN(C, K, momentum=None, normalize=normalize, affine=affine, population="shared")
+    plain = nn.BatchNorm1d(C, momentum=None)
+    xs = [2 * torch.randn(n, C) + n for n in (5, 9, 12, 7)]
+    parts = list(xs[2].tensor_split(K))
+    layer(xs[0], domain=0)
+    layer(xs[1], domain=torch.arange(9) % K)
+    layer(parts)
+    with use_domain(K - 1):
+        layer(xs[3])
+    for x in xs:
+        plain(x)
+    assert layer.num_batches_tracked == 4
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+
+    layer(parts[:1] + [part[:0] for part in parts[1:]])  # domains without samples
+    plain(parts[0])
+    layer([part[:0] for part in parts])  # nobody has any: no mini-batch
+    assert layer.num_batches_tracked == 5
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+
+    layer.eval()
+    x = torch.randn(6, C)
+    expected = plain.eval()(x)
+    for domain in range(K):
+        torch.testing.assert_close(layer(x, domain=domain), expected)

@@ -95,6 +95,7 @@ def test_ctrl_c_at_every_line(lines):
     for instant in instants:
         was_interrupted = interrupted(lambda: run(model), {instant})
         came_out += was_interrupted
+        assert torch.is_grad_enabled(), f"gradients are off after an interrupt at line {instant}"
         if state_of(model) != before:
             assert is_done(model, done), f"neither as before nor done, after an interrupt at line {instant}"
             before.put_back()

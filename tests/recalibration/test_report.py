@@ -1,14 +1,18 @@
 """UpdateReport: what it says is true, readable, and ready for JSON and for a picture."""
 
 import configparser
+import copy
 import dataclasses
+import gc
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,6 +46,41 @@ def test_counts(model):
         ("2", 5, 10, samples * 16),
     ]
     assert list(report.skipped) == ["own"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda report: report,
+        lambda report: pickle.loads(pickle.dumps(report)),
+        copy.deepcopy,
+        copy.copy,
+        dataclasses.replace,
+    ],
+)
+def test_layers_are_worked_out_when_somebody_asks_and_tell_of_the_time_of_the_call(model, use):
+    twin = copy.deepcopy(model)
+    at_once = update_bn_stats(twin, BATCHES, None)
+    assert len(at_once.layers) == 2
+    later = update_bn_stats(model, BATCHES, None)
+    for bn in (model[0], model[2]):
+        bn.running_mean.fill_(7)
+        bn.running_var.fill_(7)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert use(later) == at_once
+    assert later.layers is later.layers
+    with pytest.raises(AttributeError, match="layer"):
+        _ = later.layer
+
+
+def test_a_report_that_nobody_reads_keeps_no_model_alive(model):
+    seen = weakref.ref(model[0])
+    report = update_bn_stats(nn.Sequential(model[0]), BATCHES, None)
+    del model[0]
+    gc.collect()
+    assert seen() is None
+    assert report["0"].count == sum(map(len, BATCHES)) * 36
 
 
 def test_drift_is_the_distance_of_the_old_statistics_from_the_new():

@@ -32,7 +32,11 @@ from precisebn import (
     get_bn_modules,
     update_bn_stats,
 )
+from precisebn.distributed import Ranks
+from precisebn.models.interrupts import HeldBack
 from precisebn.nn import DomainSpecificBN
+from precisebn.recalibration.loop import Loop
+from precisebn.recalibration.settings import Settings
 from precisebn.statistics.estimator import Population, PopulationEstimator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -714,6 +718,29 @@ def test_a_tolerance_is_asked_after_rarely_and_met_without_waste(monkeypatch):
     assert 250 < used < 450
     assert len(asked) <= 25
     assert asked[-1] > 0.02 * 0.9  # no more than needed
+
+
+@pytest.mark.parametrize("error", [math.nan, 0.0, 5e-324, 1e-3, 1e300, math.inf])
+@pytest.mark.parametrize("tolerance", [5e-324, 1e-3, 1e300])
+@pytest.mark.parametrize("step", [8, 1000, 10**9])
+def test_the_pause_between_questions_is_bounded_whatever_the_errors_are(step, tolerance, error):
+    with Ranks(False) as ranks:
+        loop = Loop(_settings(tolerance=tolerance), ranks, HeldBack())
+    loop._max_error = error
+    pause = loop._pause(step, tolerance)
+    assert max(1, step // 20) <= pause <= step
+    if not error > tolerance:  # of which nothing is known, or which is only not known of every layer
+        assert pause == max(1, step // 20)
+    elif error >= 2 * tolerance:
+        assert pause >= step - 1  # sqrt(3) rounded
+
+
+def _settings(tolerance: float) -> Settings:
+    return Settings(
+        model=nn.BatchNorm1d(1), data_loader=[], num_iters=None, progress=None, forward=None, device=None,
+        memory_format=None, modules="all", exclude=None, estimator="population", tolerance=tolerance,
+        process_group=False, early_exit=False,
+    )  # fmt: skip
 
 
 def test_a_tolerance_that_no_data_meets_ends_with_the_data():

@@ -227,3 +227,49 @@ def test_a_result_does_not_change_when_more_data_comes(kind):
     estimator.result(NO_EPS)
     assert torch.equal(result.mean, mean)
     assert torch.equal(result.var, var)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def _bytes(estimator: PopulationEstimator) -> int:
+    """All memory of the tensors that it holds, views counted once."""
+    storages, todo, seen = {}, [estimator], set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, list | tuple):
+            todo += value
+        elif hasattr(value, "__dict__"):
+            todo += vars(value).values()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("channels", [[1], [64], [64] * 50, [512] * 64])
+def test_mini_batches_that_wait_take_half_a_mebibyte_or_sixteen_rows(channels):
+    estimator = PopulationEstimator(channels)
+    row = 8 * (len(channels) + 2 * sum(channels))
+    waiting = []
+    for _ in range(257):
+        estimator.end_batch()
+        waiting.append(estimator._num_waiting)
+        assert estimator._waiting.nbytes <= max(2**19, 16 * row)
+    assert 15 <= max(waiting) <= 255  # with one more they are taken in
+    assert estimator._num_taken_in + estimator._num_waiting == 257
+
+
+def test_memory_grows_with_the_logarithm_of_the_number_of_mini_batches():
+    estimator, x = PopulationEstimator([64]), torch.randn(2, 64)
+    taken = {}
+    for number in range(1, 4097):
+        ops.accumulate(x, *estimator.slot(0))
+        estimator.end_batch()
+        if number in (1024, 4096):
+            estimator.result(NO_EPS)
+            taken[number] = _bytes(estimator)
+    # Of two more block sizes: their sums, and the block that waits for its neighbour.
+    assert 0 < taken[4096] - taken[1024] <= 2 * 8 * ((3 + 6 * 64) + (1 + 2 * 64))

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from precisebn.auditing.observations.flow import tensors_in
 from precisebn.auditing.observations.loader import training_batch
 from precisebn.auditing.observations.normalization import (
     Distance,
@@ -23,6 +22,7 @@ from precisebn.auditing.observations.normalization import (
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.models.families import populations_of
 from precisebn.models.interrupts import HeldBack
+from precisebn.models.nested import tensors_in
 from precisebn.models.random_state import RandomState
 
 __all__ = ["Agreement", "LayerAgreement"]

@@ -9,7 +9,7 @@ and the call that did it, the module that it happened in and the first module th
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Cut", "GradientFlow", "Origin", "tensors_in"]
+from precisebn.models.nested import tensors_in
+
+__all__ = ["Cut", "GradientFlow", "Origin"]
 
 
 class Origin(NamedTuple):
@@ -276,21 +278,6 @@ _IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ip
 _TORCH = str(Path(torch.__file__).parent)
 _PRECISEBN = Path(__file__).parents[2]
 _CALLERS = (str(_PRECISEBN / "auditing"), str(_PRECISEBN / "models"))  # of the model, in whose frames its own end
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers: mappings, sequences, sets, data classes."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for item in vars(value).values():
-            yield from tensors_in(item)
 
 
 def _shown(func: Callable[..., Any]) -> str:

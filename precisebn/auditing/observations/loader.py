@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.auditing.surroundings import MOST_ITEMS, ObjectsPicture
 from precisebn.models.batches import num_samples
+from precisebn.models.nested import tensors_in
 from precisebn.statistics.estimator import MIN_BLOCKS
 
 __all__ = ["LoaderLook", "training_batch"]
@@ -87,7 +88,7 @@ class LoaderLook:
 
     def inputs(self) -> list[Tensor] | None:
         """The first floating-point tensor ``(N, C, *)`` of every mini-batch; None where not every one has such."""
-        found = [_first(batch, lambda t: t.is_floating_point() and t.dim() >= 2) for batch in self.batches]
+        found = [next(filter(_is_data, tensors_in(batch)), None) for batch in self.batches]
         inputs = [one for one in found if one is not None]
         return inputs if len(inputs) == len(found) else None
 
@@ -128,14 +129,11 @@ def _labels(batch: Any, size: int) -> Tensor | None:
 
     if isinstance(batch, Mapping):
         return next((v for k in _LABELS if isinstance(v := batch.get(k), Tensor) and is_label(v)), None)
-    return _first(batch[1:], is_label) if isinstance(batch, list | tuple) else None
+    return next(filter(is_label, tensors_in(batch[1:])), None) if isinstance(batch, list | tuple) else None
 
 
 _WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.uint8})
 
 
-def _first(batch: Any, wanted: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch if wanted(batch) else None
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((found for item in items if (found := _first(item, wanted)) is not None), None)
+def _is_data(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dim() >= 2

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precisebn.auditing.observations.flow import Cut, GradientFlow, Origin, tensors_in
+from precisebn.auditing.observations.flow import Cut, GradientFlow, Origin
 from precisebn.auditing.observations.loader import training_batch
 from precisebn.auditing.observations.normalization import NormCall, records_calls
 from precisebn.auditing.subject import Subject, Unobservable
@@ -15,6 +15,7 @@ from precisebn.auditing.tensors import parameters_of
 from precisebn.distributed import is_sharded
 from precisebn.models.batches import num_samples
 from precisebn.models.interrupts import HeldBack
+from precisebn.models.nested import tensors_in
 
 __all__ = ["GradientReport", "TrainingStep"]
 
