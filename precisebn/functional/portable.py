@@ -18,7 +18,7 @@ from precisebn._torch import is_exporting, is_tracing
 from precisebn.functional.parameters import cast
 from precisebn.ops.checks import compute_dtype
 
-__all__ = ["batch_norm", "frozen_batch_norm", "is_portable", "row"]
+__all__ = ["batch_norm", "batch_norm_operator", "frozen_batch_norm", "is_portable", "row"]
 
 
 def is_portable() -> bool:
@@ -37,7 +37,26 @@ def frozen_batch_norm(
             dtype = compute_dtype(x)
             mean, var = cast(mean, dtype), cast(var, dtype)
             weight, bias = (None if value is None else cast(value, dtype) for value in (weight, bias))
-    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+    return batch_norm_operator(x, mean, var, weight, bias, False, eps)
+
+
+def batch_norm_operator(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> Tensor:
+    """Torch's own batch norm, with ``eps=0`` too, as torchvision's detectors have it.
+
+    The operator takes that everywhere. The function before it refuses it: in evaluation in torch 2.10 (and not in
+    2.13), in training in both. It stands first, because it is what tools look for in the graphs of torch.fx.
+    """
+    if eps != 0:
+        return F.batch_norm(x, mean, var, weight, bias, training=training, eps=eps)
+    return torch.batch_norm(x, weight, bias, mean, var, training, 0.0, eps, torch.backends.cudnn.enabled)
 
 
 def row(x: Tensor, values: Tensor, index: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 from torch.fx import Proxy
-from torch.nn import functional as F
 
+from precisebn.functional import portable
 from precisebn.nn.population import PopulationNorm
 
 __all__ = ["BatchStatBN"]
@@ -50,5 +50,5 @@ class BatchStatBN(PopulationNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(N, C, *)`` by its own statistics."""
         if isinstance(x, Proxy) and not self.training:  # by torch.fx, of which no sizes are known
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            return portable.batch_norm_operator(x, None, None, self.weight, self.bias, True, self.eps)
         return self.normalize_and_track(self.check(x), self.weight, self.bias)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.nn import functional as F
 
 from precisebn import ops
 from precisebn._torch import is_scripting, is_tracing
@@ -54,7 +53,8 @@ class FrozenNorm(Norm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(N, C, *)`` by the frozen statistics."""
         if is_scripting():  # which knows torch's own operators alone, and a little of Python
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            mean, var, enabled = self.running_mean, self.running_var, torch.backends.cudnn.enabled
+            return torch.batch_norm(x, self.weight, self.bias, mean, var, False, 0.0, self.eps, enabled)
         else:  # noqa: RET505  (or torch.jit.script would compile what follows)
             return self._forward(x)
 

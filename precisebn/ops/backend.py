@@ -90,7 +90,7 @@ def _load_libraries() -> tuple[str, str]:
     cuda_failure = "torch has no CUDA" if torch.version.cuda is None else _load("_C_cuda.so")
     if choice == "auto":
         _report(cpu_failure, cuda_failure)
-    if choice == "native" and (cpu_failure or (torch.version.cuda is not None and cuda_failure)):
+    if choice == "native" and (cpu_failure or _is_missed(cuda_failure)):
         raise ImportError(
             f"PRECISEBN_BACKEND=native, but {cpu_failure or cuda_failure}. Reinstall precisebn where a C++ compiler is "
             "available, or unset PRECISEBN_BACKEND"
@@ -103,7 +103,7 @@ def _report(cpu_failure: str, cuda_failure: str) -> None:
     missing = []
     if cpu_failure and os.name != "nt":  # there are none for Windows
         missing.append(cpu_failure)
-    if cuda_failure and torch.version.cuda is not None and _has_gpu():
+    if _is_missed(cuda_failure):
         missing.append(cuda_failure)
     if missing:
         logging.getLogger("precisebn").warning(
@@ -112,6 +112,11 @@ def _report(cpu_failure: str, cuda_failure: str) -> None:
             "builds for the torch at hand. PRECISEBN_BACKEND=fallback makes this a choice",
             "; ".join(missing),
         )
+
+
+def _is_missed(cuda_failure: str) -> bool:
+    """Whether CUDA could run but for this failure: the torch of PyPI has CUDA, also where there is no GPU."""
+    return bool(cuda_failure) and torch.version.cuda is not None and _has_gpu()
 
 
 def _has_gpu() -> bool:

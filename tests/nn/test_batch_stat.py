@@ -87,6 +87,12 @@ def test_checkpointing_counts_a_mini_batch_once_where_torch_counts_it_twice(use_
     assert int(trap.num_batches_tracked) == 2
 
 
+def test_symbolic_trace_takes_eps_0():
+    """As the layer does; ``F.batch_norm`` does not in training."""
+    bn, x = layer(eps=0.0).eval(), sample((4, 3, 2))
+    torch.testing.assert_close(torch.fx.symbolic_trace(bn)(x), bn(x))
+
+
 def test_an_empty_mini_batch_changes_nothing():
     bn = layer()
     before = state_of(bn)

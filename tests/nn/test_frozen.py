@@ -547,6 +547,25 @@ def test_symbolic_trace(trainable):
     assert values_of(model).items() - values_of(traced).items() == {("1.num_batches_tracked", NO_BATCHES)}
 
 
+GRAPHS = {
+    "compile": lambda layer, x: torch.compile(layer, fullgraph=True, backend="aot_eager"),
+    "export": lambda layer, x: torch.export.export(layer, (x,)).module(),
+    "trace": torch.jit.trace,
+    "script": lambda layer, x: torch.jit.script(layer),
+    "fx": lambda layer, x: torch.fx.symbolic_trace(layer),
+}
+
+
+@pytest.mark.parametrize("graph_of", GRAPHS.values(), ids=GRAPHS)
+def test_every_graph_takes_eps_0(graph_of):
+    """As torchvision's pretrained detectors have it, and ``F.batch_norm`` of torch 2.10 does not."""
+    torch._dynamo.reset()
+    layer, x = drawn(FrozenBatchNorm2d(4, eps=0.0)), torch.randn(3, 4, 5, 2)
+    expected = normalized(x, layer)
+    for call in (layer, graph_of(layer, x)):
+        np.testing.assert_allclose(call(x).numpy(), expected, rtol=64 * EPS, atol=64 * EPS)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(
     ("convolution", "frozen"),

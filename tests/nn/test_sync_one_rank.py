@@ -81,6 +81,6 @@ def test_the_layer_itself_does_without(device):
 
 
 def _operators_of(bn: nn.Module, x: Tensor) -> list[str]:
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:  # torch 2.10 warns of the default
         bn(x)
     return [event.name for event in profile.events()]

@@ -1,5 +1,6 @@
 """What is said where the kernels cannot be loaded: once, at import, with the reason and the remedy."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -70,3 +71,15 @@ def test_missing_cuda_kernels_are_reported_where_there_is_a_gpu(cuda, gpu, repor
         loader._report("", "_C_cuda.so was not built")
     assert [record.name for record in caplog.records] == ["precisebn"] * reported
     assert all("_C_cuda.so was not built" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "gpu", "required"), [("13.0", True, True), ("13.0", False, False), (None, True, False)]
+)
+def test_native_requires_the_cuda_kernels_where_there_is_a_gpu(cuda, gpu, required, monkeypatch):
+    monkeypatch.setenv("PRECISEBN_BACKEND", "native")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(loader, "_has_gpu", lambda: gpu)
+    monkeypatch.setattr(loader, "_load", {"_C_cpu.so": "", "_C_cuda.so": "_C_cuda.so was not built"}.get)
+    with pytest.raises(ImportError, match=r"_C_cuda\.so was not built") if required else contextlib.nullcontext():
+        loader._load_libraries()
