@@ -324,7 +324,7 @@ class UpdateReport:
 def reason_left_alone(layer: nn.Module, modules: ModuleSelection) -> str:
     """Why a layer is not among those that ``modules`` chose, in words that do for many layers."""
     if is_frozen(layer) and isinstance(modules, str) and modules in ("training", "all"):
-        return "frozen (name them in modules= to recalibrate them all the same)"
+        return f"frozen (modules={modules!r} leaves these out; modules='*', or names, to take them)"
     if modules == "training" and not layer.training:
         return "eval mode"
     return "not chosen by modules="

@@ -84,10 +84,10 @@ def update_bn_stats(
             dimensions, ``torch.channels_last_3d`` those of 5, wherever they lie in mappings, lists and tuples.
             Convolutions keep the format of their input, and on most devices are faster so; the model itself is not
             converted. The statistics are the same but for rounding.
-        modules: ``"training"``: the BatchNorm layers in training mode; ``"all"``: all of them; or modules, qualified
-            names and glob patterns, which alone take frozen layers too. Chosen layers normalize with batch statistics
-            whatever their mode, all other modules keep theirs: ``model.eval()`` and ``modules="all"`` recalibrates with
-            dropout off.
+        modules: ``"training"``: the BatchNorm layers in training mode; ``"all"``: those in eval mode too, but no
+            frozen ones; or modules, qualified names and glob patterns, which take frozen layers too (``"*"`` takes
+            every layer). Chosen layers normalize with batch statistics whatever their mode, all other modules keep
+            theirs: ``model.eval()`` and ``modules="all"`` recalibrates with dropout off.
         exclude: which of them not, as modules, names or patterns.
         estimator: ``"population"``: mean and biased variance of all values together, exact also for mini-batches of
             different sizes (fvcore's default too); ``"batch-mean"``: plain averages of the mini-batches' means and

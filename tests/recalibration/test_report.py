@@ -234,7 +234,7 @@ def test_every_layer_of_the_model_is_recalibrated_or_left_alone_with_a_reason(mo
     assert report.skipped == {
         "own": "no running statistics (track_running_stats=False)",
         "fixed": "eval mode",
-        "frozen": "frozen (name them in modules= to recalibrate them all the same)",
+        "frozen": "frozen (modules='training' leaves these out; modules='*', or names, to take them)",
     }
     named = update_bn_stats(model, BATCHES, None, modules=["0", "frozen"])
     assert [layer.name for layer in named.layers] == ["0", "frozen"]
