@@ -52,7 +52,7 @@ hooks: $(VENV)/ready-lint
 	pre-commit install
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info precisebn/*.so
+	rm -rf $(VENV) build dist *.egg-info precisebn/*.so precisebn/*.not_built
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
