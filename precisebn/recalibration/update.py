@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from precisebn._reports import counted
 from precisebn._warnings import warn
 from precisebn.distributed import ProcessGroup, Ranks
 from precisebn.errors import InsufficientDataError
@@ -307,8 +308,8 @@ def _warn_of(report: UpdateReport, commit: Commit) -> None:
         worst = largest(commit.changes.errors)
         known = f"is {worst:.3g}" if not math.isnan(worst) else f"takes at least {MIN_BLOCKS} mini-batches to know"
         warn(
-            f"tolerance={report.tolerance:g} was not reached in {report.num_iters} mini-batches: the largest standard "
-            f"error {known}. The statistics are updated all the same; give more data for certainty"
+            f"tolerance={report.tolerance:g} was not reached in {counted(report.num_iters, 'mini-batch')}: the largest "
+            f"standard error {known}. The statistics are updated all the same; give more data for certainty"
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from precisebn._reports import counted
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.norms import batch_norms, is_live
 from precisebn.auditing.remedies import MEASURE
@@ -32,7 +33,7 @@ def plain_batch_norm_on_several_ranks(subject: Subject) -> Iterator[Problem]:
         return
     samples = num_samples(subject.batch) if subject.batch is not None else None
     few = samples is not None and samples < _FEW_SAMPLES
-    of = f" of {samples} sample{'' if samples == 1 else 's'}" if samples is not None else ""
+    of = f" of {counted(samples, 'sample')}" if samples is not None else ""
     broadcast = any(isinstance(m, DistributedDataParallel) and m.broadcast_buffers for m in subject.model.modules())
     whose = "rank 0's are broadcast to all" if broadcast else "a checkpoint has those of the rank that saves it"
     yield Problem(

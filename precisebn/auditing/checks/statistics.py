@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from precisebn._reports import counted
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.finding import Severity
 from precisebn.auditing.norms import is_at_initial_values, is_training, keepers, keeps_moving, kept, trains
@@ -187,8 +188,8 @@ def momentum_for_this_many_steps(subject: Subject) -> Iterator[Problem]:
     for momentum, names in _by_momentum(subject).items():
         if momentum is None:
             yield Problem(
-                f"momentum is None, so that all {steps} mini-batches count alike: those of the first weights as much "
-                "as those of the last.",
+                f"momentum is None, so that all of {counted(steps, 'mini-batch')} count alike: those of the first "
+                "weights as much as those of the last.",
                 f"layer.momentum = 0.1, torch's default; or call {MEASURE} after training.",
                 names,
                 "note",
@@ -196,8 +197,8 @@ def momentum_for_this_many_steps(subject: Subject) -> Iterator[Problem]:
         elif 0 < momentum <= _LARGE and (left := (1 - momentum) ** steps) > _REMEMBERED:
             enough = 1 - _REMEMBERED ** (1 / steps)
             yield Problem(
-                f"With momentum {momentum:g}, after {steps} steps the running statistics are still {left:.0%} of what "
-                "they began with.",
+                f"With momentum {momentum:g}, after {counted(steps, 'step')} the running statistics are still "
+                f"{left:.0%} of what they began with.",
                 f"layer.momentum = {_rounded_up(enough):g} or more; or call {MEASURE} after training.",
                 names,
             )
