@@ -1,12 +1,15 @@
 """The pages: every public name stands on docs/api.md, every replacement on docs/migration.md runs, all code runs."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import precisebn
@@ -69,14 +72,22 @@ def test_what_the_page_says_of_a_slice_is_so():
 # torch.distributed.checkpoint of 2.10 uses a deprecated part of torch.
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 def test_the_code_of_the_page_of_many_ranks_runs(tmp_path):
-    """On one rank, which stands for the first of many."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        namespace: dict[str, object] = {}
-        for block in blocks(DOCS / "distributed.md"):
-            exec(compile(block, "docs/distributed.md", "exec"), namespace)
-    finally:
-        dist.destroy_process_group()
+    """As its reader runs it: on two ranks, by the command that it names."""
+    processes.skip_without_gloo()
+    page = DOCS / "distributed.md"
+    arguments = re.search(r"`torchrun (.*?) script\.py`", page.read_text())[1].split()
+    assert arguments == ["--nproc-per-node", "2"]
+    (tmp_path / "script.py").write_text("\n".join(blocks(page)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(DOCS.parent), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("on 2 ranks: all equal") == 1 + 2, done.stdout  # by log=print once, by print on each
 
 
 PAGES = ("api", "design", "distributed", "migration", "modules", "scaling", "state")

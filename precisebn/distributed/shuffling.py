@@ -125,7 +125,8 @@ def _checked(who: str, sizes: Literal["equal"] | Sequence[int], num_samples: int
     """The sizes of all ranks, as far as this rank can tell that they are right."""
     found = [num_samples] * world if isinstance(sizes, str) else list(sizes)
     if len(found) != world:
-        raise InputError(f"{who}: sizes= holds {counted(len(found), 'number')} for {counted(world, 'rank')}; pass one for each")
+        numbers = counted(len(found), "number")
+        raise InputError(f"{who}: sizes= holds {numbers} for {counted(world, 'rank')}; pass one for each")
     if found[rank] != num_samples:
         raise InputError(
             f"{who}: sizes= says that rank {rank} has {counted(found[rank], 'sample')}, but it has {num_samples}; "
