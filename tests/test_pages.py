@@ -1,11 +1,13 @@
 """The pages: every public name stands on docs/api.md, every replacement on docs/migration.md runs, all code runs."""
 
+import contextlib
 import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import processes
 import pytest
@@ -130,6 +132,16 @@ class World(dict[str, object]):
         )
 
 
+SETUP = {
+    'precisebn.unfreeze(model, "0")': 'precisebn.freeze(model, "0")',
+    "report.undo()": "report = precisebn.update_bn_stats(model, loader, 100)",
+    "precisebn.nn.batch_unshuffle(keys, shuffle, distributed=True)": (
+        "keys, shuffle = precisebn.nn.batch_shuffle(images, distributed=True)"
+    ),
+}
+"""What a reader has called before some of the replacements."""
+
+
 def replacements() -> list[tuple[str, str, str]]:
     page = sections(DOCS / "migration.md")
     return [(library, *row) for library, text in page.items() for row in rows(text)]
@@ -145,7 +157,74 @@ def test_what_to_call_here_runs(library, theirs, ours, request):
     for peer in ("timm", "torchvision"):
         if f"{peer}." in ours:
             world[peer] = request.getfixturevalue(peer)
-    eval(ours.strip("`"), world)
+    call = ours.strip("`")
+    exec(SETUP.get(call, ""), world)
+    eval(call, world)
+
+
+def test_what_is_set_up_before_is_still_called_for():
+    assert set(SETUP) <= {ours.strip("`") for _, _, ours in replacements()}
+
+
+def test_the_hooks_of_the_page_recalibrate(monkeypatch):
+    """In trainers as small as can be, which have what the hooks ask for: the real ones are seldom installed."""
+    stand_in("detectron2.engine", monkeypatch, HookBase=type("HookBase", (), {}))
+    stand_in("detectron2.utils.events", monkeypatch, EventStorage=contextlib.nullcontext)
+    stand_in("mmengine.hooks", monkeypatch, Hook=type("Hook", (), {}))
+    namespace: dict[str, object] = {}
+    for block in blocks(DOCS / "migration.md"):
+        exec(compile(block, "docs/migration.md", "exec"), namespace)
+
+    world = World()
+    hook = namespace["PreciseBN"](10, world["model"], world["loader"], 4)
+    for step, is_time in ((7, False), (9, True), (10, False), (11, True)):
+        hook.trainer = SimpleNamespace(iter=step, max_iter=12)
+        hook.after_step()
+        assert world["model"][2].num_batches_tracked == 4 * is_time
+        world["model"][2].num_batches_tracked.zero_()
+
+    class Preprocessed(nn.Sequential):
+        def data_preprocessor(self, batch, training):
+            return {"inputs": batch["inputs"] / 255}
+
+    model = Preprocessed(world["model"])
+    for wrapped in (model, nn.DataParallel(model)):
+        runner = SimpleNamespace(model=wrapped, train_dataloader=world["batches"])
+        namespace["PreciseBNHook"](8).after_train_epoch(runner)
+        assert world["model"][2].num_batches_tracked == 8
+        world["model"][2].num_batches_tracked.zero_()
+
+
+def stand_in(name: str, monkeypatch: pytest.MonkeyPatch, **names: object) -> None:
+    """A module of that name, and its packages."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        path = ".".join(parts[:depth])
+        monkeypatch.setitem(sys.modules, path, sys.modules.get(path) or ModuleType(path))
+    vars(sys.modules[name]).update(names)
+
+
+def test_a_wrapper_that_was_made_for_fvcore_says_what_to_do():
+    """It takes the pair, and gets the images alone; the page and the note of the error name the same call."""
+
+    class TakesThePair(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            images, _ = batch
+            return self.model(images)
+
+    world = World()
+    model = TakesThePair(world["model"])
+    loader = [(torch.randn(2, 3, 8, 8), torch.zeros(2).long())] * 8
+    call = "forward=lambda model, batch: model(batch)"
+    assert f"`{call}`" in sections(DOCS / "migration.md")["fvcore"]
+    with pytest.raises(ValueError, match=r"got shape \(8, 6, 6\)") as raised:
+        precisebn.update_bn_stats(model, loader, 8)
+    assert "forward=lambda model, batch: model(*batch) or model(batch)" in str(raised.value.__notes__)
+    eval(f"precisebn.update_bn_stats(model, loader, 8, {call})", world | {"model": model, "loader": loader})
 
 
 @pytest.mark.parametrize(("library", "theirs", "ours"), REPLACEMENTS)
