@@ -54,6 +54,31 @@ def test_every_name_on_the_page_has_one_line_of_its_own():
     assert all(len(row) == 2 and 5 < len(row[1]) < 120 for row in table)
 
 
+def test_every_attribute_of_a_report_is_on_the_page():
+    methods = {"to_dict", "plot", "metrics", "undo", "at_least", "raise_if", "raise_if_different", "table"}
+    for report, attributes in rows(sections(DOCS / "api.md")["What reports hold"]):
+        public = {name for name in dir(getattr(precisebn, report.strip("`"))) if not name.startswith("_")}
+        assert set(attributes.replace("`", "").split(", ")) == public - methods, report
+
+
+def test_every_environment_variable_of_the_sources_is_on_the_page():
+    sources = [DOCS.parent / "setup.py", *Path(precisebn.__file__).parent.rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"environ\S*[\"'](\w+)[\"']", path.read_text())}
+    named = {row[0].strip("`"): row[1] for row in rows(sections(DOCS / "api.md")["Environment variables"])}
+    known = {name for name in read if name.startswith("PRECISEBN_")}
+    assert known == set(named) - {"CXX"}
+    assert len(known) == 4
+    assert "CXX" in (DOCS.parent / "setup.py").read_text()
+
+
+def test_modules_of_ones_own_and_the_kinds_of_state_are_as_the_page_says():
+    for name, _ in rows(sections(DOCS / "api.md")["For modules of your own"]):
+        room, _, name = name.strip("`").rpartition(".")
+        assert name in importlib.import_module(f"precisebn.{room}").__all__
+    kinds = re.search(r"\*\*`kinds=`\*\*(.*?);", (DOCS / "api.md").read_text(), flags=re.DOTALL)[1]
+    assert set(re.findall(r'"(\w+)"', kinds)) == set(importlib.import_module("precisebn.state.entries").KINDS)
+
+
 def test_the_code_of_the_page_of_names_runs():
     namespace: dict[str, object] = {}
     torch.manual_seed(0)
