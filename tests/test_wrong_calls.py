@@ -84,7 +84,7 @@ WRONG_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("modules names no BatchNorm", lambda: update(modules="stem.0"), "modules='stem.0' matches no BatchNorm layer of Encoder; it has 2: 'stem.1', 'neck'"),
     ("modules of another model", lambda: update(modules=[nn.BatchNorm2d(8)]), "modules=the BatchNorm2d given matches no BatchNorm layer of Encoder"),
     ("modules is None", lambda: update(modules=None), "modules=None must be 'training', 'all', or modules, names and patterns"),
-    ("modules is empty", lambda: update(modules=[]), "modules= is empty, so it chooses nothing; 'all' takes every"),
+    ("modules is empty", lambda: update(modules=[]), "modules= is empty, so it chooses nothing; '\\*' takes every"),
     ("modules holds a number", lambda: update(modules=["neck", 3]), "modules= takes modules, names and patterns, not int: 3"),
     ("modules of a model without any", lambda: update_bn_stats(nn.Linear(3, 3), NARROW, 1, modules="bn"), "modules='bn' matches no BatchNorm layer of Linear; it has none at all"),
     # ---- estimator="batch-mean"
