@@ -96,8 +96,6 @@ def test_what_the_page_says_of_a_slice_is_so():
     assert type(model[3]) is nn.BatchNorm2d
 
 
-# torch.distributed.checkpoint of 2.10 uses a deprecated part of torch.
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 def test_the_code_of_the_page_of_many_ranks_runs(tmp_path):
     """As its reader runs it: on two ranks, by the command that it names."""
     processes.skip_without_gloo()
