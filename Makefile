@@ -6,7 +6,7 @@
 #   make lint        ruff, clang-format, mypy; builds nothing
 #   make format      what of that can be mended without thought
 #   make bench       all benchmarks against the peers, into benchmarks/results/
-#   make hooks       run `make lint`'s tools on every commit (needs pre-commit)
+#   make hooks       run `make lint`'s tools on every commit (pre-commit)
 #
 # PYTHON chooses the interpreter; TESTFLAGS, DEMOFLAGS and BENCHFLAGS are passed on.
 
@@ -49,10 +49,10 @@ bench: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks --plot $(BENCHFLAGS)
 
 hooks: $(VENV)/ready-lint
-	pre-commit install
+	$(BIN)/pre-commit install
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info precisebn/*.so
+	rm -rf $(VENV) build dist *.egg-info precisebn/*.so precisebn/*.not_built
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 
 The libraries use the LibTorch stable ABI and no Python symbol. One build therefore serves every Python and every torch
 from 2.10 on, and the wheel is tagged py3-none-<platform>. The package works without them: where they cannot be built,
-the build log says why and the wheel is py3-none-any.
+the build log says why, a file in the package keeps the reason, and the wheel is py3-none-any.
 
 Environment:
     PRECISEBN_PURE=1            do not build them
@@ -118,8 +118,10 @@ class BuildNative(build_ext):
         # setuptools turns a CompileError of an optional extension into a warning that quotes it.
         try:
             self.build_library(ext)
+            why_not(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         except CompileError as error:
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build, of other sources
+            note_why_not(self.get_ext_fullpath(ext.name), first_error(str(error)))
             what = "a pure-Python install" if ext.name.endswith("_cpu") else "no CUDA kernels"
             raise CompileError(f"{error}\nprecisebn: {what}: {ext.name} was not built; PyTorch replaces it") from None
 
@@ -147,6 +149,23 @@ class BuildNative(build_ext):
         paths = [f"-L{path}" for path in cpp_extension.library_paths("cuda" if cuda else "cpu")]
         libraries = ["-ltorch_cpu", "-ltorch_cuda", "-lcudart"] if cuda else ["-ltorch_cpu"]
         run([*compiler(), "-shared", *(str(target) for _, target in jobs), "-o", str(library), *paths, *libraries])
+
+
+def why_not(library: str | Path) -> Path:
+    """Where the package keeps the reason why a library was not built: pip shows no warning of a build."""
+    return Path(library).with_suffix(".not_built")
+
+
+def note_why_not(library: str | Path, reason: str) -> None:
+    note = why_not(library)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(reason + "\n")
+
+
+def first_error(text: str) -> str:
+    """The line of a compiler's output that says most, or the first of another text."""
+    lines = text.splitlines() or [""]
+    return next((line for line in lines[1:] if "error" in line.lower()), lines[0])[:300]
 
 
 Job = tuple[list[str], Path]  # a compiler's command, and the object file that it writes
@@ -225,6 +244,8 @@ class AnnouncePure(build_py):
         if is_pure():
             print("precisebn: a pure-Python install: PRECISEBN_PURE=1; PyTorch replaces the kernels", file=sys.stderr)
         super().run()
+        if is_pure() and not self.editable_mode:
+            note_why_not(Path(self.build_lib, "precisebn", "_C_cpu.so"), "PRECISEBN_PURE=1")
 
 
 class PlainWheel(bdist_wheel):

@@ -37,8 +37,14 @@ def aligned(rows: Iterable[Sequence[str]], *, left: Collection[str] = (), least:
 
 
 def counted(number: int, what: str) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    """A number and what it is of.
+
+    Example:
+        >>> counted(1, "layer"), counted(2, "layer"), counted(0, "mini-batch")
+        ('1 layer', '2 layers', '0 mini-batches')
+    """
+    ending = "" if number == 1 else "es" if what.endswith("ch") else "s"
+    return f"{number} {what}{ending}"
 
 
 def few(names: Iterable[str]) -> str:

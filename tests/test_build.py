@@ -3,8 +3,10 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +82,36 @@ def test_a_header_that_is_gone_compiles_again(build: SimpleNamespace) -> None:
     (build.folder / "used.h").unlink()
     with pytest.raises(build.error, match=r"used\.h"):
         build.compile()
+
+
+def test_a_build_that_fails_leaves_its_reason_in_the_package(tmp_path: Path) -> None:
+    """Pip shows no warning of a build, and reports would say nothing but that there are no kernels."""
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "precisebn", clone / "precisebn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "csrc", clone / "csrc")
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "constraints.txt"):
+        shutil.copy(ROOT / name, clone)
+    for settings, reason in (
+        ({"CXX": "/nonexistent/c++"}, "/nonexistent/c++ does not run: [Errno 2] No such file or directory"),
+        ({"PRECISEBN_PURE": "1"}, "PRECISEBN_PURE=1"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path / reason[:4].strip("/"))],
+            cwd=clone,
+            env=os.environ | {"PRECISEBN_REQUIRE_NATIVE": "", "PRECISEBN_CUDA": "0"} | settings,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        [wheel] = (tmp_path / reason[:4].strip("/")).glob("*.whl")
+        assert zipfile.ZipFile(wheel).read("precisebn/_C_cpu.not_built").decode().startswith(reason)
+
+
+def test_the_reason_is_the_first_error_of_a_compiler() -> None:
+    first_error = runpy.run_path(str(ROOT / "setup.py"))["first_error"]
+    output = "c++ -Werror a.cpp\na.cpp: In function f:\na.cpp:1: error: no\na.cpp:2: error: nor this"
+    assert first_error(output) == "a.cpp:1: error: no"
+    assert first_error("torch is not a CUDA build") == "torch is not a CUDA build"
 
 
 def test_setuptools_that_is_too_old_is_named_with_the_remedy(tmp_path: Path) -> None:

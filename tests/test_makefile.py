@@ -29,6 +29,17 @@ def test_lint_and_format_build_nothing() -> None:
         assert not re.search(r"--editable|setup\.py|\bninja\b|install \.", commands)
 
 
+def test_every_command_comes_from_the_environment_that_make_sets_up() -> None:
+    """A fresh machine has Python, and none of the tools."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.+)$", makefile, flags=re.MULTILINE)
+    assert targets is not None
+    for target in targets[1].split():
+        programs = {line.split()[0] for line in commands_of(target).splitlines()}
+        assert [name for name in programs - {"python3", "touch", "rm"} if not name.startswith(".venv/bin/")] == []
+    assert "pre-commit==" in (ROOT / "requirements-dev.txt").read_text()
+
+
 def test_lint_sees_every_source_of_the_extension() -> None:
     checked = set(commands_of("lint").split())
     sources = {

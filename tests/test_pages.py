@@ -1,12 +1,17 @@
 """The pages: every public name stands on docs/api.md, every replacement on docs/migration.md runs, all code runs."""
 
+import contextlib
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import processes
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import precisebn
@@ -49,6 +54,31 @@ def test_every_name_on_the_page_has_one_line_of_its_own():
     assert all(len(row) == 2 and 5 < len(row[1]) < 120 for row in table)
 
 
+def test_every_attribute_of_a_report_is_on_the_page():
+    methods = {"to_dict", "plot", "metrics", "undo", "at_least", "raise_if", "raise_if_different", "table"}
+    for report, attributes in rows(sections(DOCS / "api.md")["What reports hold"]):
+        public = {name for name in dir(getattr(precisebn, report.strip("`"))) if not name.startswith("_")}
+        assert set(attributes.replace("`", "").split(", ")) == public - methods, report
+
+
+def test_every_environment_variable_of_the_sources_is_on_the_page():
+    sources = [DOCS.parent / "setup.py", *Path(precisebn.__file__).parent.rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"environ\S*[\"'](\w+)[\"']", path.read_text())}
+    named = {row[0].strip("`"): row[1] for row in rows(sections(DOCS / "api.md")["Environment variables"])}
+    known = {name for name in read if name.startswith("PRECISEBN_")}
+    assert known == set(named) - {"CXX"}
+    assert len(known) == 4
+    assert "CXX" in (DOCS.parent / "setup.py").read_text()
+
+
+def test_modules_of_ones_own_and_the_kinds_of_state_are_as_the_page_says():
+    for name, _ in rows(sections(DOCS / "api.md")["For modules of your own"]):
+        room, _, name = name.strip("`").rpartition(".")
+        assert name in importlib.import_module(f"precisebn.{room}").__all__
+    kinds = re.search(r"\*\*`kinds=`\*\*(.*?);", (DOCS / "api.md").read_text(), flags=re.DOTALL)[1]
+    assert set(re.findall(r'"(\w+)"', kinds)) == set(importlib.import_module("precisebn.state.entries").KINDS)
+
+
 def test_the_code_of_the_page_of_names_runs():
     namespace: dict[str, object] = {}
     torch.manual_seed(0)
@@ -66,17 +96,23 @@ def test_what_the_page_says_of_a_slice_is_so():
     assert type(model[3]) is nn.BatchNorm2d
 
 
-# torch.distributed.checkpoint of 2.10 uses a deprecated part of torch.
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 def test_the_code_of_the_page_of_many_ranks_runs(tmp_path):
-    """On one rank, which stands for the first of many."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        namespace: dict[str, object] = {}
-        for block in blocks(DOCS / "distributed.md"):
-            exec(compile(block, "docs/distributed.md", "exec"), namespace)
-    finally:
-        dist.destroy_process_group()
+    """As its reader runs it: on two ranks, by the command that it names."""
+    processes.skip_without_gloo()
+    page = DOCS / "distributed.md"
+    arguments = re.search(r"`torchrun (.*?) script\.py`", page.read_text())[1].split()
+    assert arguments == ["--nproc-per-node", "2"]
+    (tmp_path / "script.py").write_text("\n".join(blocks(page)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(DOCS.parent), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("on 2 ranks: all equal") == 1 + 2, done.stdout  # by log=print once, by print on each
 
 
 PAGES = ("api", "design", "distributed", "migration", "modules", "scaling", "state")
@@ -119,6 +155,16 @@ class World(dict[str, object]):
         )
 
 
+SETUP = {
+    'precisebn.unfreeze(model, "0")': 'precisebn.freeze(model, "0")',
+    "report.undo()": "report = precisebn.update_bn_stats(model, loader, 100)",
+    "precisebn.nn.batch_unshuffle(keys, shuffle, distributed=True)": (
+        "keys, shuffle = precisebn.nn.batch_shuffle(images, distributed=True)"
+    ),
+}
+"""What a reader has called before some of the replacements."""
+
+
 def replacements() -> list[tuple[str, str, str]]:
     page = sections(DOCS / "migration.md")
     return [(library, *row) for library, text in page.items() for row in rows(text)]
@@ -134,7 +180,74 @@ def test_what_to_call_here_runs(library, theirs, ours, request):
     for peer in ("timm", "torchvision"):
         if f"{peer}." in ours:
             world[peer] = request.getfixturevalue(peer)
-    eval(ours.strip("`"), world)
+    call = ours.strip("`")
+    exec(SETUP.get(call, ""), world)
+    eval(call, world)
+
+
+def test_what_is_set_up_before_is_still_called_for():
+    assert set(SETUP) <= {ours.strip("`") for _, _, ours in replacements()}
+
+
+def test_the_hooks_of_the_page_recalibrate(monkeypatch):
+    """In trainers as small as can be, which have what the hooks ask for: the real ones are seldom installed."""
+    stand_in("detectron2.engine", monkeypatch, HookBase=type("HookBase", (), {}))
+    stand_in("detectron2.utils.events", monkeypatch, EventStorage=contextlib.nullcontext)
+    stand_in("mmengine.hooks", monkeypatch, Hook=type("Hook", (), {}))
+    namespace: dict[str, object] = {}
+    for block in blocks(DOCS / "migration.md"):
+        exec(compile(block, "docs/migration.md", "exec"), namespace)
+
+    world = World()
+    hook = namespace["PreciseBN"](10, world["model"], world["loader"], 4)
+    for step, is_time in ((7, False), (9, True), (10, False), (11, True)):
+        hook.trainer = SimpleNamespace(iter=step, max_iter=12)
+        hook.after_step()
+        assert world["model"][2].num_batches_tracked == 4 * is_time
+        world["model"][2].num_batches_tracked.zero_()
+
+    class Preprocessed(nn.Sequential):
+        def data_preprocessor(self, batch, training):
+            return {"inputs": batch["inputs"] / 255}
+
+    model = Preprocessed(world["model"])
+    for wrapped in (model, nn.DataParallel(model)):
+        runner = SimpleNamespace(model=wrapped, train_dataloader=world["batches"])
+        namespace["PreciseBNHook"](8).after_train_epoch(runner)
+        assert world["model"][2].num_batches_tracked == 8
+        world["model"][2].num_batches_tracked.zero_()
+
+
+def stand_in(name: str, monkeypatch: pytest.MonkeyPatch, **names: object) -> None:
+    """A module of that name, and its packages."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        path = ".".join(parts[:depth])
+        monkeypatch.setitem(sys.modules, path, sys.modules.get(path) or ModuleType(path))
+    vars(sys.modules[name]).update(names)
+
+
+def test_a_wrapper_that_was_made_for_fvcore_says_what_to_do():
+    """It takes the pair, and gets the images alone; the page and the note of the error name the same call."""
+
+    class TakesThePair(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            images, _ = batch
+            return self.model(images)
+
+    world = World()
+    model = TakesThePair(world["model"])
+    loader = [(torch.randn(2, 3, 8, 8), torch.zeros(2).long())] * 8
+    call = "forward=lambda model, batch: model(batch)"
+    assert f"`{call}`" in sections(DOCS / "migration.md")["fvcore"]
+    with pytest.raises(ValueError, match=r"got shape \(8, 6, 6\)") as raised:
+        precisebn.update_bn_stats(model, loader, 8)
+    assert "forward=lambda model, batch: model(*batch) or model(batch)" in str(raised.value.__notes__)
+    eval(f"precisebn.update_bn_stats(model, loader, 8, {call})", world | {"model": model, "loader": loader})
 
 
 @pytest.mark.parametrize(("library", "theirs", "ours"), REPLACEMENTS)

@@ -18,6 +18,7 @@ def test_columns_line_up_and_those_without_content_are_left_out():
 
 def test_names_and_counts_in_short():
     assert [counted(number, "layer") for number in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
+    assert [counted(number, "mini-batch") for number in (1, 2)] == ["1 mini-batch", "2 mini-batches"]
     assert [few("abcd"), few("abcde")] == ["a, b, c, d", "a, b, ..., e"]
     assert by_reason({"a": "frozen", "b": "lazy", "c": "frozen"}) == {"frozen": ["a", "c"], "lazy": ["b"]}
 

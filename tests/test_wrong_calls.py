@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precisebn import InputError, Moments, PreciseBNError, adapt_bn_stats, update_bn_stats
+from precisebn import InputError, Moments, PreciseBNError, adapt_bn_stats, shard_batchnorm, update_bn_stats
 
 DATA = [torch.randn(4, 3, 8, 8)] * 10
 NARROW = [torch.randn(4, 3)] * 10
@@ -77,13 +77,14 @@ WRONG_CALLS: list[tuple[str, Callable[[], Any], str]] = [
     ("forward is no callable", lambda: update(forward="model"), r"forward='model' must be a callable forward\(model, batch\)"),
     ("device is a typo", lambda: update(device="gpu"), "device='gpu' is no device, such as 'cuda:0' or 'cpu'"),
     ("device is a list", lambda: update(device=["cpu"]), r"device=\['cpu'\] is no device"),
-    ("process_group without processes", lambda: update(process_group=object()), "torch.distributed is not initialized: init_process_group"),
+    ("process_group without processes", lambda: update(process_group=object()), "torch.distributed is not initialized: call torch.distributed.init_process_group"),
+    ("sharding without processes", lambda: shard_batchnorm(Encoder()), "torch.distributed is not initialized: call torch.distributed.init_process_group"),
     # ---- modules=
     ("modules is a typo", lambda: update(modules="necks"), "modules='necks' matches no BatchNorm layer of Encoder; it has 2: 'stem.1', 'neck'"),
     ("modules names no BatchNorm", lambda: update(modules="stem.0"), "modules='stem.0' matches no BatchNorm layer of Encoder; it has 2: 'stem.1', 'neck'"),
     ("modules of another model", lambda: update(modules=[nn.BatchNorm2d(8)]), "modules=the BatchNorm2d given matches no BatchNorm layer of Encoder"),
     ("modules is None", lambda: update(modules=None), "modules=None must be 'training', 'all', or modules, names and patterns"),
-    ("modules is empty", lambda: update(modules=[]), "modules= is empty, so it chooses nothing; 'all' takes every"),
+    ("modules is empty", lambda: update(modules=[]), "modules= is empty, so it chooses nothing; '\\*' takes every"),
     ("modules holds a number", lambda: update(modules=["neck", 3]), "modules= takes modules, names and patterns, not int: 3"),
     ("modules of a model without any", lambda: update_bn_stats(nn.Linear(3, 3), NARROW, 1, modules="bn"), "modules='bn' matches no BatchNorm layer of Linear; it has none at all"),
     # ---- estimator="batch-mean"

@@ -98,7 +98,8 @@ class AuditReport:
             graver = "" if severity == SEVERITIES[-1] else " or graver"
             article = "an" if severity == "error" else "a"
             which = f"finding that is {article} {severity}" if len(found) == 1 else f"findings that are {severity}s"
-            raise AuditError(f"{len(found)} {which}{graver}:\n{AuditReport(tuple(found), {})}")
+            table = "\n".join(_table(tuple(found), _width()))  # whose headline would count these checks alone
+            raise AuditError(f"{len(found)} {which}{graver}:\n{table}")
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, in what JSON knows."""
@@ -113,7 +114,7 @@ class AuditReport:
         return f"<AuditReport: {self._headline()}>"
 
     def __str__(self) -> str:
-        width = min(max(shutil.get_terminal_size((120, 24)).columns, 60), 160)
+        width = _width()
         return "\n".join([self._headline(), *_table(self.findings, width), *self._remarks(width)])
 
     def __rich__(self) -> "Table":
@@ -124,7 +125,7 @@ class AuditReport:
         colours = {"note": "cyan", "warning": "yellow", "error": "bold red"}
         table = Table(title=self._headline(), caption="\n".join(self._remarks(100)) or None, show_lines=True)
         for name in _COLUMNS:
-            table.add_column(name)
+            table.add_column(name, overflow="fold")  # not cut: remedies are there to be copied
         for one in self.findings:
             cells = [Text(cell) for cell in _cells(one)]
             cells[0].stylize(colours[one.severity])
@@ -135,11 +136,16 @@ class AuditReport:
         counts = {severity: sum(one.severity == severity for one in self) for severity in reversed(SEVERITIES)}
         shown = ", ".join(counted(n, name) for name, n in counts.items() if n)
         run = len({one.code for one in self.findings}) + len(self.passed)
-        return (shown or "nothing found") + (f" ({run} checks)" if run else "")
+        return (shown or "nothing found") + (f" ({counted(run, 'check')})" if run else "")
 
     def _remarks(self, width: int) -> list[str]:
         lines = [f"not run: {', '.join(codes)}: {reason}" for reason, codes in by_reason(self.not_run).items()]
         return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+
+
+def _width() -> int:
+    """Of the terminal, within reason."""
+    return min(max(shutil.get_terminal_size((120, 24)).columns, 60), 160)
 
 
 _COLUMNS = ("severity", "code", "where", "what happens, and what to do")

@@ -20,7 +20,10 @@ def group_of(process_group: ProcessGroup | Literal[False] | None) -> ProcessGrou
     if not (dist.is_available() and dist.is_initialized()):
         if process_group is None:
             return None
-        raise InputError("process_group was given, but torch.distributed is not initialized: init_process_group")
+        raise InputError(
+            "process_group was given, but torch.distributed is not initialized: call "
+            "torch.distributed.init_process_group() first"
+        )
     from torch.distributed.device_mesh import DeviceMesh  # not every build of torch has it
 
     group = dist.group.WORLD if process_group is None else process_group
@@ -59,10 +62,10 @@ def sync_group(size: int) -> ProcessGroup:
         >>> sync_group(8)
         Traceback (most recent call last):
         ...
-        precisebn.errors.InputError: sync_group(8): torch.distributed is not initialized; call init_process_group before
+        precisebn.errors.InputError: sync_group(8): torch.distributed is not initialized: call its init_process_group()
     """
     if not (dist.is_available() and dist.is_initialized()):
-        raise InputError(f"sync_group({size}): torch.distributed is not initialized; call init_process_group before")
+        raise InputError(f"sync_group({size}): torch.distributed is not initialized: call its init_process_group()")
     world = dist.get_world_size()
     if isinstance(size, bool) or not isinstance(size, int) or size < 1 or world % size:
         raise InputError(f"sync_group({size!r}): groups must be of a whole number of ranks that divides their {world}")

@@ -124,7 +124,10 @@ def shard_unit(
     if mesh is not None and not isinstance(mesh, DeviceMesh):
         raise InputError(f"mesh={mesh!r} must be a DeviceMesh, as of dist.init_device_mesh, or None for all ranks")
     if mesh is None and not dist.is_initialized():
-        raise InputError("sharding takes ranks, but torch.distributed is not initialized: init_process_group")
+        raise InputError(
+            "sharding takes ranks, but torch.distributed is not initialized: call "
+            "torch.distributed.init_process_group() first, under torchrun"
+        )
     policy = MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=torch.float32, output_dtype=output_dtype, cast_forward_inputs=True
     )

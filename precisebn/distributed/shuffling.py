@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from precisebn._reports import counted
 from precisebn.distributed.exchange import Routes, exchange_rows, other_ranks_may_fail
 from precisebn.distributed.groups import ProcessGroup, group_of, wire_device
 from precisebn.errors import InputError
@@ -124,11 +125,12 @@ def _checked(who: str, sizes: Literal["equal"] | Sequence[int], num_samples: int
     """The sizes of all ranks, as far as this rank can tell that they are right."""
     found = [num_samples] * world if isinstance(sizes, str) else list(sizes)
     if len(found) != world:
-        raise InputError(f"{who}: sizes= holds {len(found)} numbers of samples for {world} ranks; pass one for each")
+        numbers = counted(len(found), "number")
+        raise InputError(f"{who}: sizes= holds {numbers} for {counted(world, 'rank')}; pass one for each")
     if found[rank] != num_samples:
         raise InputError(
-            f"{who}: sizes= says that rank {rank} has {found[rank]} samples, but it has {num_samples}; pass "
-            "sizes=None, and ranks ask each other, or drop the data's last samples (drop_last=True)"
+            f"{who}: sizes= says that rank {rank} has {counted(found[rank], 'sample')}, but it has {num_samples}; "
+            "pass sizes=None, and ranks ask each other, or drop the data's last samples (drop_last=True)"
         )
     return found
 

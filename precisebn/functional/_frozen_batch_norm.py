@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precisebn._reports import counted
 from precisebn._torch import is_tracing, is_transformed
 from precisebn.errors import InputError
 from precisebn.functional import portable
@@ -101,7 +102,7 @@ def _check_frozen(
         if len(shape) == 2:
             if group is None or rows not in (1, shape[0]):
                 but = "but group is not given" if group is None else f"others have {rows}"
-                raise InputError(f"frozen_batch_norm: {name} {tuple(shape)} has {shape[0]} groups, {but}")
+                raise InputError(f"frozen_batch_norm: {name} {tuple(shape)} has {counted(shape[0], 'group')}, {but}")
             rows = shape[0]
     check_input("frozen_batch_norm", x, group if rows > 1 else None, rows)
 

@@ -91,7 +91,7 @@ class _Guess(NamedTuple):
         floating = next((i for i in range(1, len(batch)) if _holds(batch[i], Tensor.is_floating_point)), None)
         if floating is None:
             how = "as its item 0, model(batch[0]), because no other item is floating point"
-            return cls(batch, (batch[0],), {}, how, "model(*batch)")
+            return cls(batch, (batch[0],), {}, how, "model(*batch) or model(batch)")
         holds = "is" if isinstance(batch[floating], Tensor) else "holds"
         how = f"as a whole, model(batch), because item {floating} {holds} floating point, too"
         return cls(batch, (batch,), {}, how, "model(batch[0]) or model(*batch)")

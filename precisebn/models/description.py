@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from precisebn._reports import counted
 from precisebn.models.families import populations_of
 
 __all__ = ["describe_layers"]
@@ -24,8 +25,9 @@ def describe_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
         if first.mean.device not in devices:
             devices.append(first.mean.device)
         kinds = " and ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (first.mean, first.var)))
-        number = f"{len(populations)} populations of " if first.index is not None else ""
-        counted = "" if first.num_batches is not None else ", mini-batches not counted"
+        number = f"{counted(len(populations), 'population')} of " if first.index is not None else ""
+        untracked = "" if first.num_batches is not None else ", mini-batches not counted"
         place = f", on device {devices.index(first.mean.device)} of the model's" if len(devices) > 1 else ""
-        texts[name] = f"{number}{first.mean.numel()} channels in {kinds}, eps={first.eps:g}{counted}{place}"
+        channels = counted(first.mean.numel(), "channel")
+        texts[name] = f"{number}{channels} in {kinds}, eps={first.eps:g}{untracked}{place}"
     return texts

@@ -114,7 +114,7 @@ def select(
     included = None if include is None else _items(argument, include)
     excluded = None if exclude is None else _items("exclude", exclude)
     if included is not None and not included:
-        every = "'all' takes every layer" if argument == "modules" else "leave it out to take every layer"
+        every = "'*' takes every layer" if argument == "modules" else "leave it out to take every layer"
         raise InputError(f"{argument}= is empty, so it chooses nothing; {every}")
     # A module in several places has several names, any of which may be asked for.
     by_name = any(isinstance(item, str) for item in (*(included or ()), *(excluded or ())))

@@ -88,7 +88,7 @@ class FrozenNorm(Norm):
 
     def extra_repr(self) -> str:
         """As torch's, and whether the affine is trained."""
-        return super().extra_repr() + (", trainable_affine=True" if self.trainable_affine else "")
+        return f"{super().extra_repr()}, trainable_affine={self.trainable_affine}"
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from precisebn._reports import counted
 from precisebn._torch import flatten_tree, in_backward, is_tracing, unflatten_tree
 from precisebn.distributed import ProcessGroup, Shuffle, local_shuffle, permutation_of, shuffle_over_ranks
 from precisebn.distributed.collectives import ranks_beside
@@ -316,7 +317,7 @@ class _Samples:
             if x.dim() == 0 or len(x) != self.number:
                 raise InputError(
                     f"{who}: tensor {i} of {len(self.tensors)} is {tuple(x.shape)}, but must have a row for each of "
-                    f"{self.number} samples; leave out what belongs to the whole mini-batch"
+                    f"{counted(self.number, 'sample')}; leave out what belongs to the whole mini-batch"
                 )
             if x.layout != torch.strided or x.is_nested:
                 raise InputError(f"{who}: tensor {i} of {len(self.tensors)} is sparse or nested; move dense ones only")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from precisebn._reports import counted
 from precisebn._torch import assert_async, in_backward, is_tracing
 from precisebn.errors import InputError
 from precisebn.nn.norm import TO_PLAIN
@@ -140,8 +141,8 @@ def _current_domain_of_samples(x: Tensor, num_domains: int, who: str) -> Tensor:
         return torch.full((x.shape[0],), domain, device=x.device)
     if domain.shape[0] != x.shape[0] or domain.device != x.device:
         raise InputError(
-            f"{who}: use_domain has set {domain.shape[0]} domains on {domain.device}, but the input has {x.shape[0]} "
-            f"samples on {x.device}"
+            f"{who}: use_domain has set {counted(domain.shape[0], 'domain')} on {domain.device}, but the input has "
+            f"{counted(x.shape[0], 'sample')} on {x.device}"
         )
     return domain.clone()  # an operator must not return what it was not given
 

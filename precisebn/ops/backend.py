@@ -59,12 +59,36 @@ def _load(name: str) -> str:
     """Load a shared library that lies in the package. Returns why that failed, or an empty string."""
     path = _PACKAGE / name
     if not path.exists():
-        return f"{name} was not built"
+        return f"{name} was not built{_why_not_built(path)}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{name}{_built_for(path)} could not be loaded: {error.__cause__ or error}"
     return ""
+
+
+def _why_not_built(path: Path) -> str:
+    """What the build has noted, and whether this is a source tree, which hides what pip has installed elsewhere."""
+    note = path.with_suffix(".not_built")  # setup.py writes it
+    reason = f": {note.read_text().strip()}" if note.exists() else ""
+    return f" in the source tree {_PACKAGE}{reason}" if _is_source_tree() else reason
+
+
+def _is_source_tree() -> bool:
+    """Whether what runs is no install: in the folder of the sources, Python imports the package that lies there."""
+    return all((_PACKAGE.parent / name).exists() for name in ("setup.py", "csrc"))
+
+
+def _remedy() -> str:
+    if _is_source_tree():
+        return (
+            "run Python in another folder, where it imports what pip has installed; or build them here, with "
+            "pip install --no-build-isolation -e ."
+        )
+    return (
+        "reinstall it where there is a C++ compiler (for CUDA, also nvcc of the CUDA that torch has) with "
+        "pip install --no-build-isolation, which builds for the torch at hand"
+    )
 
 
 def _built_for(path: Path) -> str:
@@ -92,8 +116,8 @@ def _load_libraries() -> tuple[str, str]:
         _report(cpu_failure, cuda_failure)
     if choice == "native" and (cpu_failure or _is_missed(cuda_failure)):
         raise ImportError(
-            f"PRECISEBN_BACKEND=native, but {cpu_failure or cuda_failure}. Reinstall precisebn where a C++ compiler is "
-            "available, or unset PRECISEBN_BACKEND"
+            f"PRECISEBN_BACKEND=native, but {cpu_failure or cuda_failure}. To have them, {_remedy()}; or unset "
+            "PRECISEBN_BACKEND"
         )
     return cpu_failure, cuda_failure
 
@@ -107,10 +131,10 @@ def _report(cpu_failure: str, cuda_failure: str) -> None:
         missing.append(cuda_failure)
     if missing:
         logging.getLogger("precisebn").warning(
-            "precisebn runs without its kernels, in plain PyTorch: %s. To have them, reinstall it where there is a C++ "
-            "compiler (for CUDA, also nvcc of the CUDA that torch has) with pip install --no-build-isolation, which "
-            "builds for the torch at hand. PRECISEBN_BACKEND=fallback makes this a choice",
+            "precisebn runs without its kernels, in plain PyTorch: %s. To have them, %s. PRECISEBN_BACKEND=fallback "
+            "makes this a choice",
             "; ".join(missing),
+            _remedy(),
         )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from precisebn._reports import aligned, by_reason, few, plain
+from precisebn._reports import aligned, by_reason, counted, few, plain
 
 __all__ = ["MergeReport", "MergedLayer"]
 
@@ -85,7 +85,7 @@ class MergeReport:
 
     def __repr__(self) -> str:
         return (
-            f"<MergeReport: {len(self.layers)} layers, {self.world_size} ranks, "
+            f"<MergeReport: {counted(len(self.layers), 'layer')}, {counted(self.world_size, 'rank')}, "
             f"max_variance_lost={self.max_variance_lost:.4g}>"
         )
 
@@ -100,5 +100,5 @@ class MergeReport:
             lines += aligned([("layer", "mean spread", "worst channel", "variance between"), *rows])
             lines.append("(spread of the ranks' means in standard deviations; averaging loses the variance between)")
         skipped = by_reason(self.skipped).items()
-        lines += [f"{len(names)} left alone: {reason}: {few(names)}" for reason, names in skipped]
+        lines += [f"{counted(len(names), 'layer')} left alone: {reason}: {few(names)}" for reason, names in skipped]
         return "\n".join(lines)

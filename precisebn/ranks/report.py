@@ -133,7 +133,8 @@ class RankReport:
         return {**plain(asdict(self)), "equal": self.equal}
 
     def __repr__(self) -> str:
-        return f"<RankReport: {len(self.differences)} differences, {self.num_tensors} tensors, {self.world_size} ranks>"
+        numbers = {"difference": len(self.differences), "tensor": self.num_tensors, "rank": self.world_size}
+        return f"<RankReport: {', '.join(counted(number, what) for what, number in numbers.items())}>"
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), *self._table(), *self._remarks()])
@@ -159,7 +160,7 @@ class RankReport:
                 rows.append((difference.name, difference.kind, ranks, what, *map(_number, numbers)))
             if len(difference.variants) > 1 + MOST_VARIANTS:
                 more = len(difference.variants) - 1 - MOST_VARIANTS
-                rows.append((difference.name, difference.kind, "...", f"{more} more variants", "", "", ""))
+                rows.append((difference.name, difference.kind, "...", counted(more, "more variant"), "", "", ""))
         lines = aligned(rows, left=("kind", "ranks", "what"))
         if len(self.differences) > MOST_ROWS:
             lines.append(f"... and {len(self.differences) - MOST_ROWS} more")

@@ -3,13 +3,14 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from precisebn._reports import by_reason, counted
 from precisebn.distributed import is_sharded
 from precisebn.errors import InputError, InsufficientDataError
 from precisebn.models.families import populations_of
@@ -30,38 +31,52 @@ class Choice:
     Attributes:
         layers: what to recalibrate.
         skipped: what not, with the reason, in words that do for many layers.
-        chosen: how many were asked for, those without running statistics included.
         some_are_lazy: whether any layer of the model does not know its size yet.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    chosen: int = 0
     some_are_lazy: bool = False
 
     def why_nothing(self, model: nn.Module) -> str:
-        """What to tell the user where there is nothing to recalibrate."""
-        kind, found = type(model).__name__, len(self.skipped)
-        if self.chosen:
-            return f"none of the {self.chosen} BatchNorm layers chosen in {kind} keeps running statistics"
-        if not found:
+        """What to tell the user where there is nothing to recalibrate: all reasons, and what mends each."""
+        kind = type(model).__name__
+        if not self.skipped:
             return (
                 f"{kind} has no BatchNorm layer, so nothing was recalibrated; frozen, scripted (torch.jit) and "
                 "quantized BatchNorm has no statistics to update: recalibrate before such a conversion"
             )
-        reasons = set(self.skipped.values())
-        if all(reason.startswith("frozen") for reason in reasons):
-            return (
-                f"all {found} BatchNorm layers of {kind} are frozen, so nothing was recalibrated; name them in "
-                "modules= to recalibrate them all the same"
-            )
-        if EXCLUDED in reasons:
-            return f"exclude= leaves none of the {found} BatchNorm layers of {kind}, so nothing was recalibrated"
-        return (
-            f"none of the {found} BatchNorm layers of {kind} is in training mode, so nothing was recalibrated; call "
-            "model.train() before, or pass modules='all'"
-        )
+        layers = counted(len(self.skipped), "BatchNorm layer")
+        reasons = [(_WORDS[reason.partition(" (")[0]], len(names)) for reason, names in by_reason(self.skipped).items()]
+        why = ", ".join(f"{number} {words.one if number == 1 else words.several}" for words, number in reasons)
+        remedies = "".join(f"; {words.remedy}" for words, _ in reasons if words.remedy)
+        return f"nothing was recalibrated: of {layers} of {kind}, {why}{remedies}"
 
+
+class _Words(NamedTuple):
+    """A reason to leave layers alone, as the end of a sentence about one or several, and what mends it."""
+
+    one: str
+    several: str
+    remedy: str = ""
+
+
+_WORDS = {
+    "frozen": _Words("is frozen", "are frozen", "pass modules='*', or names, to take frozen layers too"),
+    "eval mode": _Words(
+        "is in eval mode", "are in eval mode", "call model.train() before, or pass modules='all' for any mode"
+    ),
+    "no running statistics": _Words(
+        "keeps no running statistics (track_running_stats=False)",
+        "keep no running statistics (track_running_stats=False)",
+    ),
+    "lazy, and not reached by the first mini-batch": _Words(
+        "is lazy, and not reached by the first mini-batch", "are lazy, and not reached by the first mini-batch"
+    ),
+    "exclude=": _Words("is left out by exclude=", "are left out by exclude="),
+    "not chosen by modules=": _Words("is not chosen by modules=", "are not chosen by modules="),
+}
+"""By the reason in a report, without what stands in brackets."""
 
 EXCLUDED = "exclude="
 
@@ -82,7 +97,6 @@ def choose(settings: Settings) -> Choice:
         elif name not in selection.chosen:
             result.skipped[name] = reason_left_alone(layer, settings.modules)
         else:
-            result.chosen += 1
             populations = populations_of(layer)
             if not populations:
                 result.skipped[name] = "no running statistics (track_running_stats=False)"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import tqdm
 
+from precisebn._reports import counted
 from precisebn.distributed import Ranks, Tally, communicates
 from precisebn.errors import InsufficientDataError
 from precisebn.models.batches import (
@@ -163,8 +164,9 @@ class Loop:
             raise InsufficientDataError("the data loader gave no mini-batch")
         if exhausted and settings.tolerance is None and settings.num_iters is not None:
             raise InsufficientDataError(
-                f"num_iters={settings.num_iters}, but the data loader ended after {self.iterations} mini-batches; pass "
-                "num_iters=None to use the whole loader, or a loader that is long enough"
+                f"num_iters={settings.num_iters}, but the data loader ended after "
+                f"{counted(self.iterations, 'mini-batch')}; pass num_iters=None to use the whole loader, or a loader "
+                "that is long enough"
             )
 
     def _is_enough(self, tolerance: float, recording: Recording, exhausted: bool, bar: "tqdm.tqdm[Any] | None") -> bool:

@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from precisebn._reports import counted
+
 if TYPE_CHECKING:
     from precisebn.recalibration.report import UpdateReport
 
@@ -43,8 +45,9 @@ def draw(report: "UpdateReport") -> Figure:
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(names)), names, fontsize=7)
     panels[0].set_ylim(max(len(names), 1) - 0.5, -0.5)
-    dead = f", {report.dead_channels} dead channels left out" if report.dead_channels else ""
-    figure.suptitle(f"BatchNorm statistics: {len(names)} layers, {report.num_samples} samples{dead}", fontsize=11)
+    dead = f", {counted(report.dead_channels, 'dead channel')} left out" if report.dead_channels else ""
+    data = f"{counted(len(names), 'layer')}, {counted(report.num_samples, 'sample')}"
+    figure.suptitle(f"BatchNorm statistics: {data}{dead}", fontsize=11)
     figure.legend(handles=_legend(report), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 

@@ -246,17 +246,18 @@ class UpdateReport:
     def __repr__(self) -> str:
         """One line: the table is what ``print`` shows."""
         return (
-            f"<UpdateReport: {len(self.layers)} layers, {self.num_samples} samples, max_drift={self.max_drift:.4g}, "
-            f"max_var_drift={self.max_var_drift:.4g}, max_error={self.max_error:.4g}>"
+            f"<UpdateReport: {counted(len(self.layers), 'layer')}, {counted(self.num_samples, 'sample')}, "
+            f"max_drift={self.max_drift:.4g}, max_var_drift={self.max_var_drift:.4g}, max_error={self.max_error:.4g}>"
         )
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), *self._table(), *self._remarks()])
 
     def _headline(self) -> str:
-        data = f"{self.num_samples} samples in {self.num_iters} mini-batches"
+        samples, batches = counted(self.num_samples, "sample"), counted(self.num_iters, "mini-batch")
+        data = f"{samples} in {batches}"
         if self.world_size > 1:
-            data = f"{self.num_samples} samples on {self.world_size} ranks ({self.num_iters} mini-batches on this rank)"
+            data = f"{samples} on {counted(self.world_size, 'rank')} ({batches} on this rank)"
         return f"{counted(len(self.layers), 'BatchNorm layer')}, {data}, estimator {self.estimator!r}"
 
     def _table(self) -> list[str]:
@@ -324,7 +325,7 @@ class UpdateReport:
 def reason_left_alone(layer: nn.Module, modules: ModuleSelection) -> str:
     """Why a layer is not among those that ``modules`` chose, in words that do for many layers."""
     if is_frozen(layer) and isinstance(modules, str) and modules in ("training", "all"):
-        return "frozen (name them in modules= to recalibrate them all the same)"
+        return f"frozen (modules={modules!r} leaves these out; modules='*', or names, to take them)"
     if modules == "training" and not layer.training:
         return "eval mode"
     return "not chosen by modules="

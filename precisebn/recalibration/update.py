@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from precisebn._reports import counted
 from precisebn._warnings import warn
 from precisebn.distributed import ProcessGroup, Ranks
 from precisebn.errors import InsufficientDataError
@@ -84,10 +85,10 @@ def update_bn_stats(
             dimensions, ``torch.channels_last_3d`` those of 5, wherever they lie in mappings, lists and tuples.
             Convolutions keep the format of their input, and on most devices are faster so; the model itself is not
             converted. The statistics are the same but for rounding.
-        modules: ``"training"``: the BatchNorm layers in training mode; ``"all"``: all of them; or modules, qualified
-            names and glob patterns, which alone take frozen layers too. Chosen layers normalize with batch statistics
-            whatever their mode, all other modules keep theirs: ``model.eval()`` and ``modules="all"`` recalibrates with
-            dropout off.
+        modules: ``"training"``: the BatchNorm layers in training mode; ``"all"``: those in eval mode too, but no
+            frozen ones; or modules, qualified names and glob patterns, which take frozen layers too (``"*"`` takes
+            every layer). Chosen layers normalize with batch statistics whatever their mode, all other modules keep
+            theirs: ``model.eval()`` and ``modules="all"`` recalibrates with dropout off.
         exclude: which of them not, as modules, names or patterns.
         estimator: ``"population"``: mean and biased variance of all values together, exact also for mini-batches of
             different sizes (fvcore's default too); ``"batch-mean"``: plain averages of the mini-batches' means and
@@ -307,8 +308,8 @@ def _warn_of(report: UpdateReport, commit: Commit) -> None:
         worst = largest(commit.changes.errors)
         known = f"is {worst:.3g}" if not math.isnan(worst) else f"takes at least {MIN_BLOCKS} mini-batches to know"
         warn(
-            f"tolerance={report.tolerance:g} was not reached in {report.num_iters} mini-batches: the largest standard "
-            f"error {known}. The statistics are updated all the same; give more data for certainty"
+            f"tolerance={report.tolerance:g} was not reached in {counted(report.num_iters, 'mini-batch')}: the largest "
+            f"standard error {known}. The statistics are updated all the same; give more data for certainty"
         )
 
 

@@ -239,7 +239,7 @@ class StateDiff:
     def __repr__(self) -> str:
         """One line: the table is what ``print`` shows."""
         different = sum(row.status in DIFFERENT for row in self.rows)
-        return f"<StateDiff: {different} of {len(self.rows)} tensors differ>"
+        return f"<StateDiff: {different} of {counted(len(self.rows), 'tensor')} differ>"
 
     def __str__(self) -> str:
         return self.table()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from precisebn._reports import counted
+
 if TYPE_CHECKING:
     from precisebn.state.diff import StateDiff, TensorDiff
 
@@ -40,7 +42,7 @@ def draw(diff: "StateDiff") -> Figure:
         _points(axes, points)
     panels[0].set_yticks(range(len(layers)), [layer or "(the model)" for layer in layers], fontsize=7)
     panels[0].set_ylim(max(len(layers), 1) - 0.5, -0.5)
-    figure.suptitle(f"{len(diff.changed)} of {len(diff.rows)} tensors changed", fontsize=11)
+    figure.suptitle(f"{len(diff.changed)} of {counted(len(diff.rows), 'tensor')} changed", fontsize=11)
     return figure
 
 

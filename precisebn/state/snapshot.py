@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from precisebn._reports import counted
 from precisebn.errors import InputError
 from precisebn.models.selection import named_modules
 from precisebn.models.statistics_buffers import statistics_of
@@ -65,7 +66,7 @@ class StateSnapshot(Mapping[str, Tensor]):
     __eq__ = object.__eq__
 
     def __repr__(self) -> str:
-        return f"<StateSnapshot of {len(self)} tensors, {self.nbytes / 2**20:.1f} MiB>"
+        return f"<StateSnapshot of {counted(len(self), 'tensor')}, {self.nbytes / 2**20:.1f} MiB>"
 
 
 def snapshot(

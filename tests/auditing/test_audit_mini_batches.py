@@ -61,7 +61,7 @@ def test_one_call_or_one_for_each_level_or_frozen(model):
 def test_a_normalization_batch_that_is_too_small_counts_its_pixels():
     [finding] = of("PBN411", net(), torch.randn(3, 3, 16, 16))
     assert (finding.severity, finding.layers) == ("warning", ("4",))  # 3 pooled values; layer 1 has 3 x 196
-    assert "3 samples of 1 values" in finding.what
+    assert "3 samples of 1 value each" in finding.what
 
 
 def test_pixels_that_are_all_alike_count_for_one():

@@ -1,6 +1,7 @@
 """Checks of optimizers: each finds the mistake, and is quiet where it is nearly made."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ def model() -> nn.Sequential:
 
 def sgd(parameters, **settings) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, lr=0.1, **settings)
+
+
+def halves(some) -> list[dict]:
+    return [{"params": list(some[:1].parameters())}, {"params": list(some[1:].parameters())}]
 
 
 NAMES = ("0.weight", "0.bias", "1.weight", "1.bias", "2.weight")
@@ -59,6 +64,48 @@ def test_an_optimizer_made_before_layers_were_replaced():
     optimizer = sgd(some.parameters())
     some[1] = nn.BatchNorm2d(4)
     assert layers("PBN301", some, optimizer) == ("1.weight", "1.bias")
+
+
+def replaced_head(some):
+    some[2] = nn.Conv2d(4, 10, 1, bias=False)
+    return some
+
+
+def with_frozen_stem(some):
+    return freeze(some, "0")
+
+
+@pytest.mark.parametrize("change", [nn.Sequential.train, with_frozen_stem, replaced_head, lambda some: some[:2]])
+@pytest.mark.parametrize("groups", [lambda some: some.parameters(), lambda some: some.named_parameters(), halves])
+def test_the_remedy_for_an_optimizer_of_another_model_works(change, groups):
+    """With the state of the old one where, and only where, that fits."""
+    original = model()
+    original(torch.randn(2, 3, 8, 8)).sum().backward()
+    old = torch.optim.Adam(groups(original))
+    old.step()
+    some = change(copy.deepcopy(original))
+    [finding] = found("PBN301", some, old, other=original)
+    source = re.match(r"Make the optimizer anew from (\S+), after", finding.remedy)[1]
+    new = torch.optim.Adam(eval(source, {"model": some, "trainable_parameters": trainable_parameters}))
+    loads = "load_state_dict(old.state_dict())" in finding.remedy
+    assert loads == (groups is not halves and change in (nn.Sequential.train, with_frozen_stem))
+    if loads:
+        new.load_state_dict(old.state_dict())
+        state = {id(p): one["exp_avg"] for p, one in old.state.items()}
+        for name, p in original.named_parameters():
+            assert torch.equal(state[id(p)], new.state[some.get_parameter(name)]["exp_avg"])
+    some(torch.randn(2, 3, 8, 8)).sum().backward()
+    new.step()
+    assert not found("PBN301", some, new)
+
+
+def test_the_state_of_parameters_in_another_order_is_not_loaded():
+    """Weight and bias of one shape each: load_state_dict would take one's for the other's."""
+    original = model()
+    named = [(f"0.{name}", p) for name, p in original[1].named_parameters()]
+    for order, loads in ((named, True), (named[::-1], False)):
+        [finding] = found("PBN301", nn.Sequential(nn.BatchNorm2d(4)), torch.optim.Adam(order))
+        assert ("load_state_dict" in finding.remedy) == loads
 
 
 def test_an_optimizer_made_before_the_conversion_to_domains():

@@ -55,11 +55,12 @@ def test_it_is_true_where_something_was_found():
 
 
 def test_raise_if():
-    with pytest.raises(AuditError, match="1 finding that is an error:\n1 error"):
+    with pytest.raises(AuditError, match=r"^1 finding that is an error:\nseverity  code"):
         REPORT.raise_if()
     with pytest.raises(AuditError, match="3 findings that are notes or graver:") as raised:
         REPORT.raise_if("note")
     assert "PBN203" in str(raised.value)
+    assert "checks)" not in str(raised.value)  # it would count those with findings, and not those that were run
     AuditReport(REPORT.findings[1:], {}).raise_if("warning")
     with pytest.raises(InputError, match="severity 'fatal' must be one of 'note', 'warning', 'error'"):
         REPORT.raise_if("fatal")
@@ -129,6 +130,19 @@ def test_rich_shows_the_same():
         shown.print(REPORT)
     text = shown.export_text()
     assert all(words in text for words in ("1 error, 2 notes", "PBN203", "Something happens.", "call(this).", "PBN301"))
+
+
+def test_rich_cuts_nothing_off_in_a_narrow_terminal():
+    """A remedy is there to be copied."""
+    console = pytest.importorskip("rich.console")
+    call = f"update_bn_stats(model,loader,modules={'backbone.' * 12!r})"
+    with open("/dev/null", "w") as nowhere:
+        shown = console.Console(record=True, width=80, file=nowhere)
+        shown.print(AuditReport((finding(layers=("backbone." * 12,), remedy=call),), {}))
+    text = shown.export_text()
+    assert "…" not in text
+    cells = [line.split("│")[4].strip() for line in text.splitlines() if line.count("│") == 5]
+    assert call in "".join(cells)
 
 
 def test_markup_in_names_is_shown_as_it_is():

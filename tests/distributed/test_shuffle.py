@@ -625,7 +625,7 @@ REFUSED = {
     "other rows": "ShuffleBN(Flatten): the output: tensor 0 of 1 is (12,), but must have a row for each of 4 samples",
     "no tensor": "ShuffleBN(Nothing): the output holds no tensor (N, *)",
     "wrong sizes": "says that rank {rank} has 3 samples, but it has 4; pass sizes=None",
-    "too few sizes": "sizes= holds 1 numbers of samples for {world} ranks",
+    "too few sizes": "sizes= holds 1 number for {world} ranks",
     "no seed": "batch_shuffle: with sizes= ranks ask each other nothing, so pass seed=",
     "trace": "torch.jit.trace would keep one shuffle for ever; call eval(), or trace the head",
 }

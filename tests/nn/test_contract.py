@@ -698,7 +698,7 @@ def test_update_bn_stats(module, how):
     batches = [int(module.population(net.layer, which)[2]) for which in module.populations]
     before, attributes = state_of(net), attributes_of(net)
     if module.frozen and how != "layer":
-        with pytest.warns(UserWarning, match="all 1 BatchNorm layers of Net are frozen"):
+        with pytest.warns(UserWarning, match=r"of 1 BatchNorm layer of Net, 1 is frozen; pass modules='\*'"):
             report = update_bn_stats(net, loader(), num_iters=None, modules=how)
         assert list(report.skipped) == ["layer"]
         assert "frozen" in report.skipped["layer"]

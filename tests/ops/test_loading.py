@@ -39,6 +39,25 @@ def test_an_install_without_kernels_says_so_once(package):
     assert "pip install --no-build-isolation" in done.stderr
 
 
+@pytest.mark.parametrize("choice", ["auto", "native"])
+def test_a_source_tree_is_named_where_pip_has_installed_another(package, choice):
+    """In a clone Python imports the package that lies there, whatever pip has built: another folder is the remedy."""
+    (package.parent / "setup.py").touch()
+    (package.parent / "csrc").mkdir()
+    done = imported(package, choice)
+    assert f"_C_cpu.so was not built in the source tree {package}" in done.stderr
+    assert "run Python in another folder" in done.stderr
+    assert "pip install --no-build-isolation -e ." in done.stderr
+    if choice == "auto":
+        assert f"was not built in the source tree {package}" in done.stdout
+
+
+def test_what_the_build_has_noted_is_told(package):
+    (package / "_C_cpu.not_built").write_text("no C++ compiler found\n")
+    done = imported(package, "auto")
+    assert done.stdout.startswith("cpu: fallback (_C_cpu.so was not built: no C++ compiler found)")
+
+
 def test_a_fallback_that_was_chosen_is_not_reported(package):
     done = imported(package, "fallback")
     assert done.stdout.startswith("cpu: fallback (PRECISEBN_BACKEND=fallback)")

@@ -465,10 +465,10 @@ def test_a_report_is_a_table():
     layers = (MergedLayer("features.bn", 8, 0.5, 1 / math.sqrt(2)),)
     report = MergeReport(4, True, "equal", layers, {"head": "frozen"})
     assert str(report).splitlines()[2] == "features.bn       0.5000         0.7071            25.00%"
-    assert "1 left alone: frozen: head" in str(report)
+    assert "1 layer left alone: frozen: head" in str(report)
     assert report["features.bn"].max_variance_lost == pytest.approx(0.5)
     assert report.max_variance_lost == pytest.approx(0.5)
     with pytest.raises(KeyError, match="'head' was not merged: frozen"):
         report["head"]
     assert report.to_dict()["layers"][0]["mean_spread"] == 0.5
-    assert repr(report) == "<MergeReport: 1 layers, 4 ranks, max_variance_lost=0.5>"
+    assert repr(report) == "<MergeReport: 1 layer, 4 ranks, max_variance_lost=0.5>"

@@ -555,7 +555,7 @@ def test_every_layer_is_in_the_report_or_has_a_reason():
 
 
 def test_excluding_everything_is_told():
-    with pytest.warns(UserWarning, match="exclude= leaves none of the 3"):
+    with pytest.warns(UserWarning, match="of 3 BatchNorm layers of Sequential, 3 are left out by exclude="):
         update_bn_stats(three(), BATCHES, None, exclude="*")
     with pytest.raises(InputError, match="exclude='bn' matches no BatchNorm layer"):
         update_bn_stats(three(), BATCHES, None, exclude="bn")

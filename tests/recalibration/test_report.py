@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from precisebn import LayerReport, UpdateReport, adapt_bn_stats, ops, update_bn_stats
+from precisebn import InsufficientDataError, LayerReport, UpdateReport, adapt_bn_stats, ops, update_bn_stats
 from precisebn.nn import DomainSpecificBN, FrozenBatchNorm2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,6 +226,14 @@ def test_max_var_drift_is_of_the_worst_channel():
 # ---- what was left alone, and what was overwritten all the same -----------------------------------------------------
 
 
+def test_one_of_anything_is_singular():
+    report = update_bn_stats(nn.Sequential(nn.BatchNorm1d(2)), [torch.tensor([[1.0, 2.0]])], 1)
+    assert str(report).startswith("1 BatchNorm layer, 1 sample in 1 mini-batch, estimator")
+    assert repr(report).startswith("<UpdateReport: 1 layer, 1 sample, ")
+    with pytest.raises(InsufficientDataError, match="ended after 1 mini-batch;"):
+        update_bn_stats(nn.Sequential(nn.BatchNorm1d(2)), [torch.randn(4, 2)], 2)
+
+
 def test_every_layer_of_the_model_is_recalibrated_or_left_alone_with_a_reason(model):
     model.add_module("fixed", nn.BatchNorm2d(5).eval())
     model.add_module("frozen", FrozenBatchNorm2d(5))
@@ -234,7 +242,7 @@ def test_every_layer_of_the_model_is_recalibrated_or_left_alone_with_a_reason(mo
     assert report.skipped == {
         "own": "no running statistics (track_running_stats=False)",
         "fixed": "eval mode",
-        "frozen": "frozen (name them in modules= to recalibrate them all the same)",
+        "frozen": "frozen (modules='training' leaves these out; modules='*', or names, to take them)",
     }
     named = update_bn_stats(model, BATCHES, None, modules=["0", "frozen"])
     assert [layer.name for layer in named.layers] == ["0", "frozen"]

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import os
+import re
 import types
 import unittest
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from precisebn import (
     NonFiniteStatisticsError,
     PreciseBNError,
     adapt_bn_stats,
+    freeze,
     get_bn_modules,
     update_bn_stats,
 )
@@ -328,17 +330,34 @@ def test_works_in_inference_mode_and_the_model_trains_on():
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (nn.Sequential(nn.BatchNorm1d(1)).eval(), r"none of the 1 .* in training mode.*model\.train"),
+        (nn.Sequential(nn.BatchNorm1d(1)).eval(), r"of 1 BatchNorm layer of .*, 1 is in eval mode; call model\.train"),
         (nn.Linear(1, 1), r"Linear has no BatchNorm layer"),
-        (nn.BatchNorm1d(1, track_running_stats=False), r"none of the 1 BatchNorm layers chosen .* keeps running"),
+        (nn.BatchNorm1d(1, track_running_stats=False), r"of 1 .*, 1 keeps no running statistics \(track.*False\)$"),
+        (
+            nn.Sequential(freeze(nn.BatchNorm1d(1)), nn.BatchNorm1d(1, track_running_stats=False)),
+            r"of 2 BatchNorm layers of Sequential, 1 is frozen, 1 keeps no running statistics .*; pass modules='\*'",
+        ),
     ],
-    ids=["eval", "none", "no statistics"],
+    ids=["eval", "none", "no statistics", "frozen and no statistics"],
 )
 def test_nothing_to_do_is_told_where_the_user_called(model, reason):
     with pytest.warns(UserWarning, match=reason) as caught:
         report = update_bn_stats(model, [torch.randn(2, 1)], 1)
     assert caught[0].filename == __file__
     assert report.layers == ()
+
+
+@pytest.mark.parametrize("modules", ["training", "all"])
+def test_frozen_layers_are_recalibrated_as_the_message_says(modules):
+    """Both words leave them out, so neither is the remedy; what the message names is."""
+    model = freeze(nn.Sequential(nn.Flatten(), nn.Sequential(nn.BatchNorm1d(1))))
+    with pytest.warns(UserWarning, match="1 is frozen") as caught:
+        report = update_bn_stats(model, [torch.randn(2, 1)], 1, modules=modules)
+    named = {re.search(r"modules='([^']+)',", text)[1] for text in (str(caught[0].message), report.skipped["1.0"])}
+    assert f"modules={modules!r} leaves these out" in report.skipped["1.0"]
+    assert named == {"*"}
+    report = update_bn_stats(model, [torch.randn(2, 1)], 1, modules=named.pop())
+    assert [layer.name for layer in report.layers] == ["1.0"]
 
 
 def test_layers_whose_call_is_bypassed_are_told_of():

@@ -18,7 +18,7 @@ from precisebn.statistics.estimator import MIN_BLOCKS
 __all__ = ["statistics_left_behind", "statistics_of_other_weights"]
 
 _UPDATE_BN = "https://docs.pytorch.org/docs/stable/generated/torch.optim.swa_utils.AveragedModel.html"
-_REMEDY = "update_bn_stats(average, loader, modules='all'), after the last average and before it is used."
+_REMEDY = "update_bn_stats(average, loader, None, modules='all'), after the last average and before it is used."
 
 
 @check("PBN721", "note", "statistics left behind by averaging", source=_UPDATE_BN)

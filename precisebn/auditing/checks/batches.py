@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from precisebn._reports import counted
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.finding import Severity
 from precisebn.auditing.observations.normalization import NormCall
@@ -34,9 +35,10 @@ def too_few_samples(subject: Subject) -> Iterator[Problem]:
             found["note"].append((error, call))
     for severity, worst in found.items():
         error, call = max(worst, key=lambda one: one[0])
+        values = counted(call.values // call.num_samples, "value")
         yield Problem(
             f"the standard error of their means is up to {error:.2f} standard deviations (in {call.layer!r}, which "
-            f"normalizes {call.num_samples} samples of {call.values // call.num_samples} values each per channel).",
+            f"normalizes {counted(call.num_samples, 'sample')} of {values} each per channel).",
             _LARGER,
             list(dict.fromkeys(call.layer for _, call in worst)),
             severity,

@@ -6,6 +6,7 @@ from precisebn.auditing.check import Problem, check
 from precisebn.auditing.norms import is_fresh
 from precisebn.auditing.observations.agreement import Agreement
 from precisebn.auditing.observations.normalization import FAR
+from precisebn.auditing.remedies import measure
 from precisebn.auditing.subject import Subject
 
 __all__ = ["train_and_eval_disagree"]
@@ -34,7 +35,8 @@ def train_and_eval_disagree(subject: Subject) -> Iterator[Problem]:
     yield Problem(
         f"by the mini-batch and by running statistics, dropout apart, outputs begin to differ at {first.layer!r}: by "
         f"{first.outputs}{model}.",
-        "update_bn_stats(model, loader) makes the running statistics those of the data under these weights.",
+        f"{measure(subject, [one.layer for one in starts])} makes the running statistics those of the data under these "
+        "weights.",
         [one.layer for one in starts],
         "note" if mild else None,
     )

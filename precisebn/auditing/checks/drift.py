@@ -8,6 +8,7 @@ from precisebn.auditing.norms import is_fresh
 from precisebn.auditing.observations.normalization import Distance, Statistics
 from precisebn.auditing.observations.population import recalibration
 from precisebn.auditing.observations.training import TrainingStep
+from precisebn.auditing.remedies import adapt, measure
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.models.families import is_batch_norm, populations_of
 
@@ -39,8 +40,8 @@ def far_from_the_data(subject: Subject) -> Iterator[Problem]:
         first, worst = next(iter(far)), max(far, key=lambda name: far[name].mean)
         yield Problem(
             f"their running statistics are far from those of {data}, from {first!r} on; in {worst!r} by {far[worst]}.",
-            "update_bn_stats(model, loader) for data as in training; adapt_bn_stats(model, loader) for another domain; "
-            "or give the model what it was trained on, normalized in the same way.",
+            f"{measure(subject, far)} for data as in training; {adapt(subject, far)} for another domain; or give the "
+            "model what it was trained on, normalized in the same way.",
             list(far),
             "note" if is_held else None,  # those of a frozen backbone may be meant to be others
         )

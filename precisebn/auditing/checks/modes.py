@@ -6,6 +6,7 @@ from torch import nn
 
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.norms import batch_norms, is_live, is_training, keeps_moving, kept
+from precisebn.auditing.remedies import MEASURE
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.models.families import PAUSED, is_frozen
 from precisebn.nn.batch_stat import BatchStatBN
@@ -175,7 +176,7 @@ def tracking_switched_off(subject: Subject) -> Iterator[Problem]:
             "In training they normalize by the mini-batch and leave their running statistics as they were, and in eval "
             "mode they normalize by these, which belong to earlier weights.",
             "freeze(model, ..., affine=True) normalizes by them in training too; or set track_running_stats=True again "
-            "and call update_bn_stats(model, loader).",
+            f"and call {MEASURE}.",
             off,
         )
 

@@ -44,8 +44,7 @@ def optimizer_of_another_model(subject: Subject) -> Iterator[Problem]:
         yield Problem(
             f"Of {counted(len(held), 'parameter')} in the optimizer, {len(foreign)} are not of this model{whose}; "
             "those of this model that are named here stay as they are.",
-            "Make the optimizer anew from trainable_parameters(model), after copying or converting; then "
-            "load_state_dict(old.state_dict()).",
+            _anew(subject),
             stand_ins or list(missing),
         )
     else:
@@ -186,6 +185,46 @@ def _alike(foreign: list[Tensor], missing: Mapping[str, Tensor]) -> list[str]:
             there[_shape(p), p.dtype] -= 1
             names.append(name)
     return names
+
+
+def _anew(subject: Subject) -> str:
+    """The call that makes the optimizer anew; and that its state goes on, where it is that of the same parameters."""
+    parameters = _parameters(subject).values()
+    trained = {name: p for p, name in parameters if p.requires_grad}
+    for source, taken in (
+        ("trainable_parameters(model)", trained),
+        ("model.parameters()", {name: p for p, name in parameters}),
+    ):
+        if _takes_the_state(subject, taken):
+            return (
+                f"Make the optimizer anew from {source}, after copying or converting; then "
+                "load_state_dict(old.state_dict())."
+            )
+    return (
+        "Make the optimizer anew from trainable_parameters(model), after copying or converting; the state of the old "
+        "one does not fit these."
+    )
+
+
+def _takes_the_state(subject: Subject, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the state of the optimizer, which goes by position, is that of parameters such as these, in this order.
+
+    ``load_state_dict`` compares how many there are in a group, and no shapes: what does not fit fails in ``step()``.
+    """
+    optimizers = optimizers_of(subject.optimizer)
+    if len(optimizers) != 1 or len(optimizers[0].param_groups) != 1:
+        return False
+    [group] = optimizers[0].param_groups
+    if list(map(_shape, group["params"])) != list(map(_shape, parameters.values())):
+        return False
+    names = group.get("param_names") or _names_in_other(subject, group["params"])
+    return names is None or names == list(parameters)
+
+
+def _names_in_other(subject: Subject, held: list[Tensor]) -> list[str] | None:
+    """What these are called in ``other``; None where it was not given, or has not all of them."""
+    names = {id(p): name for name, p in parameters_of(subject.other_modules).items()}
+    return [names[id(p)] for p in held] if all(id(p) in names for p in held) else None
 
 
 def _are_master_copies(foreign: list[Tensor], missing: Mapping[str, Tensor]) -> bool:

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from precisebn._reports import counted
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.norms import batch_norms, is_live
+from precisebn.auditing.remedies import MEASURE
 from precisebn.auditing.subject import Subject
 from precisebn.distributed import number_of_ranks
 from precisebn.models.batches import num_samples
@@ -31,13 +33,13 @@ def plain_batch_norm_on_several_ranks(subject: Subject) -> Iterator[Problem]:
         return
     samples = num_samples(subject.batch) if subject.batch is not None else None
     few = samples is not None and samples < _FEW_SAMPLES
-    of = f" of {samples} sample{'' if samples == 1 else 's'}" if samples is not None else ""
+    of = f" of {counted(samples, 'sample')}" if samples is not None else ""
     broadcast = any(isinstance(m, DistributedDataParallel) and m.broadcast_buffers for m in subject.model.modules())
     whose = "rank 0's are broadcast to all" if broadcast else "a checkpoint has those of the rank that saves it"
     yield Problem(
         f"Each of {ranks} ranks normalizes by its own mini-batch{of} and tracks its own statistics; {whose}.",
-        "convert_sync_batchnorm(model) normalizes by the samples of all ranks; update_bn_stats(model, loader), called "
-        "on all ranks, measures what all of them saw.",
+        f"convert_sync_batchnorm(model) normalizes by the samples of all ranks; {MEASURE}, called on all ranks, "
+        "measures what all of them saw.",
         plain,
         "warning" if few else None,
     )

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from precisebn._reports import counted
 from precisebn.auditing.check import Problem, check
 from precisebn.auditing.finding import Severity
 from precisebn.auditing.norms import is_at_initial_values, is_training, keepers, keeps_moving, kept, trains
 from precisebn.auditing.optimizers import optimizers_of
+from precisebn.auditing.remedies import MEASURE, measure
 from precisebn.auditing.subject import Subject
 from precisebn.nn.population import RunningStatistics
 
@@ -33,7 +35,7 @@ def not_finite(subject: Subject) -> Iterator[Problem]:
     if broken:
         yield Problem(
             "Their running mean or variance holds NaN or infinity, and in eval mode so does every output.",
-            "update_bn_stats(model, loader, modules='all') measures them anew, and names the layer where data has NaN.",
+            f"{measure(subject, broken)} measures them anew, and names the layer where data has NaN.",
             broken,
         )
 
@@ -48,7 +50,7 @@ def negative_variances(subject: Subject) -> Iterator[Problem]:
     if negative:
         yield Problem(
             "Their running variance is negative in places, where an output is NaN, or far too large.",
-            "update_bn_stats(model, loader, modules='all') measures them anew, exactly.",
+            f"{measure(subject, negative)} measures them anew, exactly.",
             negative,
         )
 
@@ -66,13 +68,13 @@ def layers_never_measured(subject: Subject) -> Iterator[Problem]:
             "The optimizer has made steps, and all running statistics are still those of a new model, mean 0 and "
             "variance 1: it was trained in eval mode, or the statistics of a copy have moved.",
             "model.train() before training, or freeze(model, affine=True), if they are meant to stand still; "
-            "update_bn_stats(model, loader) measures them.",
+            f"{measure(subject, initial)} measures them.",
             initial,
         )
     elif initial and len(initial) == len(layers):
         yield Problem(
             "All running statistics are those of a new model, mean 0 and variance 1.",
-            "update_bn_stats(model, loader) measures them, if the model is not to be trained.",
+            f"{measure(subject, initial)} measures them, if the model is not to be trained.",
             initial,
             "note",
         )
@@ -80,7 +82,8 @@ def layers_never_measured(subject: Subject) -> Iterator[Problem]:
         yield Problem(
             "Their running statistics are those of a new layer, mean 0 and variance 1, while those of other layers "
             "have been measured: they were left out of a checkpoint, or of every forward.",
-            "update_bn_stats(model, loader, modules=[...]) measures them; look into what load_state_dict returns.",
+            "update_bn_stats(model, loader, None, modules=[...]) measures those that it is given; look into what "
+            "load_state_dict returns.",
             initial,
         )
 
@@ -101,7 +104,8 @@ def domains_never_measured(subject: Subject) -> Iterator[Problem]:
         yield Problem(
             "No mini-batch of these domains was ever seen, and at test time they are normalized by mean 0 and "
             "variance 1.",
-            "update_bn_stats(model, loader, forward=...) with mini-batches of these domains measures them.",
+            "update_bn_stats(model, loader, None, modules='all', forward=...) with mini-batches of these domains "
+            "measures them.",
             never,
         )
 
@@ -162,7 +166,7 @@ def useless_momentum(subject: Subject) -> Iterator[Problem]:
             yield Problem(
                 f"momentum is {momentum:g}, the weight of the new mini-batch: the statistics are as noisy as those of "
                 f"{_mini_batches((2 - momentum) / momentum)}, whatever came before.",
-                f"layer.momentum = {better}; or call update_bn_stats(model, loader) after training.",
+                f"layer.momentum = {better}; or call {MEASURE} after training.",
                 names,
                 severity,
             )
@@ -184,19 +188,18 @@ def momentum_for_this_many_steps(subject: Subject) -> Iterator[Problem]:
     for momentum, names in _by_momentum(subject).items():
         if momentum is None:
             yield Problem(
-                f"momentum is None, so that all {steps} mini-batches count alike: those of the first weights as much "
-                "as those of the last.",
-                "layer.momentum = 0.1, torch's default; or call update_bn_stats(model, loader) after training.",
+                f"momentum is None, so that all of {counted(steps, 'mini-batch')} count alike: those of the first "
+                "weights as much as those of the last.",
+                f"layer.momentum = 0.1, torch's default; or call {MEASURE} after training.",
                 names,
                 "note",
             )
         elif 0 < momentum <= _LARGE and (left := (1 - momentum) ** steps) > _REMEMBERED:
             enough = 1 - _REMEMBERED ** (1 / steps)
             yield Problem(
-                f"With momentum {momentum:g}, after {steps} steps the running statistics are still {left:.0%} of what "
-                "they began with.",
-                f"layer.momentum = {_rounded_up(enough):g} or more; or call update_bn_stats(model, loader) after "
-                "training.",
+                f"With momentum {momentum:g}, after {counted(steps, 'step')} the running statistics are still "
+                f"{left:.0%} of what they began with.",
+                f"layer.momentum = {_rounded_up(enough):g} or more; or call {MEASURE} after training.",
                 names,
             )
 

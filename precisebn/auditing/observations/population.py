@@ -2,6 +2,7 @@
 
 import warnings
 
+from precisebn._reports import counted
 from precisebn.auditing.observations.loader import LoaderLook
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.recalibration.report import UpdateReport
@@ -21,7 +22,7 @@ def recalibration(subject: Subject) -> UpdateReport:
     look = subject.observe(LoaderLook)
     if len(look.batches) < MIN_BLOCKS:
         raise Unobservable(
-            f"the loader has {len(look.batches)} mini-batches; standard errors take {MIN_BLOCKS} and more"
+            f"the loader has {counted(len(look.batches), 'mini-batch')}; standard errors take {MIN_BLOCKS} and more"
         )
     with subject.undisturbed() as interrupts, interrupts.let_through(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of layers that are left alone: of those nothing is said
