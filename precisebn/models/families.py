@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from precisebn.nn.cycle import CycleBatchNormList
 from precisebn.nn.frozen import FrozenNorm
@@ -94,7 +95,7 @@ def is_norm_with_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
 
 def is_instance_norm(module: nn.Module) -> bool:
     """Whether a module is torch's InstanceNorm, which tracks averages over samples and counts no mini-batches."""
-    return isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
+    return isinstance(module, _InstanceNorm)  # the lazy ones, too
 
 
 FROZEN = "_precisebn_frozen"
