@@ -266,6 +266,7 @@ class DeclaredForward(_RecordedForward):
 
         def note(moments: Moments, population: int | None) -> None:
             nonlocal own
+            moments = Moments(moments.count, moments.mean.detach(), moments.m2.detach())
             recorder(moments, population)
             own = own + _spread_out(moments, population, own)
 

@@ -262,7 +262,9 @@ class Recording(AbstractContextManager["Recording"]):
         def record(moments: Moments, population: int | None) -> None:
             first, last = (0, layer.number) if population is None else (population, population + 1)
             count, mean, m2 = counts[first:last], means[first:last], m2s[first:last]
-            new_count, new_mean, new_m2 = moments.count.reshape(-1), moments.mean.view_as(mean), moments.m2.view_as(m2)
+            new_count = moments.count.reshape(-1)
+            # Gradients are on where the model asks for them, and in threads of its own.
+            new_mean, new_m2 = moments.mean.detach().view_as(mean), moments.m2.detach().view_as(m2)
             # A single population of one value was refused by the layer itself; looking would make the host wait.
             if averaging and last - first > 1 and bool((new_count == 1).any()):
                 raise InputError(
