@@ -14,7 +14,6 @@ from typing import NamedTuple, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from precisebn.nn.cycle import CycleBatchNormList
 from precisebn.nn.frozen import FrozenNorm
@@ -93,9 +92,19 @@ def is_norm_with_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
     return isinstance(module, _NormBase)
 
 
+_INSTANCE_NORMS = (
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LazyInstanceNorm1d,
+    nn.LazyInstanceNorm2d,
+    nn.LazyInstanceNorm3d,
+)
+
+
 def is_instance_norm(module: nn.Module) -> bool:
     """Whether a module is torch's InstanceNorm, which tracks averages over samples and counts no mini-batches."""
-    return isinstance(module, _InstanceNorm)  # the lazy ones, too
+    return isinstance(module, _INSTANCE_NORMS)
 
 
 FROZEN = "_precisebn_frozen"

@@ -93,7 +93,7 @@ class Recording(AbstractContextManager["Recording"]):
         self._sharded: list[nn.Module] = []
         self._before: Snapshot | None = None
         self._stopped = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._takes = True
         """Whether Moments that layers hand over count, yet or still."""
 
