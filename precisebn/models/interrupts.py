@@ -12,6 +12,7 @@ hands every interrupt on at once, unless it comes in that very method (:class:`U
 
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from functools import partial
@@ -172,7 +173,7 @@ class _AroundBody(HeldBack):
     def __init__(self, block: Undisturbed[Any]) -> None:
         super().__init__()
         self.in_body = False
-        self._block = block
+        self._block = weakref.ref(block)  # a block that nobody holds any more ends, though its handler be installed
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.in_body and not self._is_ending(frame):
@@ -183,7 +184,7 @@ class _AroundBody(HeldBack):
     def _is_ending(self, frame: FrameType | None) -> bool:
         """Whether an interrupt has come in the end of the block: before the first instruction of ``__exit__``, say."""
         while frame is not None:
-            if frame.f_code is Undisturbed.__exit__.__code__ and frame.f_locals.get("self") is self._block:
+            if frame.f_code is Undisturbed.__exit__.__code__ and frame.f_locals.get("self") is self._block():
                 return True
             frame = frame.f_back
         return False

@@ -198,6 +198,15 @@ def test_an_inner_block_may_let_an_interrupt_through_at_its_end():
     assert outcome == ["begins", "has begun", "ends", "has ended"]
 
 
+def test_a_block_that_nobody_holds_any_more_ends():
+    """As one of an ExitStack does that was interrupted before it had taken hold of it."""
+    notes: list[str] = []
+    Undisturbed(noted, notes).__enter__()
+    assert notes[-1] == "has ended"
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_it_decorates_functions():
     notes: list[str] = []
 
