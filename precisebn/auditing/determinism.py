@@ -80,7 +80,8 @@ def check_determinism(
 
     In between, and at the end, everything is put back bit for bit: the models, gradients, optimizers, the global random
     generators of Python, NumPy and torch, and those in attributes of the models. If the two part, the step runs twice
-    more under ``torch.use_deterministic_algorithms``, to tell whether that mends it.
+    more under ``torch.use_deterministic_algorithms``, to tell whether that mends it. No other thread may use the models
+    meanwhile.
 
     Args:
         step: ``step()`` does one step: forward, backward, ``optimizer.step()``, on a mini-batch that is there. What it

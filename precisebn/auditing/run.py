@@ -35,7 +35,9 @@ def audit(
     """Look for mistakes with BatchNorm, its statistics and its training, before they cost a training run.
 
     The model alone shows many; each argument shows more, and checks that miss theirs are listed as not run. Model,
-    optimizer and random generators are left as they were, bit for bit. docs/audit.md has all checks.
+    optimizer and random generators are left as they were, bit for bit. docs/audit.md has all checks. No other thread
+    may run the model meanwhile, not in eval mode either: the mode that it trains in is one for all threads, so that
+    such a forward would move the running statistics, maybe after they have been put back.
 
     Args:
         model: the model, in the mode that it is about to run in.

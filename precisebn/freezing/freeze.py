@@ -6,18 +6,18 @@ stays in eval mode whoever calls ``train()``: an attribute of the instance stand
 so that ``isinstance``, state dicts, compilation and export see the layer that they know.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from precisebn._warnings import warn
 from precisebn.errors import InputError
 from precisebn.models.families import FROZEN, is_batch_norm, is_norm_with_statistics, populations_of
-from precisebn.models.interrupts import HeldBack
+from precisebn.models.interrupts import HeldBack, Undisturbed
 from precisebn.models.selection import listed, select
 from precisebn.models.transaction import Transaction
 
@@ -46,7 +46,8 @@ def freeze(model: nn.Module, *modules: str | nn.Module, affine: bool = False) ->
 
     Raises:
         InputError: something that matches no module of the model (the message has near misses); parameters to freeze
-            in a model that DistributedDataParallel holds already, which waits for their gradients.
+            in a model that DistributedDataParallel holds already, which waits for their gradients; parameters of a lazy
+            module that has not seen a mini-batch.
 
     Warns:
         UserWarning: a parameter is shared with a part that is not frozen, and now frozen there as well.
@@ -63,7 +64,8 @@ def freeze(model: nn.Module, *modules: str | nn.Module, affine: bool = False) ->
         >>> model[1].training, all(p.requires_grad for p in model.parameters())
         (True, True)
     """
-    _freeze(model, modules, affine)
+    with HeldBack(), _lock:
+        _freeze(model, modules, affine)
     return model
 
 
@@ -87,21 +89,24 @@ def unfreeze(model: nn.Module, *modules: str | nn.Module) -> nn.Module:
         UserWarning: nothing there was frozen by :func:`freeze`.
     """
     chosen = _chosen(model, modules)
-    marked = [module for module in chosen.values() if FROZEN in vars(module)]
-    if not marked:
-        others = [name for name, module in chosen.items() if is_norm_with_statistics(module) and not module.training]
-        also = "; FrozenBatchNorm layers become BatchNorm by convert_to_batchnorm(model)" if others else ""
-        warn(f"nothing was frozen by freeze(), so nothing is unfrozen{also}")
-    with HeldBack(), Transaction() as changes:
+    with HeldBack(), _lock, Transaction() as changes:
+        marked = [module for module in chosen.values() if FROZEN in vars(module)]
+        if not marked:
+            others = [
+                name for name, module in chosen.items() if is_norm_with_statistics(module) and not module.training
+            ]
+            also = "; FrozenBatchNorm layers become BatchNorm by convert_to_batchnorm(model)" if others else ""
+            warn(f"nothing was frozen by freeze(), so nothing is unfrozen{also}")
         for module in marked:
             record: _Frozen = vars(module)[FROZEN]
             _thaw(module, _Part(frozenset(record.requires_grad), record.training is not None), changes)
     return model
 
 
-@contextmanager
-def frozen(model: nn.Module, *modules: str | nn.Module, affine: bool = False) -> Iterator[nn.Module]:
+def frozen(model: nn.Module, *modules: str | nn.Module, affine: bool = False) -> Undisturbed[nn.Module]:
     """Within this block, parts of a model are frozen, see :func:`freeze`; what was frozen before stays so afterwards.
+
+    Blocks nest, also of several threads that share the model: a part is frozen until the last of them has ended.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -111,13 +116,23 @@ def frozen(model: nn.Module, *modules: str | nn.Module, affine: bool = False) ->
         >>> model[1].training
         True
     """
-    parts = _freeze(model, modules, affine)
+    return Undisturbed(_frozen, model, modules, affine)
+
+
+def _frozen(
+    interrupts: HeldBack, model: nn.Module, modules: Iterable[str | nn.Module], affine: bool
+) -> Iterator[nn.Module]:
+    with _lock:
+        block = _freeze(model, modules, affine)
+        _blocks.append(block)
     try:
         yield model
     finally:
-        with HeldBack(), Transaction() as changes:
-            for module, part in parts.items():
-                if FROZEN in vars(module):  # nobody has unfrozen it in between
+        with _lock, Transaction() as changes:
+            _blocks.remove(block)
+            for module in block.thaws:
+                part = block.leaves(module)
+                if part and FROZEN in vars(module):  # nobody has unfrozen it in between
                     _thaw(module, part, changes)
 
 
@@ -134,11 +149,24 @@ class _Frozen:
     training: bool | None = None
 
 
-class _Part(NamedTuple):
-    """What one call has frozen of a module: parameters by name, and whether the mode."""
+@dataclass(frozen=True)
+class _Part:
+    """A part of a module that is frozen, or is to be: parameters by name, and whether the mode."""
 
     parameters: frozenset[str]
     mode: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.parameters) or self.mode
+
+    def __and__(self, other: "_Part") -> "_Part":
+        return _Part(self.parameters & other.parameters, self.mode and other.mode)
+
+    def __or__(self, other: "_Part") -> "_Part":
+        return _Part(self.parameters | other.parameters, self.mode or other.mode)
+
+    def __sub__(self, other: "_Part") -> "_Part":
+        return _Part(self.parameters - other.parameters, self.mode and not other.mode)
 
 
 class _StaysInEval:
@@ -154,13 +182,45 @@ class _StaysInEval:
         return self.module
 
 
-def _freeze(model: nn.Module, modules: Iterable[str | nn.Module], affine: bool) -> dict[nn.Module, _Part]:
+@dataclass(eq=False)
+class _Block:
+    """One block of :func:`frozen`.
+
+    Attributes:
+        wanted: what is frozen in it, of each module.
+        thaws: what of that its end thaws: what it has frozen, and what a block has left to it that ended before.
+    """
+
+    wanted: dict[nn.Module, _Part]
+    thaws: dict[nn.Module, _Part]
+
+    def leaves(self, module: nn.Module) -> _Part:
+        """What of a module is to be thawed now: what no other block wants, which takes over the rest."""
+        part = self.thaws[module]
+        for other in _blocks:
+            if other is not self and module in other.wanted:
+                shared = part & other.wanted[module]
+                other.thaws[module] |= shared
+                part -= shared
+        return part
+
+
+_blocks: list[_Block] = []
+_lock = threading.RLock()
+"""For what freezes and thaws: a warning on the way may run code of the user's."""
+
+
+def _freeze(model: nn.Module, modules: Iterable[str | nn.Module], affine: bool) -> _Block:
     chosen = _chosen(model, modules)
     if not affine:
         _check_wrappers(model)
+        _check_initialized(chosen)
         _warn_of_shared(model, chosen)
-    with HeldBack(), Transaction() as changes:
-        return {module: _freeze_one(module, affine, changes) for module in chosen.values()}
+    with Transaction() as changes:
+        return _Block(
+            {module: _wanted(module, affine) for module in chosen.values()},
+            {module: _freeze_one(module, affine, changes) for module in chosen.values()},
+        )
 
 
 def _chosen(model: nn.Module, modules: Iterable[str | nn.Module]) -> dict[str, nn.Module]:
@@ -176,16 +236,19 @@ def _keeps_statistics(module: nn.Module) -> bool:
     return (is_norm_with_statistics(module) or is_batch_norm(module)) and len(populations_of(module)) > 0
 
 
+def _wanted(module: nn.Module, affine: bool) -> _Part:
+    """What is to be frozen of a module: its own parameters, and the mode where that decides over statistics."""
+    parameters = () if affine else (name for name, p in module._parameters.items() if p is not None)
+    return _Part(frozenset(parameters), _keeps_statistics(module))
+
+
 def _freeze_one(module: nn.Module, affine: bool, changes: Transaction) -> _Part:
     """Freeze a module's own parameters and statistics, as far as they are not frozen yet."""
     record: _Frozen = vars(module).get(FROZEN, _Frozen())
-    own = {} if affine else {name: p for name, p in module._parameters.items() if p is not None}
-    part = _Part(
-        frozenset(own.keys() - record.requires_grad.keys()),
-        record.training is None and _keeps_statistics(module),
-    )
-    if not part.parameters and not part.mode:
+    part = _wanted(module, affine) - _Part(frozenset(record.requires_grad), record.training is not None)
+    if not part:
         return part
+    own = {name: p for name, p in module._parameters.items() if p is not None}
     requires_grad = record.requires_grad | {name: own[name].requires_grad for name in part.parameters}
     training = module.training if part.mode else record.training
     changes.put(vars(module), FROZEN, _Frozen(requires_grad, training))
@@ -226,6 +289,15 @@ def _check_wrappers(model: nn.Module) -> None:
             raise InputError(
                 "DistributedDataParallel waits for the gradients of the parameters that it found trainable when it was "
                 "made; freeze the model first, then wrap it (affine=True, which freezes statistics alone, works)"
+            )
+
+
+def _check_initialized(chosen: dict[str, nn.Module]) -> None:
+    for name, module in chosen.items():
+        if any(p is not None and is_lazy(p) for p in module._parameters.values()):
+            raise InputError(
+                f"module {name!r} ({type(module).__name__}) is lazy, and has no parameters yet that could be frozen; "
+                "run the model on a mini-batch before (affine=True, which freezes statistics alone, works)"
             )
 
 

@@ -92,9 +92,19 @@ def is_norm_with_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
     return isinstance(module, _NormBase)
 
 
+_INSTANCE_NORMS = (
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LazyInstanceNorm1d,
+    nn.LazyInstanceNorm2d,
+    nn.LazyInstanceNorm3d,
+)
+
+
 def is_instance_norm(module: nn.Module) -> bool:
     """Whether a module is torch's InstanceNorm, which tracks averages over samples and counts no mini-batches."""
-    return isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
+    return isinstance(module, _INSTANCE_NORMS)
 
 
 FROZEN = "_precisebn_frozen"

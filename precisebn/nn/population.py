@@ -225,14 +225,15 @@ class PopulationNorm(Recordable, Norm):
             moments: of one population ``(C,)``, or of all ``(K, C)``.
             population: its index, where there are several and the Moments are of one.
         """
-        if self.recorder is not None:
-            self.recorder(moments, population)
+        recorder, accumulator = self.recorder, self._precisebn_accumulator  # which another thread may take away
+        if recorder is not None:
+            recorder(moments, population)
             return
         running = self._running(population)
         if running is None:
             return
-        if self._precisebn_accumulator is not None:
-            self._precisebn_accumulator(moments, population)
+        if accumulator is not None:
+            accumulator(moments, population)
             return
         update_running_statistics(self._shown(), moments, *running)
 

@@ -1,7 +1,8 @@
 """Recorded forwards: what runs in the place of a layer's own forward, for layers that do not hand over Moments.
 
 While such a forward runs, and only then, the layer is in another mode; and scratch buffers are in the place of its
-running statistics. Copies that are made meanwhile have the layer's own, and nothing of the recording.
+running statistics. Copies that are made meanwhile have the layer's own, and nothing of the recording. Forwards of one
+layer by several threads come one after the other (:class:`precisebn.models.stand_in.StandIn`).
 """
 
 from collections.abc import Callable, Mapping
@@ -133,7 +134,7 @@ class InputForward(_RecordedForward):
         self.mean, self.var = scratch["running_mean"], scratch["running_var"]
         self.may_overflow = self.var.dtype == torch.float16
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         self.slot.merge(x, self.mean, self.var)
         if self.may_overflow:  # the layer would divide by Inf and hand zeros on: as bad as Inf in its input
@@ -175,7 +176,7 @@ class UnknownForward(_RecordedForward):
         self.refuse = refuse
         self.mixture = mixture
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         if self.mixture is None:
             return self._measure(*args, **kwargs)
         slot = (self.slot.count, self.slot.mean, self.slot.m2)
@@ -256,7 +257,7 @@ class DeclaredForward(_RecordedForward):
         super().__init__(module, {})
         self.mixture = mixture
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         attributes = vars(self.module)
         recorder, training = attributes["recorder"], attributes["training"]
         populations = populations_of(self.module)
@@ -265,6 +266,7 @@ class DeclaredForward(_RecordedForward):
 
         def note(moments: Moments, population: int | None) -> None:
             nonlocal own
+            moments = Moments(moments.count, moments.mean.detach(), moments.m2.detach())
             recorder(moments, population)
             own = own + _spread_out(moments, population, own)
 

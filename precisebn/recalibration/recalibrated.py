@@ -1,7 +1,6 @@
 """recalibrated: a recalibration for the time of a block, after which the old running statistics are back."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from precisebn.distributed import ProcessGroup
 from precisebn.errors import PreciseBNError, add_note
 from precisebn.models.batches import ForwardFn
+from precisebn.models.interrupts import HeldBack, Undisturbed
 from precisebn.models.selection import ModuleSelection
 from precisebn.recalibration.report import UpdateReport
 from precisebn.recalibration.settings import Settings
@@ -20,7 +20,6 @@ from precisebn.statistics.estimator import EstimatorName
 __all__ = ["recalibrated"]
 
 
-@contextmanager
 def recalibrated(
     model: nn.Module,
     data_loader: Iterable[Any],
@@ -38,7 +37,7 @@ def recalibrated(
     tolerance: float | None = None,
     process_group: ProcessGroup | Literal[False] | None = None,
     early_exit: bool = False,
-) -> Iterator[UpdateReport]:
+) -> Undisturbed[UpdateReport]:
     """Within this block a model has recalibrated running statistics; behind it the old ones, bit for bit.
 
     To evaluate, or to save, a model under PreciseBN's statistics in the middle of a training that goes on with its own;
@@ -86,11 +85,17 @@ def recalibrated(
         memory_format=memory_format, modules=modules, exclude=exclude, estimator=estimator, tolerance=tolerance,
         process_group=process_group, early_exit=early_exit, prior=prior, call="recalibrated",
     )  # fmt: skip
+    return Undisturbed(_recalibrated, settings, force)
+
+
+def _recalibrated(interrupts: HeldBack, settings: Settings, force: bool) -> Iterator[UpdateReport]:
     undo = Undo()  # at hand already if Ctrl-C comes in between the recalibration and the block
     ended = False
     try:
-        yield recalibrate(settings, undo)
-        ended = True  # still inside the block: Ctrl-C may come between any two lines
+        with interrupts.let_through():  # the recalibration knows when
+            report = recalibrate(settings, undo)
+        yield report
+        ended = True
         if undo.is_needed:
             undo.put_back(force)
     except BaseException as error:

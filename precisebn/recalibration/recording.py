@@ -6,6 +6,7 @@ When a recording ends well, the model is what a forward has made of it, but for 
 before. When it ends badly, the model is as before, bit for bit.
 """
 
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -92,6 +93,9 @@ class Recording(AbstractContextManager["Recording"]):
         self._sharded: list[nn.Module] = []
         self._before: Snapshot | None = None
         self._stopped = False
+        self._lock = threading.RLock()
+        self._takes = True
+        """Whether Moments that layers hand over count, yet or still."""
 
     def __enter__(self) -> "Recording":
         modules = list(named_modules(self.model))
@@ -103,6 +107,7 @@ class Recording(AbstractContextManager["Recording"]):
             temporary.on_undo(torch.set_grad_enabled, torch.is_grad_enabled())
             torch.set_grad_enabled(False)
             run_eagerly(temporary)
+            temporary.on_undo(self._take_no_more)
             set_wrappers_aside([module for _, module in modules], temporary)
             for layer in self._layers:
                 self._record(layer)
@@ -257,7 +262,9 @@ class Recording(AbstractContextManager["Recording"]):
         def record(moments: Moments, population: int | None) -> None:
             first, last = (0, layer.number) if population is None else (population, population + 1)
             count, mean, m2 = counts[first:last], means[first:last], m2s[first:last]
-            new_count, new_mean, new_m2 = moments.count.reshape(-1), moments.mean.view_as(mean), moments.m2.view_as(m2)
+            new_count = moments.count.reshape(-1)
+            # Gradients are on where the model asks for them, and in threads of its own.
+            new_mean, new_m2 = moments.mean.detach().view_as(mean), moments.m2.detach().view_as(m2)
             # A single population of one value was refused by the layer itself; looking would make the host wait.
             if averaging and last - first > 1 and bool((new_count == 1).any()):
                 raise InputError(
@@ -266,12 +273,19 @@ class Recording(AbstractContextManager["Recording"]):
                 )
             for index in range(layer.first + first, layer.first + last):
                 self._reached(index)
-            merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
-            mean.copy_(merged.mean)
-            m2.copy_(merged.m2)
-            count.add_(new_count)
+            with self._lock:
+                if self._takes:
+                    merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
+                    mean.copy_(merged.mean)
+                    m2.copy_(merged.m2)
+                    count.add_(new_count)
 
         return record
+
+    def _take_no_more(self) -> None:
+        """A forward of another thread that has outlived the recording does not count."""
+        with self._lock:
+            self._takes = False
 
 
 class _Layer(NamedTuple):

@@ -70,6 +70,9 @@ def update_bn_stats(
     attributes, hooks, modes. (Lazy modules that the first forward has initialized stay initialized.) That takes
     the memory of another copy of the model's tensors for the time of the call.
 
+    The forward may run a layer in several threads. No other thread should run the model meanwhile: what it sends
+    through would be normalized by its own statistics, and be counted. (The model itself suffers no harm.)
+
     Args:
         model: any module, also wrapped by DDP, DataParallel, AveragedModel or torch.compile (compiled code is set
             aside for the duration, and stays valid). Put it into the mode it shall run in before the call, as for

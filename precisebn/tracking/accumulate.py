@@ -6,8 +6,8 @@ that was chosen for once (pytorch issue 46516). Here the Moments of the micro-ba
 micro-batch: that no accumulation can change, since the first has gone through the network before the last one comes.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from precisebn.models.families import (
     populations_of,
 )
 from precisebn.models.in_use import claim, release
-from precisebn.models.interrupts import HeldBack
+from precisebn.models.interrupts import HeldBack, Undisturbed
 from precisebn.models.selection import select
 from precisebn.models.transaction import Transaction
 from precisebn.nn.cycle import CycleBatchNormList
@@ -33,8 +33,7 @@ from precisebn.tracking.gathering import Averages, Gathered, GatheringForward, m
 __all__ = ["accumulate_statistics"]
 
 
-@contextmanager
-def accumulate_statistics(model: nn.Module, *modules: str | nn.Module) -> Iterator[nn.Module]:
+def accumulate_statistics(model: nn.Module, *modules: str | nn.Module) -> Undisturbed[nn.Module]:
     """Within this block running statistics stand still; at its end they move once, for all micro-batches together.
 
     Every layer in training mode normalizes each micro-batch by its own statistics, as always. Their Moments merge in
@@ -48,11 +47,11 @@ def accumulate_statistics(model: nn.Module, *modules: str | nn.Module) -> Iterat
     one micro-batch.
 
     It goes with the others of its kind: forwards inside :func:`precisebn.pause_tracking` do not count, nor those of
-    layers in eval mode or frozen; forwards of several threads all count. Under DistributedDataParallel each rank
-    accumulates its own, as it tracks its own without. SyncBatchNorm, whose statistics are those of all ranks, merges
-    them at the end of the block, which all ranks of its group must then reach. torch.compile's graphs hold it, after
-    one compilation more; but a subclass of BatchNorm with a forward of its own, or a checkpoint around a layer, breaks
-    them (``fullgraph=True`` says so).
+    layers in eval mode or frozen. Forwards of several threads all count, if a layer is done before the block is. Under
+    DistributedDataParallel each rank accumulates its own, as it tracks its own without. SyncBatchNorm, whose statistics
+    are those of all ranks, merges them at the end of the block, which all ranks of its group must then reach.
+    torch.compile's graphs hold it, after one compilation more; but a subclass of BatchNorm with a forward of its own,
+    or a checkpoint around a layer, breaks them (``fullgraph=True`` says so).
 
     Args:
         model: the model.
@@ -73,9 +72,14 @@ def accumulate_statistics(model: nn.Module, *modules: str | nn.Module) -> Iterat
         >>> model[0].running_mean, model[0].num_batches_tracked  # halfway from 0 to 3
         (tensor([1.5000]), tensor(1))
     """
+    return Undisturbed(_accumulated, model, modules)
+
+
+def _accumulated(interrupts: HeldBack, model: nn.Module, modules: Iterable[str | nn.Module]) -> Iterator[nn.Module]:
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a module, not {type(model).__name__}")
-    block = _Block(model, select(model, list(modules) or None, argument="modules", is_layer=_keeps_statistics).chosen)
+    layers = select(model, list(modules) or None, argument="modules", is_layer=_keeps_statistics).chosen
+    block = _Block(model, layers, interrupts)
     try:
         block.begin()
         yield model
@@ -97,13 +101,15 @@ class _Block:
     Args:
         model: the model.
         layers: some of its layers, by name.
+        interrupts: hold Ctrl-C back but in the body of the block, and where ranks wait for each other.
 
     Raises:
         InputError: a layer that updates its statistics in a way of its own; DataParallel on several devices.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], interrupts: HeldBack) -> None:
         self.model = model
+        self._interrupts = interrupts
         self.gathered = {
             layer: Averages(name, layer) if is_instance_norm(layer) else Gathered(name, layer)
             for name, layer in layers.items()
@@ -127,44 +133,42 @@ class _Block:
 
     def begin(self) -> None:
         """From now on layers hand over what they would track."""
-        with HeldBack():
-            claim(
-                self, self.gathered, name=type(self.model).__name__,
-                doing="is in a block of precisebn.accumulate_statistics; do that outside of the block",
-            )  # fmt: skip
-            self._is_open = True
-            for layer, gathered in self.gathered.items():
-                if isinstance(layer, PopulationNorm) or layer in self._tracked_for:
-                    self._changes.put(vars(layer), ACCUMULATOR, gathered)
-                else:
-                    GatheringForward(layer, gathered).put(self._changes)
+        claim(
+            self, self.gathered, name=type(self.model).__name__,
+            doing="is in a block of precisebn.accumulate_statistics; do that outside of the block",
+        )  # fmt: skip
+        self._is_open = True
+        for layer, gathered in self.gathered.items():
+            if isinstance(layer, PopulationNorm) or layer in self._tracked_for:
+                self._changes.put(vars(layer), ACCUMULATOR, gathered)
+            else:
+                GatheringForward(layer, gathered).put(self._changes)
+            self._changes.on_undo(gathered.end)
 
     def close(self) -> None:
-        """Layers are what they were before; more than once does no harm."""
-        with HeldBack():
-            try:
-                self._changes.undo()
-            finally:
-                release(self)
-                self._is_open = False
+        """Layers are what they were before, when the forwards under way have ended; more than once does no harm."""
+        try:
+            self._changes.undo()
+        finally:
+            release(self)
+            self._is_open = False
 
     def finish(self) -> None:
         """Track all that was gathered; all of it, or nothing."""
-        with HeldBack() as interrupts:
-            self.close()
-            for group, of_group in self._synchronized():
-                with Ranks(group, let_through=interrupts.let_through) as ranks:
-                    merge_over_ranks(of_group, ranks)
-            with Transaction() as changes:
-                for layer, gathered in self.gathered.items():
-                    if not is_frozen(layer):
-                        gathered.track(changes)
+        self.close()
+        for group, of_group in self._synchronized():
+            with Ranks(group, let_through=self._interrupts.let_through) as ranks:
+                merge_over_ranks(of_group, ranks)
+        with Transaction() as changes:
+            for layer, gathered in self.gathered.items():
+                if not is_frozen(layer):
+                    gathered.track(changes)
 
     def tell_other_ranks(self, error: BaseException) -> None:
         """Of an exception that has left the block, so that none waits for this one."""
         if self._is_open:
             for group, _ in self._synchronized():
-                with suppress(Exception, type(error)), Ranks(group):
+                with suppress(Exception, type(error)), Ranks(group, let_through=self._interrupts.let_through):
                     raise error
 
     def _synchronized(self) -> list[tuple[ProcessGroup | None, list[Gathered]]]:

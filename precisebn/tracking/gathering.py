@@ -42,6 +42,7 @@ class Gathered:
         self.counts_batches = True
         """Whether the layer's forward adds to ``num_batches_tracked``."""
         self._lock = threading.RLock()
+        self._is_over = False
 
     def alone(self) -> AbstractContextManager[object]:
         """For forwards of several threads, one at a time; a graph of torch.compile has no locks."""
@@ -50,6 +51,8 @@ class Gathered:
     def __call__(self, moments: Moments, population: int | None) -> None:
         """Merge Moments ``(C,)`` of one population, or ``(K, C)`` of all: what a layer hands over (a Recorder)."""
         with self.alone():
+            if self._is_over:
+                return
             count, mean, m2 = self._rows(moments.mean.shape[-1], moments.mean.device, population)
             new_count = moments.count.detach().reshape(-1)
             new_mean, new_m2 = moments.mean.detach().view_as(mean), moments.m2.detach().view_as(m2)
@@ -57,6 +60,11 @@ class Gathered:
             mean.copy_(merged.mean)
             m2.copy_(merged.m2)
             count.add_(new_count)
+
+    def end(self) -> None:
+        """Take nothing any more: a forward that outlives the block does not count."""
+        with self.alone():
+            self._is_over = True
 
     def moments_or_zero(self) -> Moments:
         """The Moments, also of a layer that nothing went through."""
@@ -145,16 +153,14 @@ class GatheringForward(StandIn):
         self.aside: tuple[dict[str, Tensor], float | None] | None = None
         """While a forward runs: the layer's own buffers and momentum."""
 
-    def put(self, changes: Transaction) -> None:
-        """From now on run in the place of the forward."""
-        changes.on_undo(self._put_back)  # for a Ctrl-C that came when a forward was about to do so
-        super().put(changes)
+    def take_out(self, changes: Transaction) -> None:
+        """Undo what :meth:`put` has changed, when the forward under way has ended."""
+        with self.alone():
+            self._put_back()  # for a Ctrl-C that came when a forward was about to do so
+            super().take_out(changes)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.gathered.alone():  # another thread would take the scratch buffers for the layer's own
-            return self._gather(*args, **kwargs)
-
-    def _gather(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward on scratch buffers, and take what it has normalized."""
         attributes, buffers = vars(self.module), self.module._buffers
         tracks = attributes["training"] and attributes["track_running_stats"] and PAUSED not in attributes
         own: dict[str, Tensor] = {}

@@ -7,28 +7,28 @@ by that count where momentum is None.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from precisebn.errors import InputError
 from precisebn.models.families import PAUSED, is_instance_norm, is_norm_with_statistics
-from precisebn.models.interrupts import HeldBack
+from precisebn.models.interrupts import HeldBack, Undisturbed
 from precisebn.models.selection import select
 
 __all__ = ["is_in_block", "pause_tracking"]
 
 
-@contextmanager
-def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Iterator[nn.Module]:
+def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Undisturbed[nn.Module]:
     """Within this block, layers normalize as they would, and do not write their running statistics.
 
     Layers in training mode normalize by the mini-batch, those in eval mode by their running statistics. What stands
     still is ``running_mean``, ``running_var`` and ``num_batches_tracked``. Blocks nest, also of several threads that
-    share the model: a layer tracks again when the last of them has ended. (A deep copy made inside does not.)
+    share the model: a layer tracks again when the last of them has ended. (A deep copy made inside does not.) A lazy
+    layer may see its first mini-batch inside.
 
     Args:
         model: the model.
@@ -45,6 +45,10 @@ def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Iterator[nn.M
         >>> int(model[1].num_batches_tracked), model[1].running_mean.abs().max().item()
         (0, 0.0)
     """
+    return Undisturbed(_paused, model, modules)
+
+
+def _paused(interrupts: HeldBack, model: nn.Module, modules: Iterable[str | nn.Module]) -> Iterator[nn.Module]:
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a module, not {type(model).__name__}")
     layers = list(
@@ -52,15 +56,13 @@ def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Iterator[nn.M
     )
     paused: list[nn.Module] = []
     try:
-        with HeldBack():  # an interrupt could leave the lock locked
-            for layer in layers:
-                _pause(layer)
-                paused.append(layer)
+        for layer in layers:
+            _pause(layer)
+            paused.append(layer)
         yield model
     finally:
-        with HeldBack():
-            for layer in paused:
-                _resume(layer)
+        for layer in paused:
+            _resume(layer)
 
 
 def is_in_block(layer: nn.Module) -> bool:
@@ -68,8 +70,15 @@ def is_in_block(layer: nn.Module) -> bool:
     return layer in _blocks
 
 
-# How many blocks a layer is in, and what it had before the first.
-_blocks: "WeakKeyDictionary[nn.Module, tuple[int, Any]]" = WeakKeyDictionary()
+class _Blocks(NamedTuple):
+    """How many blocks a layer is in, and which of its attributes had which value before the first."""
+
+    number: int
+    name: str
+    before: Any
+
+
+_blocks: "WeakKeyDictionary[nn.Module, _Blocks]" = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -81,21 +90,47 @@ def _switch(layer: nn.Module) -> tuple[str, Any]:
 
 
 def _pause(layer: nn.Module) -> None:
-    name, value = _switch(layer)
     with _lock:
-        number, before = _blocks.get(layer, (0, getattr(layer, name)))
-        _blocks[layer] = number + 1, before
+        blocks = _blocks.get(layer)
+        if blocks is not None:
+            _blocks[layer] = blocks._replace(number=blocks.number + 1)
+            return
+        name, value = _switch(layer)
+        before = getattr(layer, name)
+        _blocks[layer] = _Blocks(1, name, before)
         setattr(layer, name, value)
         vars(layer)[PAUSED] = True
+        if isinstance(layer, LazyModuleMixin) and name == "track_running_stats" and before:
+            vars(layer)["initialize_parameters"] = _InitializedTracking(layer)
 
 
 def _resume(layer: nn.Module) -> None:
-    name, _ = _switch(layer)
     with _lock:
-        number, before = _blocks.get(layer, (0, None))
-        if number > 1:
-            _blocks[layer] = number - 1, before
-        elif number == 1:
-            setattr(layer, name, before)
-            vars(layer).pop(PAUSED, None)
-            del _blocks[layer]
+        blocks = _blocks.get(layer)
+        if blocks is None:
+            return
+        if blocks.number > 1:
+            _blocks[layer] = blocks._replace(number=blocks.number - 1)
+            return
+        setattr(layer, blocks.name, blocks.before)
+        for added in (PAUSED, "initialize_parameters"):
+            vars(layer).pop(added, None)
+        del _blocks[layer]
+
+
+class _InitializedTracking:
+    """In the place of the method by which a lazy layer gets its size: torch makes running statistics if it tracks."""
+
+    def __init__(self, layer: LazyModuleMixin) -> None:
+        self.layer = layer
+        self.initialize: Callable[..., object] = type(layer).initialize_parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Initialize the layer as one that tracks."""
+        attributes = vars(self.layer)
+        paused = attributes["track_running_stats"]
+        try:
+            attributes["track_running_stats"] = True
+            self.initialize(self.layer, *args, **kwargs)
+        finally:
+            attributes["track_running_stats"] = paused

@@ -3,12 +3,15 @@
 import copy
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pytest
 import torch
 from conftest import state_of
+from interrupting import Lines
 from torch import Tensor, nn
 
 from precisebn import (
@@ -18,6 +21,7 @@ from precisebn import (
     convert_ghost,
     update_bn_stats,
 )
+from precisebn.freezing import freeze as freeze_module
 from precisebn.freezing.freeze import freeze, frozen, unfreeze
 from precisebn.freezing.parameters import trainable_parameters
 from precisebn.nn import GhostBN, use_domain
@@ -358,3 +362,87 @@ def test_a_module_that_declares_its_populations_under_other_names_is_frozen_like
     assert model[0].training
     model(images())
     assert bits(model) != before
+
+
+# ---- Lazy layers, threads, Ctrl-C -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_a_lazy_module_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.LazyConv2d(3, 1), nn.LazyBatchNorm2d())
+    before = state_of(model)
+    with pytest.raises(InputError, match=r"module '1' \(LazyConv2d\) is lazy.*run the model on a mini-batch"):
+        freeze(model)
+    with pytest.raises(InputError, match=r"module '2' \(LazyBatchNorm2d\) is lazy"), frozen(model, "2"):
+        pass
+    assert state_of(model) == before
+    freeze(model, affine=True)
+    model(images())
+    assert int(model[2].num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_blocks_of_two_threads_may_end_in_any_order(affine):
+    """The end of the first thawed what the second relied upon; or neither thawed it, if they began at the same time."""
+    model = net()
+    before = state_of(model)
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with frozen(model, affine=affine):
+            entered.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(30)
+    with frozen(model, "0"):
+        leave.set()
+        thread.join()
+        assert not any(p.requires_grad for p in model[0].parameters())
+        assert not model.train()[0][1].training
+        assert all(p.requires_grad for p in model[1].parameters())
+        assert model[1][1].training
+    assert state_of(model) == before
+
+
+def test_two_threads_that_freeze_at_the_same_time_thaw_all():
+    """One took what the other had just frozen for what the user had frozen before."""
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    looks, has_frozen = threading.Event(), threading.Event()
+    keeps_statistics = freeze_module._keeps_statistics
+
+    def meet(module: nn.Module) -> bool:
+        if threading.current_thread() is other and isinstance(module, nn.BatchNorm2d):
+            looks.set()
+            has_frozen.wait(0.3)
+        return keeps_statistics(module)
+
+    def block() -> None:
+        with frozen(model):
+            pass
+
+    other = threading.Thread(target=block)
+    before = state_of(model)
+    with mock.patch.object(freeze_module, "_keeps_statistics", meet):
+        other.start()
+        assert looks.wait(30)
+        with frozen(model):
+            has_frozen.set()
+            other.join()
+    assert state_of(model) == before
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals are the main thread's")
+@pytest.mark.usefixtures("pythons_own_handler")
+def test_ctrl_c_at_any_line_leaves_nothing_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def block() -> None:
+        with frozen(model):
+            pass
+
+    before = state_of(model)
+    for at in range(len(Lines().run(block).ran)):
+        assert Lines(lambda number, where, at=at: number == at).run(block).interrupted
+        assert state_of(model) == before

@@ -8,7 +8,8 @@ from conftest import state_of
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from precisebn import InputError, NonFiniteStatisticsError, update_bn_stats
+from precisebn import InputError, NonFiniteStatisticsError, adapt_bn_stats, update_bn_stats
+from precisebn.nn import GhostBN
 from precisebn.recalibration.recording import Recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -295,12 +296,17 @@ def test_a_buffer_that_a_forward_registers_stays_unless_the_run_fails(fails):
     assert ("offset" in model._buffers) is not fails
 
 
+class Doubling(nn.BatchNorm1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(2.0 * input)
+
+
 class Differentiates(nn.Module):
     """A model whose forward needs gradients, as that of an energy does."""
 
-    def __init__(self) -> None:
+    def __init__(self, bn: nn.Module) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm1d(3)
+        self.bn = bn
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -309,7 +315,11 @@ class Differentiates(nn.Module):
         return slope
 
 
-def test_a_forward_that_asks_for_gradients_is_recorded():
-    x, model = torch.randn(4, 3), Differentiates()
-    update_bn_stats(model, [x], 1)
-    assert torch.allclose(model.bn.running_mean, x.mean(0), atol=1e-6)
+@pytest.mark.parametrize("prior", [0.0, 4.0])
+@pytest.mark.parametrize("bn", [nn.BatchNorm1d(3), Doubling(3), GhostBN(3, 2)], ids=lambda bn: type(bn).__name__)
+def test_a_forward_that_asks_for_gradients_is_recorded(bn, prior):
+    x, model = torch.randn(4, 3), Differentiates(copy.deepcopy(bn))
+    adapt_bn_stats(model, [x], prior)
+    times = 2 if isinstance(bn, Doubling) else 1
+    assert torch.allclose(model.bn.running_mean, times * x.mean(0) * 4 / (4 + prior), atol=1e-6)
+    assert not model.bn.running_mean.requires_grad

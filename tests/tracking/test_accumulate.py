@@ -35,7 +35,8 @@ from precisebn.nn import (
     SyncBN,
     use_domain,
 )
-from precisebn.nn.population import Recordable, RunningStatistics
+from precisebn.nn.population import ACCUMULATOR, Recordable, RunningStatistics
+from precisebn.statistics.moments import Moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -511,6 +512,84 @@ def test_forwards_of_several_threads_accumulate_as_those_of_one(layer):
     assert all(a is b for a, b in zip(model.buffers(), own, strict=True))
     for a, b in zip(model.buffers(), alone.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+class Met(nn.BatchNorm2d):
+    """Calls a function in the middle of its forward."""
+
+    meet: Callable[[], object] = staticmethod(lambda: None)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        self.meet()
+        super()._check_input_dim(input)
+
+
+def test_a_forward_that_began_in_the_last_block_leaves_this_one_the_layers_own_buffers():
+    """Each block had a lock of its own: so one forward put back, as the layer's, the scratch buffers of another."""
+    x, layer = micro_batches()[0], Met(3)
+    own = dict(layer.named_buffers())
+    late_is_in, is_in, late_is_done = threading.Event(), threading.Event(), threading.Event()
+
+    def meet() -> None:
+        if threading.current_thread() is late:
+            late_is_in.set()
+            is_in.wait(0.3)
+        else:
+            is_in.set()
+            assert late_is_done.wait(30)
+
+    def calls() -> None:
+        forward(x)
+        late_is_done.set()
+
+    with accumulate_statistics(layer):
+        forward = layer.forward  # looked up by a thread that comes late
+    late = threading.Thread(target=calls)
+    layer.meet = meet
+    with accumulate_statistics(layer):
+        late.start()
+        assert late_is_in.wait(30)
+        layer(x)
+        late.join()
+        assert int(layer.num_batches_tracked) == 0
+    del layer.meet
+    assert all(layer.get_buffer(name) is buffer for name, buffer in own.items())
+    alone = nn.BatchNorm2d(3)
+    alone(torch.cat([x, x]))
+    for name, buffer in alone.named_buffers():
+        torch.testing.assert_close(layer.get_buffer(name), buffer, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(3), Doubling(3), GhostBN(3, 2)], ids=lambda layer: type(layer).__name__
+)
+def test_the_end_of_a_block_waits_for_the_forward_under_way(layer):
+    """What it had gathered changed while it was tracked."""
+    layer, x = copy.deepcopy(layer), micro_batches()[0]
+    ended = threading.Event()
+    with accumulate_statistics(layer):
+        layer(x)
+        accumulator, forward = vars(layer).get(ACCUMULATOR), layer.forward
+        gathered = accumulator or forward.__self__.gathered
+        entered = threading.Event()
+
+        def holds() -> None:
+            with gathered.alone() if accumulator else forward.__self__.alone():
+                entered.set()
+                ended.wait(0.3)
+                was_open.append(not ended.is_set())
+
+        was_open: list[bool] = []
+        thread = threading.Thread(target=holds)
+        thread.start()
+        assert entered.wait(30)
+    ended.set()
+    thread.join()
+    assert was_open == [True]
+    before = state_of(layer)
+    gathered(Moments.of(x), None)  # does not count any more
+    assert state_of(layer) == before
+    assert gathered.moments.count.item() == x.numel() / 3
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals are the main thread's")

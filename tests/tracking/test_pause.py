@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from conftest import state_of
+from interrupting import Lines
 from torch import Tensor, nn
 
 from precisebn import InputError, convert_ghost, update_bn_stats
@@ -176,3 +177,64 @@ def test_a_layer_knows_whether_its_pause_will_end():
             assert not is_in_block(copy.deepcopy(model)[0])
         assert is_in_block(model[0])
     assert not is_in_block(model[0])
+
+
+# ---- Lazy layers ----------------------------------------------------------------------------------------------------
+
+
+LAZY = {
+    "LazyBatchNorm2d": nn.LazyBatchNorm2d,
+    "momentum=None": lambda: nn.LazyBatchNorm2d(momentum=None),
+    "without statistics": lambda: nn.LazyBatchNorm2d(track_running_stats=False),
+    "LazyInstanceNorm2d": lambda: nn.LazyInstanceNorm2d(track_running_stats=True, affine=True),
+    "LazyInstanceNorm2d, without": lambda: nn.LazyInstanceNorm2d(affine=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAZY)
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_a_lazy_layer_may_see_its_first_mini_batch_inside(layer):
+    """Torch makes running statistics only if the layer tracks: without, half of it stayed without a size for ever."""
+    model, twin = nn.Sequential(LAZY[layer]()), nn.Sequential(LAZY[layer]())
+    x = images()
+    with pause_tracking(model), pause_tracking(model):
+        model(x)
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        y = model(x)
+        assert torch.equal(y, twin(x))
+    assert type(model[0]) is type(twin[0])
+    assert vars(model[0]).keys() == vars(twin[0]).keys()
+    for name, buffer in twin.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer)
+        assert torch.equal(fresh.get_buffer(name), torch.full_like(buffer, name.endswith("var")))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_a_lazy_layer_that_sees_none_inside_stays_lazy():
+    model = nn.Sequential(nn.LazyBatchNorm2d())
+    before = state_of(model)
+    with pause_tracking(model):
+        assert model[0].has_uninitialized_params()
+    assert state_of(model) == before
+    model(images())
+    assert int(model[0].num_batches_tracked) == 1
+
+
+# ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals are the main thread's")
+@pytest.mark.usefixtures("pythons_own_handler")
+def test_ctrl_c_at_any_line_leaves_no_layer_paused():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True))
+
+    def block() -> None:
+        with pause_tracking(model):
+            pass
+
+    before = state_of(model)
+    for at in range(len(Lines().run(block).ran)):
+        assert Lines(lambda number, where, at=at: number == at).run(block).interrupted
+        assert state_of(model) == before
+        assert not any(map(is_in_block, model))
