@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from precisebn._torch import is_batched, outside_of_transforms, unwrapped
 from precisebn.distributed import reshard
 from precisebn.errors import InputError, NonFiniteStatisticsError
 from precisebn.models.copies import Copies
@@ -27,7 +28,7 @@ from precisebn.models.wrappers import run_eagerly, set_wrappers_aside
 from precisebn.nn.population import Recordable, Recorder, RunningStatistics
 from precisebn.ops.chan import merge
 from precisebn.recalibration.early_exit import EarlyExit
-from precisebn.recalibration.forwards import DeclaredForward, InputForward, Slot, UnknownForward
+from precisebn.recalibration.forwards import INSIDE_VMAP, DeclaredForward, InputForward, Slot, UnknownForward
 from precisebn.recalibration.prior import Mixture
 from precisebn.statistics.estimator import EstimatorName, PopulationEstimator
 from precisebn.statistics.moments import Moments
@@ -257,7 +258,11 @@ class Recording(AbstractContextManager["Recording"]):
         def record(moments: Moments, population: int | None) -> None:
             first, last = (0, layer.number) if population is None else (population, population + 1)
             count, mean, m2 = counts[first:last], means[first:last], m2s[first:last]
-            new_count, new_mean, new_m2 = moments.count.reshape(-1), moments.mean.view_as(mean), moments.m2.view_as(m2)
+            if is_batched(moments.mean):
+                raise InputError(f"layer {layer.name!r} ({type(layer.module).__name__}) {INSIDE_VMAP}")
+            with outside_of_transforms():  # torch.func lets nobody write into tensors from outside of it
+                new_count = unwrapped(moments.count).reshape(-1)
+                new_mean, new_m2 = unwrapped(moments.mean).view_as(mean), unwrapped(moments.m2).view_as(m2)
             # A single population of one value was refused by the layer itself; looking would make the host wait.
             if averaging and last - first > 1 and bool((new_count == 1).any()):
                 raise InputError(
@@ -266,10 +271,11 @@ class Recording(AbstractContextManager["Recording"]):
                 )
             for index in range(layer.first + first, layer.first + last):
                 self._reached(index)
-            merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
-            mean.copy_(merged.mean)
-            m2.copy_(merged.m2)
-            count.add_(new_count)
+            with outside_of_transforms():
+                merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
+                mean.copy_(merged.mean)
+                m2.copy_(merged.m2)
+                count.add_(new_count)
 
         return record
 
