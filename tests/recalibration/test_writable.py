@@ -221,3 +221,11 @@ def test_eps_and_momentum_may_be_buffers_or_properties(kind):
     assert torch.equal(model[0].running_mean, reference[0].running_mean)
     torch.testing.assert_close(model[1].running_var, reference[1].running_var)
     assert list(vars(model[0])) == keys
+
+
+@pytest.mark.parametrize("move", [as_parameters, as_attributes, parametrized])
+def test_a_model_of_nothing_else_says_what_to_do(move):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    move(model[0])
+    with pytest.warns(UserWarning, match="1 keeps running statistics that are no buffers; register_buffer"):
+        update_bn_stats(model, BATCHES, None)
