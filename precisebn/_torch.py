@@ -4,6 +4,7 @@ A change of torch then shows in one place, and fails the test of that function.
 """
 
 import datetime
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "is_tracing",
     "is_transformed",
     "join_disabled",
+    "outside_of_transforms",
     "unflatten_tree",
     "unwrapped",
 ]
@@ -52,6 +54,12 @@ def unwrapped(tensor: Tensor) -> Tensor:
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
+
+
+def outside_of_transforms() -> AbstractContextManager[Any]:
+    """A context for work on plain tensors in the midst of torch.func, of which torch.func then knows nothing."""
+    context: AbstractContextManager[Any] = torch._C._DisableFuncTorch()
+    return context
 
 
 def is_exporting() -> bool:

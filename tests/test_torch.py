@@ -125,3 +125,18 @@ def test_unwrapped_gives_what_is_inside_of_torch_func_at_any_depth():
     assert seen == [(3, 2)]
     plain = torch.ones(2)
     assert _torch.unwrapped(plain) is plain
+
+
+def test_outside_of_transforms_plain_tensors_can_be_written_in_the_midst_of_torch_func():
+    seen = torch.zeros(3)
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        with _torch.outside_of_transforms():
+            seen.add_(_torch.unwrapped(x))
+        return x.sin().sum()
+
+    x = torch.ones(3)
+    gradient = torch.func.grad(note)(x)
+    torch.func.jvp(note, (x,), (x,))
+    assert torch.equal(seen, torch.full((3,), 2.0))
+    torch.testing.assert_close(gradient, x.cos())

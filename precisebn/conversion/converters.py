@@ -435,8 +435,8 @@ def _like(bn: _BatchNorm, new_class: type[nn.Module], **settings: Any) -> nn.Mod
     new = new_class(
         **{
             "num_features": bn.num_features,
-            "eps": bn.eps,
-            "momentum": bn.momentum,
+            "eps": float(bn.eps),  # a buffer, in some subclasses
+            "momentum": None if bn.momentum is None else float(bn.momentum),
             "affine": bn.weight is not None,
             "track_running_stats": bn.running_mean is not None,
             **placement(bn.weight if bn.running_mean is None else bn.running_mean),

@@ -184,7 +184,8 @@ class _Factory:
             with self.interrupts.let_through():
                 new = self.conversion.build(name, base)
         else:
-            new = self.conversion.build(name, base)
+            with torch.inference_mode(False):  # layers made under inference_mode() could never be trained, or updated
+                new = self.conversion.build(name, base)
         if not isinstance(new, nn.Module):
             raise InputError(f"the factory returned {new!r} for {describe(name, layer)}; it must return a module")
         if new is not base and new in self.taken:
@@ -208,7 +209,8 @@ def _replacement(name: str, layer: nn.Module, factory: _Factory, changes: Transa
     elif isinstance(layer, _BatchNorm):
         base = layer
     else:
-        base = layers.plain_twin(layer, conversion.bn_class)
+        with torch.inference_mode(False):
+            base = layers.plain_twin(layer, conversion.bn_class)
         hand_over([layer], base, Source(name, layer, conversion.domain), changes)
         _inherit(layer, base, changes)
     new = base if origin is not None and conversion.is_way_back else factory(name, layer, base)

@@ -199,6 +199,8 @@ def _write(tensor: Tensor, value: Tensor, changes: Transaction) -> None:
     grad = tensor.grad
     if grad is not None:
         changes.set(tensor, "grad", None)  # a gradient must be of the dtype of its tensor, on the way and back
-    changes.set(tensor, "data", value.clone())
+    with torch.inference_mode(False):  # else nothing could write into it any more
+        value = value.clone()
+    changes.set(tensor, "data", value)
     if grad is not None:
         changes.set(tensor, "grad", grad.to(value))

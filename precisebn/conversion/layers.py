@@ -85,7 +85,7 @@ def settings_of(layer: nn.Module) -> dict[str, Any]:
     member = layer[0] if isinstance(layer, CycleBatchNormList) else layer
     if not isinstance(member, (_BatchNorm, *OURS)):
         return {}
-    return {key: vars(member)[key] for key in ("eps", "momentum", "track_running_stats")}
+    return {key: getattr(member, key) for key in ("eps", "momentum", "track_running_stats")}
 
 
 def plain_twin(layer: nn.Module, bn_class: type[_BatchNorm]) -> _BatchNorm:

@@ -1,4 +1,4 @@
-"""What a data loader yields: how to call a model on it, move it to a device, lay it out, and count its samples."""
+"""What a data loader yields: how to call a model on it, move it to a device, lay it out, and copy it."""
 
 import copy
 import traceback
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from precisebn.errors import BatchFormatError, InputError, add_note
 from precisebn.models.nested import tensors_in
@@ -17,9 +18,11 @@ __all__ = [
     "ForwardFn",
     "call_model",
     "common_device",
+    "copied",
+    "describe_batch",
     "explain_refused_view",
+    "is_passed_as_its_first_item",
     "move_to",
-    "num_samples",
     "with_memory_format",
 ]
 
@@ -36,7 +39,8 @@ def call_model(model: nn.Module, batch: Any, *, is_first: bool = False) -> Any:
     """Call the model on a batch by the form of the batch.
 
     A mapping becomes keyword arguments; a list or tuple of one floating-point tensor followed by no other (labels,
-    strings, metadata) stands for that tensor; anything else is passed as it is, as fvcore does.
+    strings, metadata) stands for that tensor; anything else is passed as it is, as fvcore does (a PackedSequence, too,
+    which is a tuple by class alone).
 
     That is a guess, and whatever a model raises on its first mini-batch may mean that it was wrong. The exception then
     says what was guessed. It keeps its type, so that who catches it still does; only a TypeError, which is what a wrong
@@ -80,7 +84,7 @@ class _Guess(NamedTuple):
         if isinstance(batch, Mapping):
             first = next((key for key, value in batch.items() if _holds(value, Tensor.is_floating_point)), "x")
             return cls(batch, (), batch, "as keyword arguments, model(**batch)", f"model(batch[{first!r}])")
-        if not isinstance(batch, list | tuple) or not batch:
+        if not isinstance(batch, list | tuple) or not batch or isinstance(batch, PackedSequence):
             return cls(batch, (batch,), {}, "as it is, model(batch)", "model(...)")
         if not isinstance(batch[0], Tensor):
             how = f"as a whole, model(batch), because item 0 is not a tensor ({type(batch[0]).__name__})"
@@ -104,8 +108,8 @@ class _Guess(NamedTuple):
             has = f" (whose parameters are {_dtype(dtype)})"
             otherwise = f"model({'batch' if self.args[0] is self.batch else 'batch[0]'}.to({dtype}))"
         return (
-            f"the mini-batch, {_describe(self.batch)}, was passed to {type(model).__name__}{has} {self.how}; if that "
-            f"is wrong, pass forward=lambda model, batch: {otherwise}"
+            f"the mini-batch, {describe_batch(self.batch)}, was passed to {type(model).__name__}{has} {self.how}; if "
+            f"that is wrong, pass forward=lambda model, batch: {otherwise}"
         )
 
     def _is_cast_to(self, dtype: torch.dtype) -> bool:
@@ -214,22 +218,43 @@ def common_device(model: nn.Module) -> torch.device | None:
     return None
 
 
-def num_samples(batch: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor, or the length of a list of samples."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, Mapping):
-        return num_samples(next((value for value in batch.values() if _holds(value, _has_dimensions)), None))
-    if isinstance(batch, list | tuple) and batch:
-        return len(batch) if _is_list_of_samples(batch) else num_samples(batch[0])
-    return 1
+def is_passed_as_its_first_item(batch: Any) -> bool:
+    """Whether :func:`call_model` passes the first item of a list or tuple in the place of the whole."""
+    return isinstance(batch, list | tuple) and bool(batch) and _Guess.of(batch).args[0] is batch[0]
 
 
-def _is_list_of_samples(batch: Any) -> bool:
-    """Detection's form: a list with one mapping, or one image without a batch dimension, for each sample."""
-    if all(isinstance(item, Tensor) for item in batch):
-        return isinstance(batch, list) and len({item.dim() for item in batch}) == 1 and batch[0].dim() == 3
-    return all(isinstance(item, Mapping) for item in batch) or not isinstance(batch[0], Tensor | Mapping | list | tuple)
+def copied(batch: Any, remedy: str) -> Any:
+    """The batch in memory of its own, which no loader writes into and no model's in-place operation reaches back from.
+
+    Args:
+        batch: what a loader yielded.
+        remedy: what to do where that cannot be copied, for the message.
+
+    Raises:
+        BatchFormatError: it cannot be copied.
+    """
+    memo: dict[int, Any] = {}  # deepcopy finds tensors in it, and need not copy all the memory that each is a view of
+    _copy_tensors(batch, memo, set())
+    try:
+        return copy.deepcopy(batch, memo)
+    except Exception as error:
+        raise BatchFormatError(
+            f"the mini-batch, {describe_batch(batch)}, cannot be copied: {error}; {remedy}"
+        ) from error
+
+
+def _copy_tensors(item: Any, memo: dict[int, Any], seen: set[int]) -> None:
+    """Copy all tensors in nested containers and attributes of objects, each once."""
+    if isinstance(item, Tensor):
+        if id(item) not in memo:
+            memo[id(item)] = item.detach().clone().requires_grad_(item.requires_grad)
+        return
+    if id(item) in seen or isinstance(item, type | nn.Module):
+        return
+    seen.add(id(item))
+    inner = item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
+    for value in (*inner, *getattr(item, "__dict__", {}).values()):
+        _copy_tensors(value, memo, seen)
 
 
 def _holds(item: Any, wanted: Callable[[Tensor], bool]) -> bool:
@@ -237,11 +262,7 @@ def _holds(item: Any, wanted: Callable[[Tensor], bool]) -> bool:
     return any(map(wanted, tensors_in(item, in_data_classes=False)))
 
 
-def _has_dimensions(tensor: Tensor) -> bool:
-    return tensor.dim() > 0
-
-
-def _describe(batch: Any) -> str:
+def describe_batch(batch: Any) -> str:
     """A batch in a few words: types and shapes, two levels deep."""
 
     def brief(item: Any, depth: int) -> str:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -127,7 +127,11 @@ def populations_of(layer: nn.Module) -> Sequence[RunningStatistics]:
     mean, var, num_batches = map(layer._buffers.get, STATISTICS)
     if mean is None or var is None:
         return ()
-    return (RunningStatistics(mean, var, num_batches, vars(layer)["eps"]),)
+    eps = vars(layer).get("eps")
+    if eps is None:  # some subclasses compute it, or keep it as a buffer
+        computed: Any = layer.eps
+        eps = float(computed)
+    return (RunningStatistics(mean, var, num_batches, eps),)
 
 
 def family_of(layer: nn.Module) -> Family | None:

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from precisebn.distributed import is_sharded
 from precisebn.models.statistics_buffers import statistics_buffers
 from precisebn.models.tensor_pictures import PLAIN_TENSORS, TensorPicture, TensorPictures
 from precisebn.models.transaction import Transaction, refill
+from precisebn.nn.population import STATISTICS
 
 __all__ = ["Snapshot"]
 
@@ -175,13 +177,30 @@ class _ModulePicture:
                 self._look_into(item)
 
     def statistics(self) -> list[tuple[Any, str, Tensor]]:
-        """The running statistics that it had: where, under which name, and the buffer."""
+        """The running statistics that it had: where, under which name, and the tensor."""
         place = self.places[1]
-        if not place:
-            return []
-        content = self._content(place)
-        found = [(place, name, content[name]) for name in statistics_buffers(self.module)]
+        found = self._statistics_elsewhere()
+        if place:
+            content = self._content(place)
+            found += [(place, name, content[name]) for name in statistics_buffers(self.module)]
         return [one for one in found if not is_lazy(one[2])] if self.was_lazy else found
+
+    def _statistics_elsewhere(self) -> list[tuple[Any, str, Tensor]]:
+        """Of layers whose running statistics are parameters, plain attributes, or parametrized."""
+        places = self.places
+        if isinstance(self.module, ParametrizationList):
+            if self.name.rpartition(".")[2] not in STATISTICS:
+                return []
+            return [(place, name, t) for place in places for name, t in self._content(place).items() if t is not None]
+        found: list[tuple[Any, str, Tensor]] = []
+        if places[0] and any(name in places[0] for name in STATISTICS):
+            found += [
+                (places[0], name, t) for name in STATISTICS if (t := self._content(places[0]).get(name)) is not None
+            ]
+        if self.others:
+            attributes = [(name, self.attributes.get(name)) for name in STATISTICS]
+            found += [(vars(self.module), name, t) for name, t in attributes if isinstance(t, Tensor)]
+        return found
 
     def entries(self, named: set[int]) -> Iterator[tuple[str, object]]:
         """Everything that may differ, by name; but for tensors of containers that have a name elsewhere."""

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from precisebn._reports import by_reason, counted
 from precisebn.distributed import is_sharded
 from precisebn.errors import InputError, InsufficientDataError
+from precisebn.models.batches import copied
 from precisebn.models.families import populations_of
 from precisebn.models.selection import select_modules
 from precisebn.models.snapshot import Snapshot
@@ -20,6 +21,7 @@ from precisebn.models.tensor_pictures import PLAIN_TENSORS
 from precisebn.models.transaction import Transaction
 from precisebn.recalibration.report import reason_left_alone
 from precisebn.recalibration.settings import Settings
+from precisebn.recalibration.writable import check_writable
 
 __all__ = ["Choice", "choose", "initialize_lazy_layers"]
 
@@ -70,6 +72,11 @@ _WORDS = {
         "keeps no running statistics (track_running_stats=False)",
         "keep no running statistics (track_running_stats=False)",
     ),
+    "running statistics that are no buffers": _Words(
+        "keeps running statistics that are no buffers",
+        "keep running statistics that are no buffers",
+        "register_buffer makes buffers of parameters and attributes",
+    ),
     "lazy, and not reached by the first mini-batch": _Words(
         "is lazy, and not reached by the first mini-batch", "are lazy, and not reached by the first mini-batch"
     ),
@@ -79,6 +86,8 @@ _WORDS = {
 """By the reason in a report, without what stands in brackets."""
 
 EXCLUDED = "exclude="
+NO_STATISTICS = "no running statistics (track_running_stats=False)"
+NO_BUFFERS = "running statistics that are no buffers (but parameters, plain attributes or parametrized)"
 
 
 def choose(settings: Settings) -> Choice:
@@ -86,11 +95,12 @@ def choose(settings: Settings) -> Choice:
 
     Raises:
         InputError: something that selects no BatchNorm layer of the model; a layer on the meta device, or whose
-            running statistics are cut into parts.
+            running statistics are cut into parts, or cannot be written, see :func:`check_writable`.
     """
     selection = select_modules(settings.model, settings.modules, settings.exclude)
     lazy = {name for name, layer in selection.found.items() if _is_lazy(layer)}
     result = Choice(some_are_lazy=bool(lazy))
+    to_write = []
     for name, layer in selection.found.items():
         if layer in selection.excluded:
             result.skipped[name] = EXCLUDED
@@ -99,7 +109,7 @@ def choose(settings: Settings) -> Choice:
         else:
             populations = populations_of(layer)
             if not populations:
-                result.skipped[name] = "no running statistics (track_running_stats=False)"
+                result.skipped[name] = NO_BUFFERS if _has_statistics_elsewhere(layer) else NO_STATISTICS
             elif name in lazy:
                 result.skipped[name] = "lazy, and not reached by the first mini-batch"
             elif populations[0].mean.is_meta:
@@ -114,7 +124,14 @@ def choose(settings: Settings) -> Choice:
                 )
             else:
                 result.layers[name] = layer
+                to_write.append((name, layer, populations))
+    check_writable(to_write)
     return result
+
+
+def _has_statistics_elsewhere(layer: nn.Module) -> bool:
+    """Whether a layer without populations has running statistics all the same, which its own forward may move."""
+    return any(getattr(layer, name, None) is not None for name in ("running_mean", "running_var"))
 
 
 def initialize_lazy_layers(model: nn.Module, batches: Iterator[Any], run: Callable[[Any], object]) -> Iterator[Any]:
@@ -130,6 +147,7 @@ def initialize_lazy_layers(model: nn.Module, batches: Iterator[Any], run: Callab
 
     Raises:
         InsufficientDataError: there is none.
+        BatchFormatError: it cannot be copied.
     """
     first = next(batches, None)
     if first is None:
@@ -141,7 +159,8 @@ def initialize_lazy_layers(model: nn.Module, batches: Iterator[Any], run: Callab
             if isinstance(module, _NormBase):  # so that no statistics move of those that cannot be put back
                 modes.put(vars(module), "training", False)
         with torch.no_grad():
-            run(first)
+            # A copy: the mini-batch runs again, and a model may change its input in place.
+            run(copied(first, "run one forward of the model before, which gives lazy layers their size"))
     finally:
         modes.undo()
     return itertools.chain([first], batches)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from precisebn import ops
+from precisebn._torch import is_batched, outside_of_transforms, unwrapped
 from precisebn.errors import BatchFormatError, InputError
 from precisebn.models.batch_norm_calls import BatchNormCalls
 from precisebn.models.families import populations_of
@@ -21,7 +22,12 @@ from precisebn.ops.chan import merge
 from precisebn.recalibration.prior import Mixture
 from precisebn.statistics.moments import Moments
 
-__all__ = ["DeclaredForward", "InputForward", "Slot", "UnknownForward"]
+__all__ = ["INSIDE_VMAP", "DeclaredForward", "InputForward", "Slot", "UnknownForward"]
+
+INSIDE_VMAP = (
+    "runs inside torch.vmap, where it cannot be seen which values belong to one mini-batch; call the model without "
+    "vmap: forward="
+)
 
 
 class Slot:
@@ -62,6 +68,7 @@ class Slot:
             and x.device == self.device
             and x.is_floating_point()
             and not 0 < x.numel() < self.fewest
+            and not is_batched(x)
         ):
             raise self._refusal(x)
         self.reached()
@@ -72,6 +79,8 @@ class Slot:
         wanted = f"(N, {self.num_channels}, *)"
         if not isinstance(x, Tensor):
             return BatchFormatError(f"layer {self.name!r} takes a tensor {wanted}, got {type(x).__name__}")
+        if is_batched(x):
+            return InputError(f"{layer} {INSIDE_VMAP}")
         if x.dim() < 2 or x.shape[1] != self.num_channels:
             return InputError(
                 f"{layer} takes tensors {wanted}, got shape {tuple(x.shape)}; check the mini-batch, or say how the "
@@ -207,7 +216,7 @@ class UnknownForward(_RecordedForward):
         watch = BatchNormCalls(self.scratch["running_mean"], self.slot.merge)
         attributes, buffers = vars(self.module), self.module._buffers
         measuring = {"training": True, "momentum": 1.0, "track_running_stats": True}
-        aside = {key: attributes[key] for key in measuring}
+        aside = {key: attributes[key] for key in measuring if key in attributes}  # a subclass may compute its momentum
         try:
             attributes.update(measuring)
             buffers.update(self.scratch)
@@ -216,6 +225,8 @@ class UnknownForward(_RecordedForward):
             written = buffers.get("running_mean"), buffers.get("running_var")
         finally:
             attributes.update(aside)
+            for key in measuring.keys() - aside.keys():
+                del attributes[key]
             buffers.update(self.scratch)
         if not watch.seen_own:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -261,14 +272,17 @@ class DeclaredForward(_RecordedForward):
         attributes = vars(self.module)
         recorder, training = attributes["recorder"], attributes["training"]
         populations = populations_of(self.module)
-        mean = torch.stack([torch.zeros_like(one.mean, dtype=torch.float64) for one in populations])
-        own = Moments(mean.new_zeros(len(populations)), mean, torch.zeros_like(mean))
+        with outside_of_transforms():
+            mean = torch.stack([torch.zeros_like(one.mean, dtype=torch.float64) for one in populations])
+            own = Moments(mean.new_zeros(len(populations)), mean, torch.zeros_like(mean))
 
         def note(moments: Moments, population: int | None) -> None:
             nonlocal own
             moments = Moments(moments.count, moments.mean.detach(), moments.m2.detach())
             recorder(moments, population)
-            own = own + _spread_out(moments, population, own)
+            plain = Moments(unwrapped(moments.count), unwrapped(moments.mean), unwrapped(moments.m2))
+            with outside_of_transforms():
+                own = own + _spread_out(plain, population, own)
 
         try:
             attributes["recorder"] = note
@@ -276,10 +290,11 @@ class DeclaredForward(_RecordedForward):
             counts = own.count.tolist()
             if not any(counts):
                 return output
-            mixed = self.mixture.of(counts, own.mean, own.m2 / own.count.clamp(min=1.0).unsqueeze(-1))
-            for one, one_mean, one_var in zip(populations, *mixed, strict=True):
-                one.mean.copy_(one_mean)
-                one.var.copy_(one_var)
+            with outside_of_transforms():
+                mixed = self.mixture.of(counts, own.mean, own.m2 / own.count.clamp(min=1.0).unsqueeze(-1))
+                for one, one_mean, one_var in zip(populations, *mixed, strict=True):
+                    one.mean.copy_(one_mean)
+                    one.var.copy_(one_var)
             del attributes["recorder"]
             attributes["training"] = False
             return self.original(*args, **kwargs)
@@ -299,9 +314,10 @@ def _spread_out(moments: Moments, population: int | None, like: Moments) -> Mome
 
 def _mix(mixture: Mixture, count: float, mean: Tensor, var: Tensor) -> None:
     """Replace the statistics ``(C,)`` of a layer's one population by their mixture, in place."""
-    (mixed_mean,), (mixed_var,) = mixture.of([count], mean.unsqueeze(0), var.unsqueeze(0))
-    mean.copy_(mixed_mean)
-    var.copy_(mixed_var)
+    with outside_of_transforms():  # torch.func lets nobody write into tensors from outside of it
+        (mixed_mean,), (mixed_var,) = mixture.of([count], mean.unsqueeze(0), var.unsqueeze(0))
+        mean.copy_(mixed_mean)
+        var.copy_(mixed_var)
 
 
 WRITES_NOTHING, NOT_UNDERSTOOD = 1, 2

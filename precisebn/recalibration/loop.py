@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -15,12 +16,13 @@ from precisebn.errors import InsufficientDataError
 from precisebn.models.batches import (
     call_model,
     common_device,
+    copied,
     explain_refused_view,
     move_to,
-    num_samples,
     with_memory_format,
 )
 from precisebn.models.interrupts import HeldBack
+from precisebn.models.samples import certain_num_samples, num_samples
 from precisebn.recalibration.prior import Prior
 from precisebn.recalibration.recording import Recording
 from precisebn.recalibration.report import largest
@@ -53,6 +55,7 @@ class Loop:
         self._device = settings.device if settings.device is not None else common_device(settings.model)
         self._max_error = math.nan
         self._prior: Prior | None = None
+        self._weighed: int | None = None  # mini-batches of a first pass over a loader that there is a second of
         self._in_step = ranks.size > 1 and communicates(settings.model.modules())
         self.batches: Iterator[Any] = _Interruptible(settings.data_loader, interrupts)
 
@@ -77,23 +80,35 @@ class Loop:
     def weigh(self, prior: Prior) -> None:
         """Tell a prior how many samples there will be, of all ranks: it is mixed in from the first mini-batch on.
 
-        For that the loader is gone through twice; of one that can be gone through only once the mini-batches are kept.
-        With a tolerance nobody knows: then what counts is the samples so far.
+        For that the loader is gone through twice; of one that can be gone through only once the mini-batches are kept,
+        as copies, since it may fill the same memory anew with each. With a tolerance nobody knows: then what counts is
+        the samples so far.
+
+        Raises:
+            BatchFormatError: it cannot be told how many samples a mini-batch holds.
         """
         if prior.size == 0 or not math.isfinite(prior.size):
             return
         self._prior = prior
         if self.settings.tolerance is not None:
             return
-        batches = itertools.islice(self.batches, self.settings.num_iters)
+        batches = self.batches if self.settings.num_iters is None else _first(self.batches, self.settings.num_iters)
+        sizes, kept = list[int](), list[Any]()
+        for batch in batches:
+            sizes.append(self._count(batch))
+            if isinstance(self.settings.data_loader, Iterator):
+                kept.append(copied(batch, _TWICE))
         if isinstance(self.settings.data_loader, Iterator):
-            kept = list(batches)
-            samples, self.batches = sum(map(num_samples, kept)), iter(kept)
+            self.batches = iter(kept)
         else:
-            samples = sum(map(num_samples, batches))
+            self._weighed = len(sizes)
             self.batches = _Interruptible(self.settings.data_loader, self._interrupts)
-        total, _ = self.ranks.tally(Tally(samples=samples))
+        total, _ = self.ranks.tally(Tally(samples=sum(sizes)))
         prior.samples = float(total.samples)
+
+    def _count(self, batch: Any) -> int:
+        """Samples in a mini-batch: a guess will do for a report, but not for what a prior weighs against."""
+        return num_samples(batch) if self._prior is None else certain_num_samples(batch, f"prior={self._prior.size:g}")
 
     def run(self, recording: Recording) -> tuple[Tally, Tally]:
         """Record mini-batches until there are enough.
@@ -127,7 +142,7 @@ class Loop:
     def _step(self, recording: Recording, bar: "tqdm.tqdm[Any] | None") -> bool:
         """Run one mini-batch, if there is one."""
         for batch in self._all_at_once() if self._in_step else self.batches:
-            samples = num_samples(batch)
+            samples = self._count(batch)
             if self._prior is not None and self.settings.tolerance is not None:
                 self._prior.samples = float(self.samples + samples) * self.ranks.size
             with recording.forward():
@@ -160,6 +175,12 @@ class Loop:
 
     def _check_amount(self, exhausted: bool) -> None:
         settings = self.settings
+        if exhausted and self._weighed is not None and self.iterations < self._weighed:
+            raise InsufficientDataError(
+                f"prior={settings.prior:g} has the data loader gone through twice, and it gave "
+                f"{counted(self._weighed, 'mini-batch')} the first time but {self.iterations} the second; {_TWICE}, or "
+                "iter(loader), whose mini-batches are kept"
+            )
         if self.iterations == 0 and self.ranks.size == 1:
             raise InsufficientDataError("the data loader gave no mini-batch")
         if exhausted and settings.tolerance is None and settings.num_iters is not None:
@@ -230,6 +251,11 @@ class _Interruptible(Iterator[Any]):
 
 
 _NO_BATCH = object()
+_TWICE = "pass a loader that can be gone through twice, such as a DataLoader or a list"
+
+
+def _first(batches: Iterator[Any], number: int) -> Iterator[Any]:
+    return itertools.islice(batches, min(number, sys.maxsize))
 
 
 def _indices(flags: list[bool]) -> list[int]:

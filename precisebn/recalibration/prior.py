@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from precisebn.distributed import Ranks
-from precisebn.errors import NonFiniteStatisticsError
+from precisebn.errors import InputError, NonFiniteStatisticsError
 from precisebn.models.families import populations_of
 
 __all__ = ["Mixture", "Prior"]
@@ -54,6 +54,7 @@ class Prior:
 
         Raises:
             NonFiniteStatisticsError: present statistics of NaN or Inf.
+            InputError: a present variance below zero.
         """
         if self.size == 0:
             return {}
@@ -68,6 +69,11 @@ class Prior:
             if not bool(part.isfinite().all()):
                 raise NonFiniteStatisticsError(
                     f"the present statistics of layer {name!r} hold NaN or Inf: no prior; pass prior=0"
+                )
+            if bool((part.view_as(statistics)[:, 1] < 0).any()):
+                raise InputError(
+                    f"the present variance of layer {name!r} is negative in some channels: no prior; pass prior=0, "
+                    "which replaces it"
                 )
             statistics.copy_(part.view_as(statistics))
         return {name: Mixture(self, statistics, averages) for name, statistics in present.items()}

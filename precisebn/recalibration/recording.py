@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from precisebn._torch import is_batched, outside_of_transforms, unwrapped
 from precisebn.distributed import reshard
 from precisebn.errors import InputError, NonFiniteStatisticsError
 from precisebn.models.copies import Copies
@@ -28,7 +29,7 @@ from precisebn.models.wrappers import run_eagerly, set_wrappers_aside
 from precisebn.nn.population import Recordable, Recorder, RunningStatistics
 from precisebn.ops.chan import merge
 from precisebn.recalibration.early_exit import EarlyExit
-from precisebn.recalibration.forwards import DeclaredForward, InputForward, Slot, UnknownForward
+from precisebn.recalibration.forwards import INSIDE_VMAP, DeclaredForward, InputForward, Slot, UnknownForward
 from precisebn.recalibration.prior import Mixture
 from precisebn.statistics.estimator import EstimatorName, PopulationEstimator
 from precisebn.statistics.moments import Moments
@@ -262,9 +263,12 @@ class Recording(AbstractContextManager["Recording"]):
         def record(moments: Moments, population: int | None) -> None:
             first, last = (0, layer.number) if population is None else (population, population + 1)
             count, mean, m2 = counts[first:last], means[first:last], m2s[first:last]
-            new_count = moments.count.reshape(-1)
-            # Gradients are on where the model asks for them, and in threads of its own.
-            new_mean, new_m2 = moments.mean.detach().view_as(mean), moments.m2.detach().view_as(m2)
+            if is_batched(moments.mean):
+                raise InputError(f"layer {layer.name!r} ({type(layer.module).__name__}) {INSIDE_VMAP}")
+            with outside_of_transforms():  # torch.func lets nobody write into tensors from outside of it
+                # Gradients are on where the model asks for them, and in threads of its own.
+                new_count, new_mean, new_m2 = (unwrapped(t).detach() for t in (moments.count, moments.mean, moments.m2))
+                new_count, new_mean, new_m2 = new_count.reshape(-1), new_mean.view_as(mean), new_m2.view_as(m2)
             # A single population of one value was refused by the layer itself; looking would make the host wait.
             if averaging and last - first > 1 and bool((new_count == 1).any()):
                 raise InputError(
@@ -273,7 +277,7 @@ class Recording(AbstractContextManager["Recording"]):
                 )
             for index in range(layer.first + first, layer.first + last):
                 self._reached(index)
-            with self._lock:
+            with self._lock, outside_of_transforms():
                 if self._takes:
                     merged = merge(count.unsqueeze(-1), mean, m2, new_count.unsqueeze(-1), new_mean, new_m2)
                     mean.copy_(merged.mean)

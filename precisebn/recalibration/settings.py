@@ -79,6 +79,11 @@ class Settings:
             raise InputError(f"tolerance={self.tolerance!r} must be a positive number, such as 0.01, or None")
         if not _is_number(self.prior) or not self.prior >= 0:  # NaN is not either
             raise InputError(f"prior={self.prior!r} must be a number of samples, 0 or more")
+        for name, value in (("prior", self.prior), ("tolerance", self.tolerance)):
+            try:
+                float(value or 0.0)
+            except OverflowError as error:
+                raise InputError(f"{name}= is larger than any float; prior=math.inf leaves the statistics") from error
 
     def plain(self) -> "Settings":
         """The same with Python's own numbers: NumPy's are none to JSON, and ranks compare how numbers are written."""

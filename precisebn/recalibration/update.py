@@ -63,8 +63,9 @@ def update_bn_stats(
     the mini-batches without gradients, every chosen layer normalizing with the statistics of the mini-batch as in
     training; their moments merge exactly (never a difference of squares), and then ``running_mean`` and
     ``running_var`` are overwritten, in place; ``num_batches_tracked`` grows by the mini-batches seen, as in training.
-    ``momentum``, modes and hooks are as before, and so are the running statistics of all other layers. What a forward
-    does to anything else (a queue, a cache, the vectors of spectral norm) it has done, as any forward does.
+    ``momentum``, modes and hooks are as before, and so are the running statistics of all other layers, also where these
+    are no buffers but parameters, attributes or parametrized, which are left alone. What a forward does to anything
+    else (a queue, a cache, the vectors of spectral norm) it has done, as any forward does.
 
     If anything at all is raised on the way, Ctrl-C included, the model is as it was, bit for bit: buffers, parameters,
     attributes, hooks, modes. (Lazy modules that the first forward has initialized stay initialized.) That takes
@@ -82,7 +83,7 @@ def update_bn_stats(
         progress: ``"tqdm"`` or True shows a progress bar with the samples seen and the largest standard error.
         forward: ``forward(model, batch)`` calls the model. By default a mapping is passed as keyword arguments; a
             list or tuple of a floating-point tensor and items that hold none (labels, metadata) is passed as that
-            tensor; anything else as it is.
+            tensor; anything else as it is, a PackedSequence too.
         device: where mini-batches are moved to; by default, the device of the model's parameters if they share one.
         memory_format: how their tensors are laid out before the model gets them: ``torch.channels_last`` those of 4
             dimensions, ``torch.channels_last_3d`` those of 5, wherever they lie in mappings, lists and tuples.
@@ -124,8 +125,9 @@ def update_bn_stats(
         BatchFormatError: the model does not take what the loader yields.
         RankFailedError: another rank failed, or did not come within the timeout of the process group.
         InputError: an argument that makes no sense; a ``view`` in the model that does not exist in ``memory_format``;
-            ranks that differ in their layers, arguments or versions; or the model, or a part of it, is being
-            recalibrated already.
+            ranks that differ in their layers, arguments or versions; running statistics that cannot be written
+            (integers, inference tensors, expanded ones), or not without overwriting another layer's, with which they
+            share memory; a forward inside torch.vmap; or the model, or a part of it, is being recalibrated already.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -170,7 +172,9 @@ def adapt_bn_stats(
     between the two means to the variance, and so widen it by the very shift that is to be removed.) As in their code
     layers normalize by these very mixtures while the target is measured, so that deeper layers are measured under what
     will be deployed; n is that of all the data, however it is cut into mini-batches. To know it, the loader is gone
-    through twice (of an iterator the mini-batches are kept); with a tolerance it is that of the samples so far.
+    through twice; with a tolerance it is that of the samples so far. Of an iterator, which there is only once, copies
+    of all mini-batches are kept, as it may use the same memory again: that takes the memory of all the data, beside
+    what the iterator holds itself. Pass a loader or a list where that is too much.
 
     What prior to choose: none, where the shift is large or there are a hundred samples of the target; where there are
     fewer and the shift may be small, as many as there are samples at most. (``python -m benchmarks --only prior``, on
@@ -181,7 +185,10 @@ def adapt_bn_stats(
         model: a trained model, its running statistics being the source's.
         target_loader: mini-batches of the target domain; labels are not used.
         prior: N, in samples; 0 or more, ``math.inf`` leaves the source statistics. A layer with a population for each
-            domain weighs each against that domain's part of the samples.
+            domain weighs each against that domain's part of the samples. Samples of the target are counted by the first
+            dimension of a tensor (the first of a list or tuple, if that is floating point; of a mapping, a dataclass or
+            another object, all that are in it must agree), by the sequences of a PackedSequence, and by the items of a
+            list of mappings or objects. Where that says nothing certain, a BatchFormatError has the remedy.
         num_iters: as in :func:`update_bn_stats`, but all of the loader by default.
         progress: as in :func:`update_bn_stats`, as are the next two.
         forward: how to call the model.

@@ -91,7 +91,7 @@ class Gathered:
         rows = zip(populations_of(self.layer), self.moments.count, self.moments.mean, self.moments.m2, strict=True)
         for one, count, mean, m2 in rows:
             mean_new, var_new, counted = one.mean.clone(), one.var.clone(), count.new_zeros((), dtype=torch.int64)
-            momentum: float | None = vars(self.layer)["momentum"]
+            momentum = _momentum_of(self.layer)
             if one.num_batches is not None:
                 counted = one.num_batches.clone()
             elif momentum is None:
@@ -130,7 +130,7 @@ class Averages(Gathered):
 
     def track(self, changes: Transaction) -> None:
         """Move the running statistics once; InstanceNorm counts no mini-batches."""
-        momentum = vars(self.layer)["momentum"]
+        momentum = _momentum_of(self.layer)
         if self.moments is None or not momentum:
             return
         [one] = populations_of(self.layer)
@@ -150,8 +150,8 @@ class GatheringForward(StandIn):
         super().__init__(module, {})
         self.gathered = gathered
         self.knows_input = isinstance(gathered, Averages) or normalizes_its_input(module)
-        self.aside: tuple[dict[str, Tensor], float | None] | None = None
-        """While a forward runs: the layer's own buffers and momentum."""
+        self.aside: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        """While a forward runs: the layer's own buffers, and its momentum where that is an attribute."""
 
     def take_out(self, changes: Transaction) -> None:
         """Undo what :meth:`put` has changed, when the forward under way has ended."""
@@ -172,7 +172,7 @@ class GatheringForward(StandIn):
             return self.original(*args, **kwargs)
         self.scratch = {name: buffer.clone() for name, buffer in own.items()}
         try:
-            self.aside = own, attributes["momentum"]
+            self.aside = own, {key: value for key, value in attributes.items() if key == "momentum"}
             buffers.update(self.scratch)
             if isinstance(self.gathered, Averages):
                 attributes["momentum"] = 1.0  # the averages of this micro-batch alone
@@ -191,7 +191,8 @@ class GatheringForward(StandIn):
 
     def _put_back(self) -> None:
         if self.aside is not None:
-            own, vars(self.module)["momentum"] = self.aside
+            own, momentum = self.aside
+            vars(self.module).update(momentum)
             self.module._buffers.update(own)
             self.aside = None
 
@@ -208,6 +209,12 @@ class GatheringForward(StandIn):
                 "out: accumulate_statistics(model, <the others>)"
             )
         return output
+
+
+def _momentum_of(layer: nn.Module) -> float | None:
+    """As a number: some subclasses compute it, or keep it as a buffer."""
+    momentum: Any = layer.momentum
+    return None if momentum is None else float(momentum)
 
 
 def merge_over_ranks(gathered: Iterable[Gathered], ranks: Ranks) -> None:

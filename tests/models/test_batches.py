@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from precisebn import BatchFormatError, InputError, adapt_bn_stats, update_bn_stats
 from precisebn.errors import add_note
-from precisebn.models.batches import call_model, common_device, move_to, num_samples
+from precisebn.models.batches import call_model, common_device, copied, move_to
 
 IMAGE, LABELS, FLOAT_TARGET, MASK = torch.randn(4, 3, 8, 8), torch.arange(4), torch.randn(4, 1), torch.ones(4).bool()
 Pair = namedtuple("Pair", ["image", "label"])
@@ -314,27 +314,6 @@ def test_common_device():
     assert common_device(nn.ReLU()) is None
 
 
-@pytest.mark.parametrize(
-    ("batch", "samples"),
-    [
-        (IMAGE, 4),
-        ((IMAGE, LABELS), 4),
-        ({"n": 3, "x": IMAGE}, 4),
-        ({"inputs": {"x": IMAGE}}, 4),
-        ({"image": [IMAGE, IMAGE]}, 4),
-        ([{"image": IMAGE[0]}] * 3, 3),
-        (["a", "b"], 2),
-        (([IMAGE, IMAGE], LABELS), 4),
-        (torch.tensor(1.0), 1),
-        (object(), 1),
-        ([], 1),
-        ({"n": 3}, 1),
-    ],
-)
-def test_samples_in_a_batch(batch, samples):
-    assert num_samples(batch) == samples
-
-
 def test_samples_are_counted_in_the_report_whatever_the_form():
     bn = nn.BatchNorm2d(3)
     report = adapt_bn_stats(
@@ -371,14 +350,66 @@ def test_a_container_that_cannot_be_rebuilt_says_so():
         move_to(Images([torch.zeros(2)], [1]), "meta")
 
 
-@pytest.mark.parametrize(
-    ("batch", "samples"),
-    [
-        (([torch.rand(3, 8, 8)] * 5, [{}] * 5), 5),  # torchvision's detection: images of any size, targets
-        ({"step": torch.tensor(3), "x": torch.rand(5, 3)}, 5),
-        ([torch.rand(5, 3, 8, 8), torch.zeros(5).long()], 5),
-        ((torch.rand(5, 3), torch.rand(5, 3)), 5),
-    ],
-)
-def test_samples_are_counted_in_any_form_of_batch(batch, samples):
-    assert num_samples(batch) == samples
+# ---- Packed sequences, and copies ---------------------------------------------------------------------------------
+
+PACKED = pack_sequence([torch.randn(n, 3) for n in (9, 7, 5, 2)])
+
+
+def test_a_packed_sequence_is_passed_whole_though_it_is_a_tuple():
+    model = Receiver()
+    call_model(model, PACKED)
+    assert model.received[0][0] is PACKED
+
+
+class Recurrent(nn.Module):
+    """An LSTM, which packed sequences are for, and the normalization of its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.bn = nn.LSTM(3, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Any) -> torch.Tensor:
+        return self.bn(self.lstm(x)[0].data)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_a_recurrent_network_is_recalibrated_on_packed_sequences(device):
+    model = Recurrent()
+    expected = model.lstm(PACKED)[0].data.mean(0)
+    report = update_bn_stats(model, [PACKED], 1, device=device)
+    torch.testing.assert_close(model.bn.running_mean, expected)
+    assert report.num_samples == 4
+    adapt_bn_stats(model, iter([PACKED]), prior=4)  # kept, and so copied
+    torch.testing.assert_close(model.bn.running_mean, expected)
+
+
+class Holder:
+    """An object with tensors in it."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.same, self.me = x, {"x": x}, self
+
+
+def test_a_copy_has_the_form_of_the_batch_and_memory_of_its_own():
+    whole = torch.randn(1000, 3)
+    batch = {"pair": Pair(whole[:4], "a"), "packed": PACKED, "object": Holder(whole[4:8]), "array": np.arange(3)}
+    result = copied(batch, "no remedy")
+    assert isinstance(result["pair"], Pair)
+    assert isinstance(result["packed"], type(PACKED))
+    assert result["object"].me is result["object"]
+    assert result["object"].same["x"] is result["object"].x
+    assert (
+        result["pair"].image.untyped_storage().nbytes() == 4 * 3 * 4
+    )  # and not that of the whole, of which it was a view
+    expected = [whole[:4].clone(), PACKED.data.clone(), whole[4:8].clone()]
+    for tensor in (whole, PACKED.data):
+        tensor.add_(1)
+    batch["array"] += 1
+    found = [result["pair"].image, result["packed"].data, result["object"].x]
+    assert all(map(torch.equal, found, expected))
+    assert result["array"].tolist() == [0, 1, 2]
+
+
+def test_what_cannot_be_copied_says_so():
+    with pytest.raises(BatchFormatError, match=r"list\(generator\), cannot be copied: .*; pass a list"):
+        copied([(x for x in range(3))], "pass a list")

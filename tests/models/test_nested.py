@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from precisebn.models.batches import num_samples
 from precisebn.models.nested import tensors_in
+from precisebn.models.samples import certain_num_samples
 
 Pair = namedtuple("Pair", "first second")
 
@@ -41,4 +41,4 @@ def test_all_of_them_in_their_order(value, expected):
 
 def test_data_classes_are_metadata_where_that_is_asked_for():
     assert list(tensors_in([Target(A)], in_data_classes=False)) == []
-    assert num_samples({"target": Target(A), "x": C}) == 3
+    assert certain_num_samples({"target": Target(A), "x": C}, "prior=1") == 3

@@ -2,7 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +13,14 @@ import torch.nn.functional as F
 from conftest import state_of
 from torch import Tensor, nn
 
-from precisebn import BatchFormatError, NonFiniteStatisticsError, adapt_bn_stats, update_bn_stats
+from precisebn import (
+    BatchFormatError,
+    InputError,
+    InsufficientDataError,
+    NonFiniteStatisticsError,
+    adapt_bn_stats,
+    update_bn_stats,
+)
 from precisebn.nn import BatchStatBN, CycleBatchNormList, DomainSpecificBN, GhostBN, use_domain
 
 
@@ -221,4 +230,147 @@ def test_what_fails_leaves_the_model_as_it_was(layer):
         adapt_bn_stats(model, [images(4), "no image"], 2)
     with pytest.raises(ZeroDivisionError):
         adapt_bn_stats(model, [images(4)], 2, forward=lambda model, batch: domain_0(model, batch) or 1 / 0)
+    assert state_of(model) == before
+
+
+# ---- What loaders do ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    x: Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Batch, lambda x: {"x": x, "mask": torch.ones(len(x), 1)}, lambda x: (x, {"sizes": torch.tensor([[9, 9]])})],
+    ids=["dataclass", "mapping", "tuple"],
+)
+@pytest.mark.parametrize("tolerance", [None, 1e9])
+def test_a_prior_weighs_the_same_in_whatever_form_the_data_comes(wrap, tolerance):
+    model, reference = net(), net()
+    batches = images(64, scale=0.3).split(8)
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        model(batch.x if isinstance(batch, Batch) else batch["x"] if isinstance(batch, dict) else batch[0])
+
+    report = adapt_bn_stats(model, [wrap(x) for x in batches], 64, forward=forward, tolerance=tolerance)
+    adapt_bn_stats(reference, batches, 64, tolerance=tolerance)
+    assert report.num_samples == 64
+    assert all(map(torch.equal, statistics(model).values(), statistics(reference).values()))
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e9])
+def test_a_prior_does_not_weigh_against_a_number_that_is_guessed(tolerance):
+    """What was counted were the sizes of one image: 1 sample of 32."""
+    model, x = net(), images(32)
+    batch = {"sizes": torch.tensor([[9, 9]]), "x": x}
+    before = state_of(model)
+    with pytest.raises(BatchFormatError, match=r"prior=32 weighs samples.*first dimensions 1, 32.*yield pairs"):
+        adapt_bn_stats(model, [batch], 32, forward=lambda m, b: m(b["x"]), tolerance=tolerance)
+    assert state_of(model) == before
+    adapt_bn_stats(model, [(x, batch)], 32, forward=lambda m, pair: m(pair[1]["x"]))  # as the message says
+    reference = net()
+    adapt_bn_stats(reference, [x], 32)
+    assert all(map(torch.equal, statistics(model).values(), statistics(reference).values()))
+    assert adapt_bn_stats(net(), [batch], forward=lambda m, b: m(b["x"])).num_samples == 32  # no weights, no matter
+
+
+@pytest.mark.parametrize("how", ["copy_", "numpy"])
+@pytest.mark.parametrize("num_buffers", [1, 2])
+def test_a_loader_that_refills_its_memory_may_be_an_iterator(how, num_buffers):
+    """As prefetchers do: of the mini-batches that were kept, each was the last one."""
+    batches = images(48, scale=0.3).split(8)
+
+    def refilled() -> Iterator[Tensor]:
+        ring = [torch.empty_like(batches[0]) for _ in range(num_buffers)]
+        for index, batch in enumerate(batches):
+            buffer = ring[index % num_buffers]
+            if how == "copy_":
+                buffer.copy_(batch)
+            else:  # which no version counter of torch tells
+                buffer.numpy()[:] = batch.numpy()
+            yield buffer
+
+    model, reference = net(), net()
+    adapt_bn_stats(model, refilled(), 8)
+    adapt_bn_stats(reference, batches, 8)
+    assert all(map(torch.equal, statistics(model).values(), statistics(reference).values()))
+
+
+class Once:
+    """A loader that is no iterator, and can be gone through once all the same."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.batches = list(batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.batches:
+            yield self.batches.pop(0)
+
+
+def test_a_loader_that_is_used_up_by_the_first_time_says_so():
+    model = net()
+    before = state_of(model)
+    with pytest.raises(InsufficientDataError, match=r"gone through twice.* gave 3 mini-batches.* 0 .*iter\(loader\)"):
+        adapt_bn_stats(model, Once(images(24).split(8)), 8)
+    assert state_of(model) == before
+    with pytest.raises(InsufficientDataError, match=r"gone through twice.* gave 2 mini-batches.* 1 .*iter\(loader\)"):
+        adapt_bn_stats(model, Once(images(24).split(8)), 8, 2)
+    assert adapt_bn_stats(model, iter(Once(images(24).split(8))), 8).num_iters == 3  # as the message says
+
+
+def test_any_number_of_iterations_may_be_asked_for():
+    with pytest.raises(InsufficientDataError, match="ended after 1 mini-batch;"):
+        adapt_bn_stats(net(), [images(4)], 8, sys.maxsize + 1)
+
+
+# ---- What cannot be a prior ---------------------------------------------------------------------------------------
+
+
+def test_a_negative_present_variance_is_no_prior():
+    """Another layer's input was blamed, behind the one that divided by its root."""
+    model = net()
+    model[1].running_var[2] = -1.0
+    before = state_of(model)
+    with pytest.raises(InputError, match="the present variance of layer '1' is negative"):
+        adapt_bn_stats(model, [images(4)], 2)
+    assert state_of(model) == before
+    adapt_bn_stats(model, [images(4)])
+    assert bool((model[1].running_var > 0).all())
+
+
+@pytest.mark.parametrize("arguments", [{"prior": 10**400}, {"tolerance": 10**400}], ids=["prior", "tolerance"])
+def test_numbers_that_no_float_holds(arguments):
+    with pytest.raises(InputError, match=f"{next(iter(arguments))}= is larger than any float"):
+        adapt_bn_stats(net(), [images(4)], **arguments)
+
+
+# ---- In the midst of torch.func -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", [0.0, 16.0])
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+@pytest.mark.parametrize("layer", sorted(LAYERS.keys() - {"own forward"}))  # into whose buffers torch lets none write
+def test_a_forward_may_be_differentiated_by_torch_func(layer, transform, prior):
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        with use_domain(0):
+            if transform == "grad":
+                torch.func.grad(lambda x: model(x).sum())(batch)
+            else:
+                torch.func.jvp(model, (batch,), (torch.ones_like(batch),))
+
+    model, reference, x = net(layer), net(layer), images(16, scale=0.3)
+    adapt_bn_stats(model, [x], prior, forward=forward)
+    adapt_bn_stats(reference, [x], prior, forward=domain_0)
+    for found, expected in zip(statistics(model).values(), statistics(reference).values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_forward_in_vmap_is_refused_by_name(layer):
+    model = net(layer)
+    before = state_of(model)
+    with use_domain(0), pytest.raises(InputError, match=r"layer '1.*runs inside torch\.vmap.*forward="):
+        adapt_bn_stats(model, [images(4)], forward=lambda m, x: torch.vmap(m)(x[None]))
     assert state_of(model) == before

@@ -608,14 +608,43 @@ def test_statistics_too_large_for_half_precision_buffers_are_an_error():
     assert state_of(bn) == before
 
 
-def test_buffers_that_cannot_be_written_leave_the_others_unwritten():
+class Refusing(Tensor):
+    """A tensor that nothing can be copied into."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_ and type(args[0]) is cls:
+            raise RuntimeError("refused")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_buffer_that_refuses_to_be_written_leaves_the_others_unwritten():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
-    with torch.inference_mode():
-        model[1].running_var = torch.ones(2)  # nobody may write to it outside of inference_mode
-    before = state_of(model)
-    with pytest.raises(RuntimeError, match="inference"):
+    model[1].running_var = torch.ones(2).as_subclass(Refusing)
+    before = [buffer.clone() for buffer in model.buffers()]
+    with pytest.raises(RuntimeError, match="refused"):
         update_bn_stats(model, [torch.randn(4, 2)], 1)
-    assert state_of(model) == before
+    assert all(map(torch.equal, model.buffers(), before))
+
+
+class ChangesItsInput(nn.Module):
+    """Lazy, and it normalizes its input in place, as some do."""
+
+    def __init__(self, bn: nn.Module) -> None:
+        super().__init__()
+        self.bn = bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x.sub_(1).div_(2))
+
+
+def test_the_first_run_of_a_lazy_model_leaves_the_mini_batch_as_it_was():
+    """It runs twice, and was normalized twice."""
+    batches = [torch.randn(8, 3, 4, 4) for _ in range(3)]
+    model, expected = ChangesItsInput(nn.LazyBatchNorm2d()), (torch.cat(batches) - 1) / 2
+    update_bn_stats(model, [(batch.clone(), "label") for batch in batches], None)
+    torch.testing.assert_close(model.bn.running_mean, expected.mean((0, 2, 3)))
+    torch.testing.assert_close(model.bn.running_var, expected.var((0, 2, 3), correction=0))
 
 
 @pytest.mark.filterwarnings("error")

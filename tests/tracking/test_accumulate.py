@@ -617,3 +617,34 @@ def test_ctrl_c_leaves_the_model_as_before_or_done():
         outcomes.add(is_done)
         block(model)  # nothing is claimed, nothing stands in
     assert outcomes == {False, True}
+
+
+class OwnSettings(nn.BatchNorm2d):
+    """Keeps eps and momentum as buffers, which go to the device with it."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        del self.eps, self.momentum
+        self.register_buffer("eps", torch.tensor(1e-3))
+        self.register_buffer("momentum", torch.tensor(0.25))
+
+
+class OwnSettingsByHand(OwnSettings):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, None, None, self.training, float(self.momentum), float(self.eps)
+        )
+
+
+@pytest.mark.parametrize("kind", [OwnSettings, OwnSettingsByHand])
+def test_eps_and_momentum_may_be_buffers(kind):
+    layer, reference = kind(3), nn.BatchNorm2d(3, 1e-3, 0.25)
+    keys, batches = list(vars(layer)), torch.randn(4, 2, 3, 5, 5)
+    for one in (layer, reference):
+        with accumulate_statistics(one):
+            for batch in batches:
+                one(batch)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(layer, name), getattr(reference, name))
+    assert list(vars(layer)) == keys
+    assert torch.equal(layer.momentum, torch.tensor(0.25))

@@ -11,8 +11,8 @@ from precisebn.auditing.norms import batch_norms, is_live
 from precisebn.auditing.remedies import MEASURE
 from precisebn.auditing.subject import Subject
 from precisebn.distributed import number_of_ranks
-from precisebn.models.batches import num_samples
 from precisebn.models.families import class_family
+from precisebn.models.samples import num_samples
 
 __all__ = ["plain_batch_norm_on_several_ranks", "synchronized_batch_norm_on_one_rank"]
 

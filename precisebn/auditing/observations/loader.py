@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.auditing.surroundings import MOST_ITEMS, ObjectsPicture
-from precisebn.models.batches import num_samples
 from precisebn.models.nested import tensors_in
+from precisebn.models.samples import num_samples
 from precisebn.statistics.estimator import MIN_BLOCKS
 
 __all__ = ["LoaderLook", "training_batch"]

@@ -13,9 +13,9 @@ from precisebn.auditing.observations.normalization import NormCall, records_call
 from precisebn.auditing.subject import Subject, Unobservable
 from precisebn.auditing.tensors import parameters_of
 from precisebn.distributed import is_sharded
-from precisebn.models.batches import num_samples
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.nested import tensors_in
+from precisebn.models.samples import num_samples
 
 __all__ = ["GradientReport", "TrainingStep"]
 
