@@ -26,7 +26,6 @@ from precisebn import update_bn_stats
 from precisebn._torch import group_store
 from precisebn.distributed.steps import Steps
 from precisebn.models.interrupts import HeldBack
-from precisebn.recalibration.report import LayerReport
 
 WORLD = 3
 SHORT_TIMEOUT_S = 3.0
@@ -209,8 +208,24 @@ def unwritable() -> nn.Sequential:
     return model
 
 
+class Refusing(Tensor):
+    """Nothing can be copied into it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_ and type(args[0]) is cls:
+            raise RuntimeError("unwilling")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def unwilling() -> nn.Sequential:
+    model = net()
+    model[4]._buffers["running_var"] = torch.ones(4).as_subclass(Refusing)
+    return model
+
+
 def report_fails(rank: int) -> Result:
-    with mock.patch.object(LayerReport, "__init__", side_effect=ZeroDivisionError("in the report")):
+    with mock.patch("precisebn.recalibration.update._report", side_effect=ZeroDivisionError("in the report")):
         return trial(rank)
 
 
@@ -237,7 +252,8 @@ STAGES: dict[str, tuple[Callable[[int], Result], Callable[[int], Result], str]] 
     ),
     "report": (report_fails, trial, "ZeroDivisionError: in the report"),
     "warning": (warning_is_an_error, with_tolerance, "UserWarning: tolerance=1e-09 was not reached"),
-    "writing": (lambda rank: trial(rank, unwritable()), trial, "RuntimeError: unsupported operation"),
+    "unwritable": (lambda rank: trial(rank, unwritable()), trial, "InputError: several elements of running_var of"),
+    "writing": (lambda rank: trial(rank, unwilling()), trial, "RuntimeError: unwilling"),
 }
 
 
