@@ -15,10 +15,8 @@ if shutil.which("make") is None:
 
 def commands_of(target: str) -> str:
     """The commands of a target and of all that it needs, as if nothing had been made yet."""
-    done = subprocess.run(
-        ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return done.stdout
+    call = ["make", "--dry-run", "--always-make", "--no-print-directory", target]  # the tests may run inside of a make
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def test_lint_and_format_build_nothing() -> None:

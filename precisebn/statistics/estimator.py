@@ -99,7 +99,7 @@ class PopulationEstimator:
         >>> estimator = PopulationEstimator([2])
         >>> for batch in torch.arange(12.0).reshape(3, 2, 2):
         ...     ops.accumulate(batch, *estimator.slot(0))
-        ...     estimator.end_batch()
+        ...     is_finite = estimator.end_batch()
         >>> population = estimator.result(eps=torch.tensor([1e-5]))
         >>> population.mean.tolist(), [round(v, 4) for v in population.var.tolist()]
         ([5.0, 6.0], [11.6667, 11.6667])
