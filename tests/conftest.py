@@ -97,6 +97,16 @@ def _import_peer(name: str) -> ModuleType:
     return module
 
 
+class Refusing(Tensor):
+    """A tensor that nothing can be copied into."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_ and type(args[0]) is cls:
+            raise RuntimeError("refused")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 def state_of(model: nn.Module) -> Snapshot:
     """Everything that a recalibration could leave behind in a model, comparable with ``==``."""
     return Snapshot(model)

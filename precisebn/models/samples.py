@@ -17,6 +17,9 @@ from precisebn.models.nested import tensors_in
 
 __all__ = ["certain_num_samples", "num_samples"]
 
+_DEPTH = 5
+"""How deep to look into containers and objects, which may lead round in circles."""
+
 
 def num_samples(batch: Any) -> int:
     """Samples in a batch, as far as that can be told; of what holds no tensors, items of a list, or 1.
@@ -68,7 +71,7 @@ def certain_num_samples(batch: Any, wanted_by: str) -> int:
     )
 
 
-def _candidates(batch: Any, depth: int = 5) -> set[int] | None:
+def _candidates(batch: Any, depth: int = _DEPTH) -> set[int] | None:
     """What the number of samples may be: none if parts disagree; None where there is nothing to tell by."""
     if isinstance(batch, Tensor):
         return {batch.size(0)} if batch.dim() else None
@@ -77,7 +80,7 @@ def _candidates(batch: Any, depth: int = 5) -> set[int] | None:
     if depth == 0:
         return None
     if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
-        is_whole_batch = depth == 5 and is_passed_as_its_first_item(batch)
+        is_whole_batch = depth == _DEPTH and is_passed_as_its_first_item(batch)
         return _candidates(batch[0]) if is_whole_batch else _of_sequence(batch, depth - 1)
     if isinstance(batch, tuple) and batch and _is_floating(batch[0]):
         return _candidates(batch[0])
@@ -138,7 +141,7 @@ def _parts(batch: Any) -> Collection[Any]:
     return getattr(batch, "__dict__", {}).values()
 
 
-def _tensors(batch: Any, depth: int = 5) -> Iterable[Tensor]:
+def _tensors(batch: Any, depth: int = _DEPTH) -> Iterable[Tensor]:
     """All tensors in nested containers and objects, in order."""
     if isinstance(batch, Tensor):
         yield batch

@@ -18,7 +18,7 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import state_of, values_of
+from conftest import Refusing, state_of, values_of
 from processes import HANG_S, Outcome, Result, raised
 from torch import Tensor, nn
 
@@ -208,16 +208,6 @@ def unwritable() -> nn.Sequential:
     return model
 
 
-class Refusing(Tensor):
-    """Nothing can be copied into it."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.copy_ and type(args[0]) is cls:
-            raise RuntimeError("unwilling")
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
 def unwilling() -> nn.Sequential:
     model = net()
     model[4]._buffers["running_var"] = torch.ones(4).as_subclass(Refusing)
@@ -253,7 +243,7 @@ STAGES: dict[str, tuple[Callable[[int], Result], Callable[[int], Result], str]] 
     "report": (report_fails, trial, "ZeroDivisionError: in the report"),
     "warning": (warning_is_an_error, with_tolerance, "UserWarning: tolerance=1e-09 was not reached"),
     "unwritable": (lambda rank: trial(rank, unwritable()), trial, "InputError: several elements of running_var of"),
-    "writing": (lambda rank: trial(rank, unwilling()), trial, "RuntimeError: unwilling"),
+    "writing": (lambda rank: trial(rank, unwilling()), trial, "RuntimeError: refused"),
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import tqdm
-from conftest import state_of, values_of
+from conftest import Refusing, state_of, values_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -606,16 +606,6 @@ def test_statistics_too_large_for_half_precision_buffers_are_an_error():
     with pytest.raises(NonFiniteStatisticsError, match=r"overflow its torch\.float16 buffers"):
         update_bn_stats(bn, [torch.full((2, 1), mean, dtype=torch.float16) for mean in (-300.0, 300.0)], 2)
     assert state_of(bn) == before
-
-
-class Refusing(Tensor):
-    """A tensor that nothing can be copied into."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.copy_ and type(args[0]) is cls:
-            raise RuntimeError("refused")
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def test_a_buffer_that_refuses_to_be_written_leaves_the_others_unwritten():
