@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import processes
@@ -12,19 +13,26 @@ import pytest
 pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
 ROOT = Path(__file__).parents[1]
 
+TORCH_ABORTS_AT_EXIT = "terminate called without an active exception"
+"""What is left of a process that had done all its work when one of torch's gloo threads let go of its last tensor while
+Python shut down (pytorch issue 190489). Destroying the group does not end these threads, for FSDP2's meshes stay alive
+in torch's caches; on a busy machine one run in some hundreds ends so."""
+
 
 def torchrun(folder: Path, *arguments: str) -> list[tuple[int, float, float]]:
     """Epoch, test error with running averages, and with PreciseBN, of each epoch."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    checkpoint, started = folder / "ddp.pt", time.time()
     result = subprocess.run(
-        [*command, str(ROOT / "examples" / "ddp_precise_bn.py"), "--checkpoint", str(folder / "ddp.pt"), *arguments],
+        [*command, str(ROOT / "examples" / "ddp_precise_bn.py"), "--checkpoint", str(checkpoint), *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
         capture_output=True,
         encoding="utf-8",
         timeout=120,
     )
-    assert result.returncode == 0, result.stderr
+    saved = checkpoint.exists() and checkpoint.stat().st_mtime > started
+    assert result.returncode == 0 or (saved and TORCH_ABORTS_AT_EXIT in result.stderr), result.stdout + result.stderr
     assert "in 2 processes" in result.stdout
     found = re.findall(r"epoch (\d+): test error ([\d.]+)% with running averages, ([\d.]+)%", result.stdout)
     return [(int(epoch), float(own), float(precise)) for epoch, own, precise in found]
