@@ -33,10 +33,8 @@ def test_every_command_comes_from_the_environment_that_make_sets_up() -> None:
     targets = re.search(r"^\.PHONY: (.+)$", makefile, flags=re.MULTILINE)
     assert targets is not None
     for target in targets[1].split():
-        programs = {line.split()[0] for line in commands_of(target).splitlines()}
-        assert [
-            name for name in programs - {"python3", "touch", "rm", "echo"} if not name.startswith(".venv/bin/")
-        ] == []
+        programs = {line.split()[0] for line in commands_of(target).splitlines()} - {"python3", "touch", "rm", "echo"}
+        assert [name for name in programs if not name.startswith(".venv/bin/")] == []
     assert "pre-commit==" in (ROOT / "requirements-dev.txt").read_text()
 
 
