@@ -37,13 +37,15 @@ test: $(VENV)/ready-test
 lint: $(VENV)/ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	@echo "$(BIN)/clang-format --dry-run --Werror: $(words $(CXX_SOURCES)) files in csrc/"
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
 format: $(VENV)/ready-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	@echo "$(BIN)/clang-format -i: $(words $(CXX_SOURCES)) files in csrc/"
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks --plot $(BENCHFLAGS)

@@ -1,16 +1,16 @@
 """What reports have in common: aligned tables, counts and names in short, values that JSON takes, and pictures."""
 
-import importlib
 import math
 import numbers
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["aligned", "by_reason", "counted", "drawn", "few", "plain"]
+__all__ = ["aligned", "by_reason", "counted", "few", "needs_matplotlib", "plain", "saved"]
 
 
 def aligned(rows: Iterable[Sequence[str]], *, left: Collection[str] = (), least: int = 0) -> list[str]:
@@ -74,20 +74,24 @@ def plain(value: Any) -> Any:
     return float(value) if math.isfinite(value) else None
 
 
-def drawn(report: object, module: str, path: str | Path | None) -> "Figure":
-    """What ``draw(report)`` of a module draws, the one in its room that imports matplotlib; saved, if a path is given.
+@contextmanager
+def needs_matplotlib(report: object) -> Iterator[None]:
+    """Around the import of what draws a report: says what to install.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     try:
-        draw = importlib.import_module(module).draw
+        yield
     except ImportError as error:
         raise ImportError(
             f"{type(report).__name__}.plot needs matplotlib: pip install matplotlib, or install precisebn with the "
             "extra that brings it, precisebn[plot]"
         ) from error
-    figure: Figure = draw(report)
+
+
+def saved(figure: "Figure", path: str | Path | None) -> "Figure":
+    """The figure, which is saved, too, if a path is given."""
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure

@@ -57,7 +57,8 @@ def check_copy(
         What was found; ``check_copy(...).raise_if("warning")`` for a test.
 
     Raises:
-        InputError: an argument is not what it has to be; the copy is the model itself.
+        InputError: an argument is not what it has to be; the copy is the model itself; one of the two is being
+            recalibrated, or in a block of :func:`precisebn.accumulate_statistics`.
 
     Example:
         >>> import copy, torch

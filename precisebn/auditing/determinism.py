@@ -21,6 +21,7 @@ from precisebn.auditing.optimizers import Optimizers, checked_optimizers, optimi
 from precisebn.auditing.surroundings import MOST_ITEMS, ObjectsPicture, Surroundings
 from precisebn.errors import InputError
 from precisebn.models.checksums import checksums
+from precisebn.models.in_use import check_free
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.nested import tensors_in
 from precisebn.models.selection import named_modules
@@ -96,7 +97,8 @@ def check_determinism(
         A report, true where all bits are the same.
 
     Raises:
-        InputError: no module or no optimizer where one has to be, or a step that cannot be called.
+        InputError: no module or no optimizer where one has to be, or a step that cannot be called; a model is being
+            recalibrated, or in a block of :func:`precisebn.accumulate_statistics`.
         Exception: whatever the step raises; all is put back before.
 
     Example:
@@ -116,6 +118,8 @@ def check_determinism(
     if not callable(step):
         raise InputError(f"step must be a function without arguments, not {type(step).__name__}")
     optimizers = optimizers_of(checked_optimizers("optimizer", optimizer))
+    for one in models:
+        check_free(one)
     with HeldBack() as interrupts:
         trial = _Trial(step, models, optimizers, list(restore), interrupts)
         try:

@@ -55,7 +55,8 @@ def audit(
         The findings, gravest first, and what was not run. ``print(report)``, ``report.raise_if("error")``.
 
     Raises:
-        InputError: an argument is not what it has to be; a pattern that no code matches.
+        InputError: an argument is not what it has to be; a pattern that no code matches; the model is being
+            recalibrated, or in a block of :func:`precisebn.accumulate_statistics`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, bias=False))
@@ -111,6 +112,7 @@ def _matching(argument: str, patterns: str | Iterable[str], codes: Sequence[str]
 
 def run_checks(checks: Iterable[Check], subject: Subject) -> AuditReport:
     """Run some checks over a subject, and put all that is found into a report."""
+    subject.check_free()
     findings: list[Finding] = []
     not_run: dict[str, str] = {}
     passed: list[str] = []

@@ -21,6 +21,7 @@ from precisebn.auditing.surroundings import Surroundings
 from precisebn.errors import PreciseBNError
 from precisebn.models.batches import ForwardFn, call_model, common_device, move_to
 from precisebn.models.families import is_batch_norm, is_norm_with_statistics
+from precisebn.models.in_use import check_free
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.selection import named_modules
 from precisebn.models.transaction import Transaction
@@ -123,6 +124,7 @@ class Subject:
         neither broadcast nor wait for other ranks inside, and compiled code runs eagerly. Ctrl-C is held back but in
         what runs inside ``let_through()`` of what this gives, as :meth:`run` does.
         """
+        self.check_free()
         with HeldBack() as interrupts:
             steps = Transaction()
             try:
@@ -136,6 +138,12 @@ class Subject:
                 yield interrupts
             finally:
                 steps.undo()
+
+    def check_free(self) -> None:
+        """Raise InputError where a model is under recalibration, or in a block of ``accumulate_statistics``."""
+        check_free(self.model)
+        if self.other is not None:
+            check_free(self.other)
 
     def check_can_run(self) -> None:
         """What a run of the model needs, before any is made.

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from precisebn.conversion.engine import Conversion, replace_batchnorm, replace_layers
-from precisebn.conversion.layers import describe, frozen_class, origin_of, placement, plain_class, recognized
+from precisebn.conversion.layers import describe, frozen_class, origin_of, parts_of, placement, plain_class, recognized
 from precisebn.distributed import ProcessGroup
 from precisebn.errors import InputError
 from precisebn.models.selection import ModuleSelection
@@ -446,6 +446,6 @@ def _like(bn: _BatchNorm, new_class: type[nn.Module], **settings: Any) -> nn.Mod
     if bn.bias is None:
         new.bias = None
     # It may have been switched later than the layer was made, with the buffers there.
-    for layer in list(new) if isinstance(new, CycleBatchNormList) else [new]:
+    for layer in parts_of(new):
         vars(layer)["track_running_stats"] = bn.track_running_stats
     return new

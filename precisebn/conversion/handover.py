@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
-from precisebn.conversion.layers import ORIGIN, Origin, describe, settings_of
+from precisebn.conversion.layers import ORIGIN, Origin, describe, parts_of, settings_of
 from precisebn.errors import InputError
 from precisebn.models.families import OURS
 from precisebn.models.tensor_pictures import same_bits
 from precisebn.models.transaction import Transaction
-from precisebn.nn import CycleBatchNormList, DomainSpecificBN
+from precisebn.nn import DomainSpecificBN
 
 __all__ = ["Source", "carry_over", "hand_over", "move_hooks", "names_of", "put_in_place", "restore"]
 
@@ -114,7 +114,7 @@ class Source(NamedTuple):
     @property
     def has_domains(self) -> bool:
         """Whether the layer tells domains apart."""
-        tells_apart = isinstance(self.layer, DomainSpecificBN | CycleBatchNormList)
+        tells_apart = isinstance(self.layer, DomainSpecificBN) or self.layer not in parts_of(self.layer)
         return tells_apart or any(self._is_of_domains(key) for key in _DIMS)
 
     def value(self, key: str) -> Tensor | None:
@@ -147,13 +147,13 @@ class Source(NamedTuple):
         return len(found) > 1 or (has_rows and len(found) == 1 and found[0].dim() > _DIMS[key])
 
     def _found(self, key: str) -> list[Tensor]:
-        members = list(self.layer) if isinstance(self.layer, CycleBatchNormList) else []
-        return [place[key] for layer in (self.layer, *members) for place in _places(layer, key)]
+        layers = dict.fromkeys((self.layer, *parts_of(self.layer)))
+        return [place[key] for layer in layers for place in _places(layer, key)]
 
 
 def hand_over(donors: Sequence[nn.Module], target: nn.Module, source: Source, changes: Transaction) -> None:
     """Give a layer what belongs in its parameters and buffers: a donor's own where it is alike, or else the values."""
-    members = list(target) if isinstance(target, CycleBatchNormList) else []
+    members = [part for part in parts_of(target) if part is not target]
     for key in _DIMS:
         value = source.value(key)
         if value is None:

@@ -4,7 +4,7 @@ A layer that is replaced no longer runs its own forward, so what that forward do
 (:mod:`precisebn.models.families`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from precisebn.errors import InputError
 from precisebn.models.families import FROZEN, OURS, PAUSED, Family, class_family, describe_forward, family_of
 from precisebn.models.in_use import why_not_free
-from precisebn.nn import CycleBatchNormList
 from precisebn.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenNorm
+from precisebn.nn.population import Recordable
 
 __all__ = [
     "ORIGIN",
@@ -27,6 +27,7 @@ __all__ = [
     "frozen_class",
     "is_layer",
     "origin_of",
+    "parts_of",
     "placement",
     "plain_class",
     "plain_twin",
@@ -80,9 +81,15 @@ def describe(name: str, layer: nn.Module) -> str:
     return f"layer {name!r} ({type(layer).__name__})" if name else f"the {type(layer).__name__} given"
 
 
+def parts_of(layer: nn.Module) -> Sequence[nn.Module]:
+    """Where a layer keeps its settings and statistics: in itself, or in members, one for each domain."""
+    members = layer.members() if isinstance(layer, Recordable) else ()
+    return members or (layer,)
+
+
 def settings_of(layer: nn.Module) -> dict[str, Any]:
     """What users change in a layer that is there: those settings that mean the same in every BatchNorm layer."""
-    member = layer[0] if isinstance(layer, CycleBatchNormList) else layer
+    member = parts_of(layer)[0]
     if not isinstance(member, (_BatchNorm, *OURS)):
         return {}
     return {key: getattr(member, key) for key in ("eps", "momentum", "track_running_stats")}
@@ -95,7 +102,7 @@ def plain_twin(layer: nn.Module, bn_class: type[_BatchNorm]) -> _BatchNorm:
         layer: of precisebn.nn, or a frozen one of another library.
         bn_class: what a layer becomes that takes any number of dimensions.
     """
-    member = layer[0] if isinstance(layer, CycleBatchNormList) else layer
+    member = parts_of(layer)[0]
     affine = layer._parameters.get("weight", layer._buffers.get("weight"))
     mean = member._buffers.get("running_mean")
     like = mean if mean is not None else affine

@@ -10,16 +10,18 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from precisebn._warnings import warn
 from precisebn.errors import InputError
-from precisebn.models.families import FROZEN, is_batch_norm, is_norm_with_statistics, populations_of
+from precisebn.models.families import FROZEN, class_family, is_batch_norm, is_norm_with_statistics, populations_of
 from precisebn.models.interrupts import HeldBack, Undisturbed
 from precisebn.models.selection import listed, select
 from precisebn.models.transaction import Transaction
+from precisebn.nn.population import STATISTICS
 
 __all__ = ["freeze", "frozen", "unfreeze"]
 
@@ -31,6 +33,9 @@ def freeze(model: nn.Module, *modules: str | nn.Module, affine: bool = False) ->
     weight decay. BatchNorm (and InstanceNorm with running statistics) normalizes by its running statistics from now on,
     in training too. Gradients still flow through to the layers before. Other modules, dropout say, keep their modes.
     deepcopy, pickle, ``load_state_dict`` and compilation leave frozen what is frozen.
+
+    Modules of other libraries stay in eval mode likewise if they have a ``running_mean`` or ``running_var``, be it a
+    buffer, a parameter or an attribute. Statistics under other names, which nobody declares, are not known to be any.
 
     Freeze first, then make the optimizer (:func:`trainable_parameters`) and DistributedDataParallel.
 
@@ -47,7 +52,7 @@ def freeze(model: nn.Module, *modules: str | nn.Module, affine: bool = False) ->
     Raises:
         InputError: something that matches no module of the model (the message has near misses); parameters to freeze
             in a model that DistributedDataParallel holds already, which waits for their gradients; parameters of a lazy
-            module that has not seen a mini-batch.
+            module that has not seen a mini-batch; code of torch.jit with running statistics, whose mode cannot be held.
 
     Warns:
         UserWarning: a parameter is shared with a part that is not frozen, and now frozen there as well.
@@ -216,6 +221,7 @@ def _freeze(model: nn.Module, modules: Iterable[str | nn.Module], affine: bool) 
         _check_wrappers(model)
         _check_initialized(chosen)
         _warn_of_shared(model, chosen)
+    _check_scripted(chosen)
     with Transaction() as changes:
         return _Block(
             {module: _wanted(module, affine) for module in chosen.values()},
@@ -231,9 +237,17 @@ def _chosen(model: nn.Module, modules: Iterable[str | nn.Module]) -> dict[str, n
     return select(model, items or None, argument="modules", what="module", is_layer=lambda module: True).chosen
 
 
+_AVERAGES = STATISTICS[:2]
+
+
 def _keeps_statistics(module: nn.Module) -> bool:
-    """Whether it has any now: in the buffers of a normalization layer, or under the names that it declares."""
-    return (is_norm_with_statistics(module) or is_batch_norm(module)) and len(populations_of(module)) > 0
+    """Whether it has any now that its mode decides over: those that it declares, or what has torch's names."""
+    if is_batch_norm(module) and len(populations_of(module)) > 0:
+        return True
+    family = class_family(module)
+    never_moves = family is not None and family.frozen  # of another library
+    own = {**vars(module), **dict(module.named_buffers(recurse=False)), **dict(module.named_parameters(recurse=False))}
+    return not never_moves and any(own.get(name) is not None for name in _AVERAGES)
 
 
 def _wanted(module: nn.Module, affine: bool) -> _Part:
@@ -298,6 +312,15 @@ def _check_initialized(chosen: dict[str, nn.Module]) -> None:
             raise InputError(
                 f"module {name!r} ({type(module).__name__}) is lazy, and has no parameters yet that could be frozen; "
                 "run the model on a mini-batch before (affine=True, which freezes statistics alone, works)"
+            )
+
+
+def _check_scripted(chosen: dict[str, nn.Module]) -> None:
+    for name, module in chosen.items():
+        if isinstance(module, torch.jit.ScriptModule) and _keeps_statistics(module):
+            raise InputError(
+                f"module {name!r} is code of torch.jit, which keeps its mode where nobody can hold it, so that its "
+                "running statistics would move on; freeze the module that it was made from, and run that"
             )
 
 

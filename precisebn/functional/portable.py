@@ -8,6 +8,7 @@ some runtimes have no float64.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,10 @@ def batch_norm_operator(
 def row(x: Tensor, values: Tensor, index: int) -> Tensor:
     """``values[index]``, for a call on ``x``; where torch.fx traces, an operator of its graph and not a constant."""
     if isinstance(x, Proxy):
-        return Proxy(x.tracer.create_arg(values), x.tracer)[index]
+        node: Any = x.tracer.create_arg(values)  # of other types in each release of torch
+        traced: Any = Proxy(node, x.tracer)
+        one: Tensor = traced[index]
+        return one
     return values[index]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from precisebn.errors import InputError
 
-__all__ = ["claim", "release", "why_not_free"]
+__all__ = ["check_free", "claim", "release", "why_not_free"]
 
 
 class _Claim(NamedTuple):
@@ -48,6 +48,17 @@ def why_not_free(module: nn.Module) -> str | None:
     """What is done with a module, for messages; None where nothing is."""
     held = _claims.get(module)  # without the lock, which an interrupt may leave locked where it is not held back
     return None if held is None else held.doing
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise where something stands in the forwards of a model, whose statistics are then not its own.
+
+    Raises:
+        InputError: it is so.
+    """
+    doing = next(filter(None, map(why_not_free, model.modules())), None)
+    if doing is not None:
+        raise InputError(f"{type(model).__name__}, or a part of it, {doing}")
 
 
 def release(owner: object) -> None:

@@ -5,9 +5,11 @@ the note of how to undo it, or inside the very code that undoes. So for the whol
 by a handler of ours. It lets an interrupt through where the code says that it may come (:meth:`HeldBack.let_through`,
 around the user's own code: the model, the loader), once; at all other times it keeps it until the end.
 
-A context manager whose body is the user's has the same need at its beginning and at its end. There no ``try`` helps:
-the interrupt may come before the first instruction of ``__exit__``. So the handler stays for the body, too, where it
-hands every interrupt on at once, unless it comes in that very method (:class:`Undisturbed`).
+A context manager whose body is the user's has the same need at its beginning and at its end, and none in between: the
+body has the handler that the user has installed, as asyncio.run must see it (:class:`Undisturbed`). Nothing can be
+installed before the first instruction of ``__exit__``, though, and there no ``try`` helps against an interrupt. So what
+the ``with`` statement calls at the end is an object that nobody else holds. Where an interrupt keeps ``__exit__`` from
+its work, the statement lets go of that object when it is left, and this ends the block.
 """
 
 import signal
@@ -16,13 +18,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from functools import partial
-from types import FrameType, TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from types import FrameType, MethodType, TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 __all__ = ["HeldBack", "Undisturbed"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 
 
 class HeldBack(AbstractContextManager["HeldBack"]):
@@ -30,8 +33,8 @@ class HeldBack(AbstractContextManager["HeldBack"]):
 
     What is held back is delivered at the end, to the handler that was there before, unless a KeyboardInterrupt is on
     its way already. Only the main thread gets signals, and only a handler written in Python can be stood in for:
-    elsewhere this does nothing. Blocks nest: an inner one hands on to the outer. A handler that somebody installs
-    inside of one stays.
+    elsewhere this does nothing. Blocks nest: an inner one hands on to the outer; and one object serves for several, one
+    after the other. A handler that somebody installs inside of one stays.
     """
 
     def __init__(self) -> None:
@@ -43,8 +46,10 @@ class HeldBack(AbstractContextManager["HeldBack"]):
 
     def __enter__(self) -> "HeldBack":
         previous = signal.getsignal(signal.SIGINT)
+        self.pending = self._is_over = False
         if threading.current_thread() is threading.main_thread() and callable(previous):
-            self._previous = previous
+            if previous != self._handle:  # kept by somebody since an earlier time
+                self._previous = previous
             signal.signal(signal.SIGINT, self._handle)
         return self
 
@@ -55,7 +60,7 @@ class HeldBack(AbstractContextManager["HeldBack"]):
         if self._previous is None:
             return
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == self._handle:
-            signal.signal(signal.SIGINT, _that_still_counts(self._previous))
+            signal.signal(signal.SIGINT, self._previous)
         self._is_over = True
         if not isinstance(error, KeyboardInterrupt):
             self.deliver()
@@ -105,11 +110,36 @@ class _LetThrough:
         self._gate._lets_through = False
 
 
+class _EndsIfUncalled:
+    """The method by which a block ends; the end comes, too, if a ``with`` statement goes by it.
+
+    The statement looks it up before the block begins, and holds what it gets until the statement is left. A function
+    written in Python would hold it, too, by its frame, in the traceback of an interrupt: a partial is held by nobody.
+    """
+
+    def __init__(self, end: Callable[..., bool | None]) -> None:
+        self._end = end
+
+    def __get__(self, block: "Undisturbed[Any] | None", owner: type) -> Callable[..., bool | None]:
+        if block is None:
+            return self._end
+        if block._is_open:
+            return MethodType(self._end, block)
+        end = partial(self._end, block)
+        block._uncalled = weakref.ref(end, block._was_let_go)
+        return end
+
+
+def _ends_if_uncalled(end: F) -> F:
+    return cast(F, _EndsIfUncalled(cast(Any, end)))
+
+
 class Undisturbed(ContextDecorator, AbstractContextManager[T], Generic[T]):
     """What ``contextlib.contextmanager`` makes of a generator; but Ctrl-C interrupts only the body of the ``with``.
 
     One that comes while the block begins is raised when it has begun, and ends it at once; one that comes while it
     ends is raised when it has ended. So what the generator does before and after its ``yield`` is done, or undone.
+    (``ExitStack``, which has no ``with`` statement of its own for a block, may be interrupted before it ends one.)
 
     Args:
         generator: called with a :class:`HeldBack`, for code that may be interrupted in it, and the other arguments.
@@ -129,69 +159,38 @@ class Undisturbed(ContextDecorator, AbstractContextManager[T], Generic[T]):
 
     def __init__(self, generator: Callable[Concatenate[HeldBack, P], Iterator[T]], *args: P.args, **kwargs: P.kwargs):
         self._again = partial(Undisturbed, generator, *args, **kwargs)
-        self._interrupts = _AroundBody(self)
+        self._interrupts = HeldBack()
         self._block = contextmanager(generator)(self._interrupts, *args, **kwargs)
+        self._is_open = False
+        self._uncalled: weakref.ref[Callable[..., object]] | None = None
 
     def __enter__(self) -> T:
-        interrupts = self._interrupts
-        interrupts.__enter__()
         try:
-            value = self._block.__enter__()
-        except BaseException as error:
-            interrupts.__exit__(type(error), error, error.__traceback__)
-            raise
-        try:
-            interrupts.in_body = True
-            interrupts.deliver()
+            with self._interrupts:
+                value = self._block.__enter__()
+                self._is_open = True
             return value
         except BaseException as error:  # the body never begins, and so nobody else calls this
             self.__exit__(type(error), error, error.__traceback__)
             raise
 
+    @_ends_if_uncalled
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        interrupts = self._interrupts
-        interrupts.in_body = False  # until here they are told by this method's frame
-        try:
-            suppressed = self._block.__exit__(kind, error, traceback)
-        except BaseException as failure:
-            interrupts.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        interrupts.__exit__(kind, error, traceback)
-        return suppressed
+        with self._interrupts:
+            self._uncalled = None
+            if not self._is_open:
+                return None
+            self._is_open = False
+            return self._block.__exit__(kind, error, traceback)
+
+    def _was_let_go(self, uncalled: object) -> None:
+        """An interrupt, which is on its way already, has come before the first instructions of ``__exit__``."""
+        if uncalled is self._uncalled:
+            self.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
     def _recreate_cm(self) -> "Undisturbed[T]":
         """For every call of a function that is decorated with it."""
         again: Undisturbed[T] = self._again()
         return again
-
-
-class _AroundBody(HeldBack):
-    """Of an :class:`Undisturbed`: while its body runs, interrupts come at once, and as many as there are."""
-
-    def __init__(self, block: Undisturbed[Any]) -> None:
-        super().__init__()
-        self.in_body = False
-        self._block = weakref.ref(block)  # a block that nobody holds any more ends, though its handler be installed
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.in_body and not self._is_ending(frame):
-            self._previous(number, frame)
-        else:
-            super()._handle(number, frame)
-
-    def _is_ending(self, frame: FrameType | None) -> bool:
-        """Whether an interrupt has come in the end of the block: before the first instruction of ``__exit__``, say."""
-        while frame is not None:
-            if frame.f_code is Undisturbed.__exit__.__code__ and frame.f_locals.get("self") is self._block():
-                return True
-            frame = frame.f_back
-        return False
-
-
-def _that_still_counts(handler: Any) -> Any:
-    """A handler; or, of a block that is over, the one from before: ends need not come in the order of starts."""
-    while isinstance(held := getattr(handler, "__self__", None), HeldBack) and held._is_over:
-        handler = held._previous
-    return handler

@@ -1,6 +1,6 @@
 """CycleBatchNormList: one BatchNorm after the other, for a layer that is called on several domains in turn."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -142,8 +142,12 @@ class CycleBatchNormList(Recordable):
                 "call it on every domain, in order"
             )
 
+    def members(self) -> Sequence[nn.Module]:
+        """The BatchNorms of the cycle."""
+        return list(self)
+
     def tracks(self, member: nn.Module) -> bool:
-        """Whether it updates the running statistics of a member itself, rather than by the member's own forward."""
+        """Whether a member has nothing of its own to do, so that its forward is never called."""
         return _is_plain(member)
 
     def reset_parameters(self) -> None:

@@ -109,6 +109,14 @@ class Recordable(nn.Module):
         """The populations that it keeps, in order, all with the same number of channels; none by default."""
         return ()
 
+    def members(self) -> Sequence[torch.nn.Module]:
+        """Layers inside of it that keep its populations, one for each domain; none where it keeps them itself."""
+        return ()
+
+    def tracks(self, member: torch.nn.Module) -> bool:
+        """Whether it updates the running statistics of a member itself, rather than by the member's own forward."""
+        return False
+
     def start_recording(self, recorder: Recorder) -> None:
         """From now on Moments go to the recorder; what belongs to a mini-batch under way is set aside."""
         self.recorder = recorder

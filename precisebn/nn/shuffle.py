@@ -17,8 +17,8 @@ from precisebn._reports import counted
 from precisebn._torch import flatten_tree, in_backward, is_tracing, unflatten_tree
 from precisebn.distributed import ProcessGroup, Shuffle, local_shuffle, permutation_of, shuffle_over_ranks
 from precisebn.distributed.collectives import ranks_beside
-from precisebn.distributed.groups import Carried
 from precisebn.errors import InputError
+from precisebn.nn.among_ranks import AmongRanks
 from precisebn.nn.population import Recordable
 
 __all__ = ["ShuffleBN", "batch_shuffle", "batch_unshuffle"]
@@ -27,7 +27,7 @@ REMEMBERED = 1024
 """So many of the last forwards activation checkpointing can repeat: those whose backward is still to come."""
 
 
-class ShuffleBN(Recordable):
+class ShuffleBN(AmongRanks, Recordable):
     r"""A head on the shuffled samples of all ranks, and its outputs in the order of its inputs again.
 
     In training every sample goes to a rank and a place by chance, the head runs there, in mini-batches of which the
@@ -194,11 +194,8 @@ class ShuffleBN(Recordable):
         return head
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: the process group as something that can be copied; no forwards that are under way."""
-        return {**super().__getstate__(), "process_group": Carried(self.process_group), "_forwards": OrderedDict()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "process_group": state["process_group"].group})  # type: ignore[no-untyped-call]
+        """What a copy gets: no forwards that are under way."""
+        return {**super().__getstate__(), "_forwards": OrderedDict()}
 
 
 def batch_shuffle(

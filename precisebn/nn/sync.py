@@ -1,21 +1,21 @@
 """SyncBN: batch normalization by the statistics of the mini-batches of all ranks."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from precisebn.distributed import ProcessGroup, sync_group
 from precisebn.distributed.collectives import ranks_beside
-from precisebn.distributed.groups import Carried
 from precisebn.functional import batch_norm
 from precisebn.functional.synchronized import sync_batch_norm
+from precisebn.nn.among_ranks import AmongRanks
 from precisebn.nn.population import PopulationNorm
 
 __all__ = ["SyncBN", "sync_group"]
 
 
-class SyncBN(PopulationNorm):
+class SyncBN(AmongRanks, PopulationNorm):
     r"""Batch normalization over ranks: every rank normalizes by the mini-batches of all of them.
 
     .. math:: y = \frac{x - \mathrm{mean}_{B_1 \cup \dots \cup B_W}}
@@ -103,10 +103,3 @@ class SyncBN(PopulationNorm):
             y, moments = sync_batch_norm(x, self.weight, self.bias, self.eps, group)
         self.track(moments)
         return y
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: the process group as something that can be copied, which the group is not."""
-        return {**super().__getstate__(), "process_group": Carried(self.process_group)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "process_group": state["process_group"].group})  # type: ignore[no-untyped-call]

@@ -119,13 +119,13 @@ class _Population(NamedTuple):
 
 
 class _Merged(NamedTuple):
-    """What all ranks are to have, float64 on the CPU: of each population its mean and variance ``(C,)``."""
+    """What all ranks are to have: of each population its mean and variance, float64 on the CPU ``(C,)``."""
 
     mean: Sequence[Tensor]
     var: Sequence[Tensor]
     between: Sequence[Tensor]
     """The mean square distance of the ranks' means from the new one."""
-    num_batches: Sequence[Tensor]
+    num_batches: Sequence[float]
 
 
 def _check(model: nn.Module, reduce: object, weights: object) -> None:
@@ -183,12 +183,11 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1).to("cpu", torch.float64) for tensor in tensors])
 
 
-def _own(populations: Sequence[_Population]) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and variances of this rank, ``(S,)``, and its mini-batches ``(P,)``, -1 where not counted."""
+def _own(populations: Sequence[_Population]) -> tuple[Tensor, Tensor, list[float]]:
+    """Means and variances of this rank, ``(S,)``, and how many mini-batches each has tracked, -1 where not counted."""
     statistics = [one.statistics for one in populations]
-    missing = torch.full((), -1, device="cpu")
-    counts = [missing if one.num_batches is None else one.num_batches for one in statistics]
-    return _flat([one.mean for one in statistics]), _flat([one.var for one in statistics]), _flat(counts)
+    counts = [-1 if one.num_batches is None else one.num_batches.item() for one in statistics]
+    return _flat([one.mean for one in statistics]), _flat([one.var for one in statistics]), counts
 
 
 def _merge(populations: Sequence[_Population], ranks: Ranks, weights: Weights) -> _Merged:
@@ -198,7 +197,8 @@ def _merge(populations: Sequence[_Population], ranks: Ranks, weights: Weights) -
     """
     mean, var, counts = _own(populations)
     sizes = [one.statistics.mean.numel() for one in populations]
-    per_population = torch.ones_like(counts) if weights == "equal" else _batches(populations, counts, ranks)
+    tracked = torch.tensor(counts, dtype=torch.float64, device="cpu")
+    per_population = torch.ones_like(tracked) if weights == "equal" else _batches(populations, tracked, ranks)
     weight = per_population.repeat_interleave(torch.tensor(sizes, device="cpu"))
     counted = weight > 0
     _check_finite(populations, sizes, (mean, var), counted)
@@ -214,17 +214,22 @@ def _merge(populations: Sequence[_Population], ranks: Ranks, weights: Weights) -
     sums = torch.cat([torch.where(counted, part, 0.0) for part in parts])
     ranks.all_reduce(sums)
     within, between = (sums / total.repeat(2)).chunk(2)
-    most_and_least = torch.cat([counts, -counts])
-    ranks.all_reduce(most_and_least, "max")
-    most, least = most_and_least.chunk(2)
+    most, least = ranks.gather(counts, _most_and_least)
     if weights == "equal":
-        _warn_of_initial_statistics(populations, (most > 0) & (least == 0))
+        _warn_of_initial_statistics(populations, most, least)
     new_var = _moved(var_0, within + between)
-    return _Merged(new_mean.split(sizes), new_var.split(sizes), between.split(sizes), most.unbind())
+    return _Merged(new_mean.split(sizes), new_var.split(sizes), between.split(sizes), most)
 
 
-def _warn_of_initial_statistics(populations: Sequence[_Population], some_have_none: Tensor) -> None:
-    names = [one.name for one, is_so in zip(populations, some_have_none.tolist(), strict=True) if is_so]
+def _most_and_least(counts: list[list[float]]) -> list[list[float]]:
+    columns = list(zip(*counts, strict=True))
+    return [[max(column) for column in columns], [min(column) for column in columns]]
+
+
+def _warn_of_initial_statistics(
+    populations: Sequence[_Population], most: Sequence[float], least: Sequence[float]
+) -> None:
+    names = [one.name for one, high, low in zip(populations, most, least, strict=True) if high > 0 and low == 0]
     if names:
         shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
         warn(
@@ -241,16 +246,20 @@ def _moved(origin: Tensor, by: Tensor) -> Tensor:
 
 def _take_over(populations: Sequence[_Population], ranks: Ranks) -> _Merged:
     """The statistics of rank 0."""
-    own = _own(populations)
+    own_mean, own_var, counts = _own(populations)
     sizes = [one.statistics.mean.numel() for one in populations]
     if ranks.rank == 0:
-        _check_finite(populations, sizes, own[:2], torch.ones_like(own[0], dtype=torch.bool))
-    flat = torch.cat(own)
+        _check_finite(populations, sizes, (own_mean, own_var), torch.ones_like(own_mean, dtype=torch.bool))
+    flat = torch.cat([own_mean, own_var])
     ranks.broadcast(flat, 0)
-    mean, var, counts = flat.split([sum(sizes), sum(sizes), len(sizes)])
-    between = (own[0] - mean).square().nan_to_num(nan=torch.inf) / ranks.size
+    mean, var = flat.chunk(2)
+    between = (own_mean - mean).square().nan_to_num(nan=torch.inf) / ranks.size
     ranks.all_reduce(between)
-    return _Merged(mean.split(sizes), var.split(sizes), between.split(sizes), counts.unbind())
+    return _Merged(mean.split(sizes), var.split(sizes), between.split(sizes), ranks.gather(counts, _of_rank_0))
+
+
+def _of_rank_0(counts: list[list[float]]) -> list[float]:
+    return counts[0]
 
 
 def _batches(populations: Sequence[_Population], counts: Tensor, ranks: Ranks) -> Tensor:
@@ -288,11 +297,11 @@ def _check_overflow(populations: Sequence[_Population], merged: _Merged) -> None
             )
 
 
-def _write(changes: Transaction, statistics: RunningStatistics, mean: Tensor, var: Tensor, count: Tensor) -> None:
+def _write(changes: Transaction, statistics: RunningStatistics, mean: Tensor, var: Tensor, count: float) -> None:
     changes.write(statistics.mean, mean)
     changes.write(statistics.var, var)
     if statistics.num_batches is not None:
-        changes.write(statistics.num_batches, count)
+        changes.write(statistics.num_batches, torch.full_like(statistics.num_batches, count))
 
 
 def _layers_of(populations: Sequence[_Population], merged: _Merged) -> Iterator[MergedLayer]:

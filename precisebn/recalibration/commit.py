@@ -74,7 +74,7 @@ class Commit:
 
         changed = [recording.populations[index] for index in self._changed]
         for estimator, group in groups.items():
-            group.update([one for one in changed if one.estimator is estimator], ranks, total.samples, prior)
+            group.update([one for one in changed if one.estimator is estimator], total.samples, prior)
         self.changes = Changes(changed, _reports_of(changed, groups), _errors_of(changed, groups))
         self._new = [groups[one.estimator].new(one) for one in changed]
 
@@ -95,23 +95,25 @@ def _facts_of_all_ranks(recording: Recording, ranks: Ranks) -> tuple[list[float]
     Both are the largest of any rank. Ranks that trained together have counted the same mini-batches, so that a sum
     would count them several times; and a layer with a forward of its own may have been reached on one rank only.
     """
-    tracked, reasons = [0.0] * len(recording.populations), [0] * len(recording.populations)
-    for estimator in recording.estimators:
-        of_device = [(i, one.statistics.num_batches) for i, one in enumerate(recording.populations)
-                     if one.estimator is estimator and one.statistics.num_batches is not None]  # fmt: skip
-        if of_device:
-            indices, counters = zip(*of_device, strict=True)
-            # torch's own are int64 scalars; with float64 among them, stack() makes float64 of all.
-            scalars = [c if c.dtype == torch.int64 and c.dim() == 0 else c.reshape(()).double() for c in counters]
-            for index, number in zip(indices, torch.stack(scalars).tolist(), strict=True):
-                tracked[index] = float(number)
-    for index, reason in recording.refused.items():
-        reasons[index] = reason
+    tracked: list[float] = [0] * len(recording.populations)
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}  # averages of counts are no integers
+    for index, one in enumerate(recording.populations):
+        counter = one.statistics.num_batches
+        if counter is not None:
+            kinds.setdefault((counter.device, counter.dtype), []).append((index, counter))
+    for of_kind in kinds.values():
+        numbers = torch.stack([counter.reshape(()) for _, counter in of_kind]).tolist()
+        for (index, _), number in zip(of_kind, numbers, strict=True):
+            tracked[index] = number
+    reasons = [recording.refused.get(index, 0) for index in range(len(recording.populations))]
     if ranks.size == 1:
         return tracked, reasons
-    facts = torch.tensor([tracked, reasons], dtype=torch.float64, device="cpu")  # exact, also for averages of counts
-    ranks.all_reduce(facts, "max")
-    return facts[0].tolist(), [int(reason) for reason in facts[1].tolist()]
+    tracked, reasons = ranks.gather([tracked, reasons], _largest)
+    return tracked, reasons
+
+
+def _largest(facts: list[list[list[float]]]) -> list[list[float]]:
+    return [[max(of_one) for of_one in zip(*of_kind, strict=True)] for of_kind in zip(*facts, strict=True)]
 
 
 class _Group:
@@ -130,18 +132,14 @@ class _Group:
         self.sizes = [one.statistics.mean.numel() for one in members]
         with torch.no_grad():
             self.old = (
-                torch.cat([one.statistics.mean for one in members]).to("cpu", torch.float64),
-                torch.cat([one.statistics.var for one in members]).to("cpu", torch.float64),
+                torch.cat([one.present[0] for one in members]).to("cpu", torch.float64),
+                torch.cat([one.present[1] for one in members]).to("cpu", torch.float64),
             )
 
-    def update(self, changed: Sequence[RecordedPopulation], ranks: Ranks, samples: int, prior: float) -> None:
+    def update(self, changed: Sequence[RecordedPopulation], samples: int, prior: float) -> None:
         """Work out the new statistics of some of the members, the old ones counting as ``prior`` samples."""
         mean, var = self.population.mean, self.population.var
         if prior > 0:
-            if ranks.size > 1:  # ranks that trained together have slightly different running averages
-                flat = torch.stack(self.old).div_(ranks.size)
-                ranks.all_reduce(flat)
-                self.old = flat[0], flat[1]
             weight = self._per_channel(self._prior_weights(samples, prior))
             mean, var = torch.lerp(mean, self.old[0], weight), torch.lerp(var, self.old[1], weight)
         self.mean, self.var = mean, var

@@ -88,11 +88,14 @@ class Mixture:
         prior: how much the present statistics weigh.
         present: mean and variance of each population, float64 ``(K, 2, C)``.
         averages: whether unbiased variances are what will be deployed.
+
+    Attributes:
+        present: as given.
     """
 
     def __init__(self, prior: Prior, present: Tensor, averages: bool) -> None:
         self._prior = prior
-        self._present = present
+        self.present = present
         self._counts = [0.0] * len(present)
         self._averages = averages
 
@@ -116,6 +119,6 @@ class Mixture:
         unbiased = [count / max(count - 1.0, 1.0) if self._averages else 1.0 for count in counts]
         weight, factor = means.new_tensor([weights, unbiased], dtype=torch.float64).unsqueeze(-1)
         return (
-            torch.lerp(means.double(), self._present[:, 0], weight),
-            torch.lerp(variances.double() * factor, self._present[:, 1], weight),
+            torch.lerp(means.double(), self.present[:, 0], weight),
+            torch.lerp(variances.double() * factor, self.present[:, 1], weight),
         )

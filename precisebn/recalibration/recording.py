@@ -7,14 +7,14 @@ before. When it ends badly, the model is as before, bit for bit.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from precisebn._torch import is_batched, outside_of_transforms, unwrapped
 from precisebn.distributed import reshard
@@ -53,6 +53,13 @@ class RecordedPopulation(NamedTuple):
     statistics: RunningStatistics
     estimator: PopulationEstimator
     position: int
+    prior: Tensor | None = None
+    """Of a mixture: the present mean and variance of all ranks, ``(2, C)``."""
+
+    @property
+    def present(self) -> Sequence[Tensor]:
+        """Mean and variance before: with a prior those of all ranks, else the buffers' own."""
+        return (self.statistics.mean, self.statistics.var) if self.prior is None else self.prior.unbind()
 
 
 class Recording(AbstractContextManager["Recording"]):
@@ -198,24 +205,26 @@ class Recording(AbstractContextManager["Recording"]):
     def _place(self, layers: Mapping[str, nn.Module]) -> None:
         """Give every population its place in an estimator, of which there is one for each device."""
         sizes: dict[torch.device, list[int]] = {}
-        found: list[tuple[str, nn.Module, RunningStatistics, int]] = []
+        found: list[tuple[str, nn.Module, RunningStatistics, int, Tensor | None]] = []
         for name, module in layers.items():
             populations = populations_of(module)
             if not populations:
                 raise InputError(f"layer {name!r} keeps no running statistics, so there is nothing to record for it")
             self._layers.append(_Layer(name, module, len(found), len(populations)))
-            for one in populations:
+            mixture = self._mixtures.get(name)
+            priors = [None] * len(populations) if mixture is None else mixture.present.unbind()
+            for one, prior in zip(populations, priors, strict=True):
                 shown = name if one.index is None else f"{name}[{one.index}]"
                 of_device = sizes.setdefault(one.mean.device, [])
-                found.append((shown, module, one, len(of_device)))
+                found.append((shown, module, one, len(of_device), prior))
                 of_device.append(one.mean.numel())
         estimators = {
             device: PopulationEstimator(channels, kind=self.kind, device=device) for device, channels in sizes.items()
         }
         self.estimators += estimators.values()
         self.populations += [
-            RecordedPopulation(shown, module, one, estimators[one.mean.device], position)
-            for shown, module, one, position in found
+            RecordedPopulation(shown, module, one, estimators[one.mean.device], position, prior)
+            for shown, module, one, position, prior in found
         ]
         recorded = [one.statistics for one in self.populations if not isinstance(one.layer, Recordable)]
         self._scratch = iter(Copies([buffer for one in recorded for buffer in (one.mean, one.var)]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from precisebn import ops
-from precisebn._reports import aligned, by_reason, counted, drawn, few, plain
+from precisebn._reports import aligned, by_reason, counted, few, needs_matplotlib, plain, saved
 from precisebn.models.families import is_frozen
 from precisebn.models.selection import ModuleSelection
 from precisebn.recalibration.undo import Undo
@@ -241,7 +241,9 @@ class UpdateReport:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        return drawn(self, "precisebn.recalibration.plot", path)
+        with needs_matplotlib(self):
+            from precisebn.recalibration.plot import draw
+        return saved(draw(self), path)
 
     def __repr__(self) -> str:
         """One line: the table is what ``print`` shows."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precisebn._reports import aligned, by_reason, counted, drawn, few, plain
+from precisebn._reports import aligned, by_reason, counted, few, needs_matplotlib, plain, saved
 from precisebn.state.entries import KINDS
 
 if TYPE_CHECKING:
@@ -234,7 +234,9 @@ class StateDiff:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        return drawn(self, "precisebn.state.plot", path)
+        with needs_matplotlib(self):
+            from precisebn.state.plot import draw
+        return saved(draw(self), path)
 
     def __repr__(self) -> str:
         """One line: the table is what ``print`` shows."""

@@ -25,7 +25,6 @@ from precisebn.models.in_use import claim, release
 from precisebn.models.interrupts import HeldBack, Undisturbed
 from precisebn.models.selection import select
 from precisebn.models.transaction import Transaction
-from precisebn.nn.cycle import CycleBatchNormList
 from precisebn.nn.frozen import FrozenNorm
 from precisebn.nn.population import ACCUMULATOR, PopulationNorm, Recordable
 from precisebn.tracking.gathering import Averages, Gathered, GatheringForward, merge_over_ranks
@@ -115,8 +114,8 @@ class _Block:
             for name, layer in layers.items()
             if len(populations_of(layer)) > 0 and not isinstance(layer, FrozenNorm)
         }
-        cycles = [module for module in model.modules() if isinstance(module, CycleBatchNormList)]
-        self._tracked_for = {member for cycle in cycles for member in cycle if cycle.tracks(member)}
+        owners = [module for module in model.modules() if isinstance(module, Recordable)]
+        self._tracked_for = {member for owner in owners for member in owner.members() if owner.tracks(member)}
         for layer, gathered in self.gathered.items():
             if isinstance(layer, Recordable) and not isinstance(layer, PopulationNorm):
                 raise InputError(

@@ -7,11 +7,20 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import state_of
+from conftest import state_of, values_of
 from torch import nn
 
 import precisebn
-from precisebn import InputError, audit, check_copy, convert_sync_batchnorm, freeze
+from precisebn import (
+    InputError,
+    accumulate_statistics,
+    audit,
+    check_copy,
+    check_determinism,
+    convert_sync_batchnorm,
+    freeze,
+    update_bn_stats,
+)
 from precisebn.auditing.checks import CHECKS
 from precisebn.auditing.copies import COPY_CHECKS
 from precisebn.auditing.finding import SEVERITIES
@@ -124,6 +133,39 @@ def test_wrong_calls(arguments, message):
     with pytest.raises(InputError) as raised:
         audit(**{"model": model(), **arguments})
     assert str(raised.value).startswith(message)
+
+
+LOOKS = {
+    "audit": lambda some, x: audit(some, x),
+    "other=": lambda some, x: audit(model(), other=some),
+    "check_copy": lambda some, x: check_copy(some, copy.deepcopy(some)),
+    "check_determinism": lambda some, x: check_determinism(
+        lambda: some(x), model=some, optimizer=torch.optim.SGD(some.parameters(), lr=0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_model_whose_forwards_something_stands_in_is_refused(look):
+    """Its running statistics are scratch buffers then, and forwards of an audit would be counted."""
+    some, batches, refused = model(), [torch.randn(4, 3, 6, 6) for _ in range(3)], []
+
+    def batches_that_look():
+        for batch in batches:
+            with pytest.raises(InputError, match=r"Sequential, or a part of it, is being recalibrated") as caught:
+                LOOKS[look](some, batch)
+            refused.append(caught)
+            yield batch
+
+    some[2].p = 0.0
+    expected = copy.deepcopy(some)
+    update_bn_stats(expected, batches, None)
+    update_bn_stats(some, batches_that_look(), None)
+    assert len(refused) == 3
+    assert values_of(some) == values_of(expected)
+    with accumulate_statistics(some, "1"), pytest.raises(InputError, match="accumulate_statistics"):
+        LOOKS[look](some, batches[0])
+    LOOKS[look](some, batches[0])
 
 
 def test_a_model_beside_itself():

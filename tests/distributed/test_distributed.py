@@ -80,9 +80,13 @@ def sync_batchnorm(rank: int, world: int) -> Result:
 
 
 def adapted(rank: int, world: int) -> Result:
-    model = net(torch.float64).eval()
-    report = adapt_bn_stats(model, share(rank, sizes_of(world, True)[rank], torch.float64), prior=20.0)
-    return {"state_dict": model.state_dict(), "report": report}
+    collectives = {}
+    for prior in (0.0, 20.0):
+        model = net(torch.float64).eval()
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            report = adapt_bn_stats(model, share(rank, sizes_of(world, True)[rank], torch.float64), prior=prior)
+        collectives[prior] = all_reduce.call_count
+    return {"state_dict": model.state_dict(), "report": report, "collectives": collectives}
 
 
 def shifted_by_rank(model: nn.Module, shift: float) -> None:
@@ -235,9 +239,13 @@ def other_order_of_layers(rank: int, world: int) -> Result:
     return unchanged(lambda model: update_bn_stats(model, [torch.randn(4, 3)], 1), build=build)
 
 
+MANY = 2**60 + 1
+"""A number of mini-batches that no float64 holds."""
+
+
 def counted_differently_before(rank: int, world: int) -> Result:
     model = net()
-    model[1].num_batches_tracked.fill_(10 + rank)
+    model[1].num_batches_tracked.fill_(MANY + rank)
     return recalibrated(model, rank, world)
 
 
@@ -392,6 +400,11 @@ def test_the_prior_is_weighed_against_the_samples_of_all_ranks(ranks):
                 torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=1e-12)
 
 
+def test_present_statistics_are_averaged_over_ranks_once(ranks):
+    for result in ranks.of(adapted):
+        assert result["collectives"][20.0] == result["collectives"][0.0] + 1
+
+
 def test_ranks_with_different_running_averages_end_with_the_same_statistics(ranks):
     expected = statistics(ranks.of(adapted)[0]["state_dict"])
     samples = sum(map(sum, sizes_of(ranks.world, uneven=True)))
@@ -500,7 +513,7 @@ def test_ranks_that_do_not_agree_all_raise_and_say_in_what(ranks, scenario):
 def test_num_batches_tracked_ends_equal_at_the_largest_of_any_rank_and_the_mini_batches_of_all(ranks):
     seen = sum(map(len, sizes_of(ranks.world, uneven=True)))
     for result in ranks.of(counted_differently_before):
-        assert result["state_dict"]["1.num_batches_tracked"] == 10 + (ranks.world - 1) + seen
+        assert result["state_dict"]["1.num_batches_tracked"].item() == MANY + (ranks.world - 1) + seen
         assert result["state_dict"]["4.num_batches_tracked"] == seen
         assert result["values"] == ranks.of(counted_differently_before)[0]["values"]
 

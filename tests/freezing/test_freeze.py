@@ -368,6 +368,59 @@ def test_a_module_that_declares_its_populations_under_other_names_is_frozen_like
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+class Elsewhere(nn.Module):
+    """A normalization of another library, which keeps its statistics in some other place."""
+
+    def __init__(self, keep: Callable[[nn.Module, str, Tensor], None]) -> None:
+        super().__init__()
+        keep(self, "running_mean", torch.zeros(3))
+        keep(self, "running_var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean.data, self.running_var.data
+        return torch.nn.functional.batch_norm(x, mean, var, training=self.training)
+
+
+def as_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def with_an_attribute() -> nn.BatchNorm2d:
+    layer = nn.BatchNorm2d(3)
+    del layer.running_mean
+    layer.running_mean = torch.zeros(3)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Elsewhere(setattr), lambda: Elsewhere(nn.Module.register_buffer), lambda: Elsewhere(as_parameter),
+        with_an_attribute,
+    ],
+    ids=["attributes", "buffers", "parameters", "a BatchNorm with an attribute"],
+)  # fmt: skip
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy], ids=["itself", "copy"])
+def test_statistics_of_other_libraries_stand_still_wherever_they_are_kept(layer, copied):
+    model = copied(freeze(nn.Sequential(nn.Conv2d(3, 3, 1), layer()), affine=True)).train()
+    model(images())
+    assert not model[1].running_mean.any()
+    unfreeze(model)
+    assert model[1].training
+    model(images())
+    assert model[1].running_mean.all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+def test_code_of_torch_jit_whose_statistics_would_move_is_refused():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))), nn.Conv2d(4, 4, 1))
+    before = state_of(model)
+    with pytest.raises(InputError, match=r"module '0\.1' is code of torch\.jit.*freeze the module"):
+        freeze(model)
+    assert state_of(model) == before
+    freeze(model, "1")
+
+
 def test_a_lazy_module_is_refused_before_anything_changes():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.LazyConv2d(3, 1), nn.LazyBatchNorm2d())
     before = state_of(model)

@@ -1,5 +1,6 @@
 """Ctrl-C is held back, let through where the code says so, and never lost."""
 
+import asyncio
 import contextlib
 import signal
 import sys
@@ -130,21 +131,72 @@ def test_ctrl_c_at_any_instant_of_its_beginning_or_end_leaves_a_block_done_or_un
     outcomes = set()
     for n in range(10_000):
         notes: list[str] = []
-        instants, caught, tracer = Instants(n), None, sys.gettrace()
+        instants, caught, outcome, tracer = Instants(n), None, None, sys.gettrace()
         sys.settrace(instants)
         try:
             block(notes)
-        except (KeyboardInterrupt, ZeroDivisionError) as error:
-            caught = type(error)
+        except (KeyboardInterrupt, ZeroDivisionError) as error:  # whose traceback holds the frames
+            caught, outcome = type(error), tuple(notes)
         finally:
             sys.settrace(tracer)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if instants.seen <= n:
             break
         assert caught is KeyboardInterrupt
-        outcomes.add(tuple(notes))
+        outcomes.add(outcome)
     begins, ends = ("begins", "has begun"), ("ends", "has ended")
     assert outcomes == {(), begins + ends, (*begins, "body", *ends)}
+
+
+def test_the_body_has_the_handler_of_the_user():
+    """asyncio.run cancels its task on Ctrl-C, but only where the handler is Python's own."""
+
+    async def kind_of_handler() -> type:
+        return type(signal.getsignal(signal.SIGINT))
+
+    kind = asyncio.run(kind_of_handler())
+    with Undisturbed(noted, []), Undisturbed(noted, []):
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert asyncio.run(kind_of_handler()) is kind
+
+
+def test_an_interrupt_on_the_way_into_exit_ends_the_block_as_any_exception_does():
+    """Not as if all had gone well: statistics that were gathered in the block are dropped."""
+    ends: list[str] = []
+
+    def tells(interrupts: HeldBack) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            ends.append("by an interrupt")
+            raise
+        ends.append("well")
+
+    def interrupt_exit(frame: types.FrameType, event: str, argument: object) -> None:
+        if frame.f_code is Undisturbed.__exit__.__code__:
+            sys.settrace(tracer)
+            signal.raise_signal(signal.SIGINT)
+
+    tracer = sys.gettrace()
+    with pytest.raises(KeyboardInterrupt), Undisturbed(tells):
+        sys.settrace(interrupt_exit)
+    assert ends == ["by an interrupt"]
+
+
+def test_the_method_may_be_looked_up_and_called_by_hand():
+    notes: list[str] = []
+    block = Undisturbed(noted, notes)
+    assert hasattr(block, "__exit__")
+    block.__enter__()
+    assert hasattr(block, "__exit__")
+    assert notes == ["begins", "has begun"]
+    block.__exit__(None, None, None)
+    block.__exit__(None, None, None)
+    assert notes == ["begins", "has begun", "ends", "has ended"]
+    with contextlib.ExitStack() as stack:
+        notes = stack.enter_context(Undisturbed(noted, []))
+        assert notes == ["begins", "has begun"]
+    assert notes == ["begins", "has begun", "ends", "has ended"]
 
 
 def test_ctrl_c_comes_in_the_body_as_often_as_it_is_sent():

@@ -32,6 +32,8 @@ from precisebn.ranks.merge_report import MergedLayer, MergeReport
 
 WORLD = 3
 COUNTS = [5, 0, 20]
+MANY = 2**60 + 1
+"""A number of mini-batches that no float64 holds."""
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -81,7 +83,9 @@ def result(model: nn.Module, **arguments) -> Result:
 def statistics_of_the_data(rank: int, world: int) -> Result:
     together = net()
     update_bn_stats(together, data(rank), None)
-    return {**result(own_statistics(rank)), "expected": together.state_dict()}
+    own = own_statistics(rank)
+    own[4].num_batches_tracked.fill_(MANY + rank)
+    return {**result(own), "expected": together.state_dict()}
 
 
 def by_batches(rank: int, world: int) -> Result:
@@ -119,6 +123,7 @@ def rank_0s(rank: int, world: int) -> Result:
     model = drifted(rank, net(torch.float32))
     if rank == 2:
         model[1].running_mean[0] = math.nan
+    model[4].num_batches_tracked.fill_(MANY - rank)
     return result(model, reduce=False)
 
 
@@ -307,6 +312,11 @@ def test_ranks_count_by_their_mini_batches_if_asked(ranks):
     assert math.isnan(before[1]["1.running_var"][0])  # of a rank that does not count
     torch.testing.assert_close(statistics(ranks.of(by_batches)[0]["after"]), expected, rtol=1e-12, atol=1e-12)
     assert expected["1.num_batches_tracked"] == 20
+
+
+def test_a_count_that_no_float_holds_stays_exact(ranks):
+    for scenario, expected in ((statistics_of_the_data, MANY + WORLD - 1), (rank_0s, MANY)):
+        assert [one["after"]["4.num_batches_tracked"].item() for one in ranks.of(scenario)] == [expected] * WORLD
 
 
 def test_where_nobody_has_counted_a_mini_batch_all_ranks_count_the_same(ranks):

@@ -250,6 +250,14 @@ def test_momentum_none_is_handled_and_kept():
     assert bn.num_batches_tracked == 5
 
 
+def test_a_count_that_no_float_holds_is_counted_on():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[0].num_batches_tracked.fill_(2**60 + 1)
+    model[1].num_batches_tracked = torch.tensor(2.5)  # as of an average of weights and buffers
+    update_bn_stats(model, [torch.randn(8, 3)] * 2, 2)
+    assert [layer.num_batches_tracked.item() for layer in model] == [2**60 + 3, 4.5]
+
+
 def test_layers_without_running_statistics_are_left_alone_and_listed():
     model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3))
     report = update_bn_stats(model, [torch.randn(8, 3)] * 2, 2)

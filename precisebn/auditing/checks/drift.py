@@ -25,7 +25,9 @@ def far_from_the_data(subject: Subject) -> Iterator[Problem]:
         return
     try:
         everywhere = far_layers(subject)
-        data = "the loader's first mini-batches"
+        left_alone = subject.observe(recalibration).skipped  # layers that freeze() holds, for one
+        everywhere |= {name: by for name, by in _far_of_one_batch(subject).items() if name in left_alone}
+        data = "the loader's data"
     except Unobservable:
         everywhere = _far_of_one_batch(subject)
         data = "the mini-batch"
