@@ -14,8 +14,8 @@ from precisebn._reports import counted
 from precisebn._torch import is_tracing, is_transformed
 from precisebn.errors import InputError
 from precisebn.functional import portable
-from precisebn.functional.parameters import Form, cast, form_of, needs_gradient, shares_form
-from precisebn.ops.checks import check_input, compute_dtype
+from precisebn.functional.parameters import form_of, in_form, needs_gradient, shares_form
+from precisebn.ops.checks import cast, check_input, compute_dtype
 from precisebn.ops.operator import differentiable, raw
 
 __all__ = ["frozen_batch_norm", "frozen_batch_norm_unchecked"]
@@ -186,6 +186,6 @@ def _gradients(
         grad_weight, grad_bias = sum_dy_xmu * inverse_std, sum_dy
     return (
         dx,
-        Form(weight.dim(), weight.dtype).of(grad_weight) if weight is not None and need_weight else None,
-        ctx.bias_form.of(grad_bias) if need_bias else None,
+        in_form(grad_weight, form_of(weight)) if need_weight else None,
+        in_form(grad_bias, ctx.bias_form) if need_bias else None,
     )
