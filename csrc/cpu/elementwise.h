@@ -48,33 +48,38 @@ class Groups {
   int64_t stride_;
 };
 
-// Coefficients [G, C], or [C] of one group, row by row as wide as the (joined) rows of the view.
+// Coefficients [G, C], or [C] of one group, row by row as wide as the (joined) rows of the view. None are zeros.
 template <class T>
 class PerGroup {
  public:
-  PerGroup(const Tensor& t, const View& view, int64_t num_groups)
-      : dense_(t.is_contiguous() ? t : torch::stable::contiguous(t)) {
-    const bool fits = t.dim() == 2 ? t.size(0) == num_groups : t.dim() == 1 && num_groups == 1;
-    STD_TORCH_CHECK(fits && t.size(t.dim() - 1) == view.channels,
+  PerGroup(const std::optional<Tensor>& t, const View& view, int64_t num_groups) {
+    const bool as_given = !view.by_rows || (view.inner == 1 && rows_joined(view) == 1);
+    stride_ = as_given ? view.channels : rows_joined(view) * view.width;
+    if (!t || !as_given) {
+      expanded_.resize(num_groups * stride_);
+      values_ = expanded_.data();
+    }
+    if (!t) return;
+    const bool fits = t->dim() == 2 ? t->size(0) == num_groups : t->dim() == 1 && num_groups == 1;
+    STD_TORCH_CHECK(fits && t->size(t->dim() - 1) == view.channels,
                     "precisebn: every coefficient must have shape (G, C) = (", num_groups, ", ", view.channels, ")");
-    values_ = dense_.const_data_ptr<T>();
-    stride_ = view.channels;
-    if (!view.by_rows || (view.inner == 1 && rows_joined(view) == 1)) return;
-    const int64_t width = rows_joined(view) * view.width;
-    expanded_.resize(num_groups * width);
+    dense_ = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+    const T* from = dense_->const_data_ptr<T>();
+    if (as_given) {
+      values_ = from;
+      return;
+    }
     T* to = expanded_.data();
     for (int64_t g = 0; g < num_groups; ++g) {
       for (int64_t row = 0; row < rows_joined(view); ++row) {
-        for (int64_t c = 0; c < view.channels; ++c) to = std::fill_n(to, view.inner, values_[g * view.channels + c]);
+        for (int64_t c = 0; c < view.channels; ++c) to = std::fill_n(to, view.inner, from[g * view.channels + c]);
       }
     }
-    values_ = expanded_.data();
-    stride_ = width;
   }
   const T* operator[](int64_t group) const { return values_ + group * stride_; }
 
  private:
-  Tensor dense_;
+  std::optional<Tensor> dense_;
   std::vector<T> expanded_;
   const T* values_;
   int64_t stride_;

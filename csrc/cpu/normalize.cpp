@@ -8,19 +8,12 @@ namespace precisebn::cpu {
 namespace {
 
 template <class Scalar>
-Tensor zeros(const Tensor& like) {
-  Tensor zero = new_statistic({like.size(0), like.size(1)}, 2, dtype_of(like));
-  std::fill_n(zero.mutable_data_ptr<Scalar>(), zero.numel(), Scalar{0});
-  return zero;
-}
-
-template <class Scalar>
 void run(const Tensor& input, const Arrangement& to, const std::optional<Tensor>& center, const Tensor& scale,
          const std::optional<Tensor>& shift, const Groups& groups) {
   const NormalizeKernels& kernels = PRECISEBN_DISPATCH(normalize_kernels)[dtype_of(input)];
   const int64_t num_groups = scale.size(0);
-  const PerGroup<Scalar> centers(center ? *center : zeros<Scalar>(scale), to.view, num_groups),
-      scales(scale, to.view, num_groups), shifts(shift ? *shift : zeros<Scalar>(scale), to.view, num_groups);
+  const PerGroup<Scalar> centers(center, to.view, num_groups), scales(scale, to.view, num_groups),
+      shifts(shift, to.view, num_groups);
   const auto element_size = static_cast<int64_t>(input.element_size());
   const char* x = static_cast<const char*>(input.const_data_ptr());
   char* y = static_cast<char*>(to.output.mutable_data_ptr());

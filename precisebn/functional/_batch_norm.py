@@ -22,7 +22,7 @@ from torch import Tensor
 from precisebn._torch import is_tracing, is_transformed
 from precisebn.errors import InputError
 from precisebn.functional import portable
-from precisebn.functional.parameters import Form, form_of, needs_gradient, shares_form
+from precisebn.functional.parameters import Form, form_of, in_form, needs_gradient, shares_form
 from precisebn.ops.chan import merge
 from precisebn.ops.checks import check_input, compute_dtype
 from precisebn.ops.operator import Derivative, Operator, differentiable, raw
@@ -196,7 +196,7 @@ def _check(call: Call) -> None:
     tensors, num_groups = call.xs, call.num_groups
     if not tensors:
         raise InputError("batch_norm: xs is an empty list; pass at least one tensor")
-    first = tensors[0]
+    first, values = tensors[0], 0
     for i, x in enumerate(tensors):
         check_input(f"batch_norm: xs[{i}]", x, call.groups[i] if call.groups else None, num_groups)
         if i and (x.shape[1], x.dtype, x.device) != (first.shape[1], first.dtype, first.device):
@@ -205,8 +205,9 @@ def _check(call: Call) -> None:
                 f"{tuple(x.shape)} {x.dtype} on {x.device} and xs[0] {tuple(first.shape)} {first.dtype} on "
                 f"{first.device}"
             )
-    channels = first.shape[1]
-    if channels and sum(x.numel() for x in tensors) == channels:
+        values += x.numel()
+    channels, device = first.shape[1], first.device
+    if channels and values == channels:
         raise InputError(
             f"batch_norm: one value per channel has no variance to normalize by; xs is {tuple(first.shape)}"
         )
@@ -214,13 +215,13 @@ def _check(call: Call) -> None:
         if parameter is None:
             continue
         # Number by number: of a tuple of sizes that a graph leaves open Dynamo finds that it is in no other.
-        rows, columns = parameter.shape[:-1], parameter.shape[-1:]
-        if len(columns) != 1 or columns[0] != channels or len(rows) > 1 or (len(rows) == 1 and rows[0] != num_groups):
+        shape = parameter.shape
+        if len(shape) not in (1, 2) or shape[-1] != channels or (len(shape) == 2 and shape[0] != num_groups):
             raise InputError(
-                f"batch_norm: {name} must be ({channels},) or ({num_groups}, {channels}), is {tuple(parameter.shape)}"
+                f"batch_norm: {name} must be ({channels},) or ({num_groups}, {channels}), is {tuple(shape)}"
             )
-        if parameter.device != first.device:
-            raise InputError(f"batch_norm: {name} is on {parameter.device}, but xs on {first.device}")
+        if parameter.device != device:
+            raise InputError(f"batch_norm: {name} is on {parameter.device}, but xs on {device}")
 
 
 def _groups_of(tensors: list[Tensor], group: Tensor | Sequence[Tensor], single: bool) -> list[Tensor]:
@@ -422,20 +423,34 @@ def gradient_coefficients(
     return [t.expand_as(mean).to(dtype) for t in (center, a, b, c)], grad_weight
 
 
-def _one_tensor(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _one_tensor(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    group: Tensor | None,
+    num_groups: int,
+    running: Running | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The eager way of a single tensor, every group by its own statistics.
 
     Takes what ``normalize_batch`` takes, and the running statistics to move, or None; gives what it gives.
     """
-    run: Any = _OneTensor.apply if needs_gradient(*arguments[:3]) else _without_gradient
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = run(*arguments)
+    others = (eps, group, num_groups, running)  # together: torch looks at each argument of a function in Python
+    run: Any = _OneTensor.apply if needs_gradient(x, weight, bias) else _without_gradient
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = run(x, weight, bias, others)
     return outputs
 
 
-def _without_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *first, group, num_groups, running = arguments
-    operator = raw.normalize_batch if running is None else raw.normalize_and_track
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = operator(*first, *(running or ()), group, num_groups)
+def _without_gradient(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, others: tuple[float, Tensor | None, int, Running | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    eps, group, num_groups, running = others
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    if running is None:
+        outputs = raw.normalize_batch(x, weight, bias, eps, group, num_groups)
+    else:
+        outputs = raw.normalize_and_track(x, weight, bias, eps, *running, group, num_groups)
     return outputs
 
 
@@ -445,7 +460,7 @@ class _OneTensor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         outputs = _without_gradient(*arguments)
-        x, weight, bias, ctx.eps, group, _, _ = arguments
+        x, weight, bias, (ctx.eps, group, *_) = arguments
         ctx.bias_form = form_of(bias)
         ctx.save_for_backward(x, group, weight, *outputs[1:])
         ctx.mark_non_differentiable(outputs[1])
@@ -457,7 +472,7 @@ class _OneTensor(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, _: Tensor | None, grad_mean: Tensor | None, grad_m2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         x, group, weight, count, mean, m2 = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         if (
             dy is None
             or not need_x
@@ -477,11 +492,8 @@ class _OneTensor(torch.autograd.Function):
             dx, grad_weight, grad_bias = raw.backward_batch(dy, x, count, mean, m2, weight, ctx.eps, group)
         return (
             dx,
-            Form(weight.dim(), weight.dtype).of(grad_weight) if need_weight else None,
-            ctx.bias_form.of(grad_bias) if need_bias else None,
-            None,
-            None,
-            None,
+            in_form(grad_weight, form_of(weight)) if need_weight else None,
+            in_form(grad_bias, ctx.bias_form) if need_bias else None,
             None,
         )
 
@@ -523,8 +535,8 @@ def _backward_of(
     grad_xs, grad_weight, grad_bias = _gradients(kept, grads, needed)
     return (
         grad_xs,
-        None if weight is None else Form(weight.dim(), weight.dtype).of(grad_weight),
-        None if ctx.bias_form is None else ctx.bias_form.of(grad_bias),
+        in_form(grad_weight, form_of(weight)),
+        in_form(grad_bias, ctx.bias_form),
     )
 
 

@@ -14,8 +14,8 @@ from precisebn._reports import counted
 from precisebn._torch import is_tracing, is_transformed
 from precisebn.errors import InputError
 from precisebn.functional import portable
-from precisebn.functional.parameters import Form, cast, form_of, needs_gradient, shares_form
-from precisebn.ops.checks import check_input, compute_dtype
+from precisebn.functional.parameters import form_of, in_form, needs_gradient, shares_form
+from precisebn.ops.checks import cast, check_input, compute_dtype
 from precisebn.ops.operator import differentiable, raw
 
 __all__ = ["frozen_batch_norm", "frozen_batch_norm_unchecked"]
@@ -79,7 +79,8 @@ def frozen_batch_norm_unchecked(
             return portable.frozen_batch_norm(x, mean, var, weight, bias, eps)
         return _plain(x, mean, var, weight, bias, eps, group)
     if needs_gradient(x, weight, bias):
-        y: Tensor = _FrozenBatchNorm.apply(x, mean, var, weight, bias, eps, group)  # type: ignore[no-untyped-call]
+        constants = (mean, var, eps, group)  # together: torch looks at each argument of a function in Python
+        y: Tensor = _FrozenBatchNorm.apply(x, weight, bias, constants)  # type: ignore[no-untyped-call]
         return y
     return _forward(x, mean, var, weight, bias, eps, group)[0]
 
@@ -87,18 +88,18 @@ def frozen_batch_norm_unchecked(
 def _check_frozen(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, group: Tensor | None
 ) -> None:
-    rows = 1
+    rows, sizes, device = 1, x.shape, x.device
     for name, value in (("mean", mean), ("var", var), ("weight", weight), ("bias", bias)):
         if value is None:
             continue
         shape = value.shape
-        if len(shape) not in (1, 2) or x.dim() < 2 or shape[-1] != x.shape[1]:
+        if len(shape) not in (1, 2) or len(sizes) < 2 or shape[-1] != sizes[1]:
             raise InputError(
                 f"frozen_batch_norm: {name} is {tuple(shape)}, must be (C,) or (G, C) for x (N, C, *), which is "
-                f"{tuple(x.shape)}"
+                f"{tuple(sizes)}"
             )
-        if value.device != x.device:
-            raise InputError(f"frozen_batch_norm: {name} is on {value.device}, but x on {x.device}")
+        if value.device != device:
+            raise InputError(f"frozen_batch_norm: {name} is on {value.device}, but x on {device}")
         if len(shape) == 2:
             if group is None or rows not in (1, shape[0]):
                 but = "but group is not given" if group is None else f"others have {rows}"
@@ -118,7 +119,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The output; and, for a backward, the scale ``(G, C)`` and the groups, None where there is one."""
     center, scale, shift = raw.coefficients(mean, var, weight, bias, eps, x.dtype == torch.float64)
-    group = group if len(scale) > 1 else None
+    if group is not None and scale.shape[0] == 1:
+        group = None
     return raw.normalize(x, center, scale, shift, group), scale, group
 
 
@@ -147,31 +149,37 @@ class _FrozenBatchNorm(torch.autograd.Function):
     """The eager way."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        y, scale, group = _forward(*arguments)
-        x, mean, var, weight, bias, eps, _ = arguments
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            ctx.eps, ctx.num_groups, ctx.bias_form = eps, len(scale), form_of(bias)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        constants: tuple[Tensor, Tensor, float, Tensor | None],
+    ) -> Tensor:
+        mean, var, eps, group = constants
+        y, scale, group = _forward(x, mean, var, weight, bias, eps, group)
+        _, need_weight, need_bias, _ = ctx.needs_input_grad
+        if need_weight or need_bias:
+            ctx.eps, ctx.num_groups, ctx.bias_form = eps, scale.shape[0], form_of(bias)
             ctx.save_for_backward(group, None, x, mean, var, weight)
         else:
             ctx.save_for_backward(group, scale)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         group, scale, *rest = ctx.saved_tensors
         if not rest:
             run = differentiable if torch.is_grad_enabled() else raw
-            return run.normalize(dy, None, scale, None, group), None, None, None, None, None, None
-        dx, grad_weight, grad_bias = _gradients(ctx, dy, group, *rest)
-        return dx, None, None, grad_weight, grad_bias, None, None
+            return run.normalize(dy, None, scale, None, group), None, None, None
+        return *_gradients(ctx, dy, group, *rest), None
 
 
 def _gradients(
     ctx: Any, dy: Tensor, group: Tensor | None, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias, where they are needed."""
-    need_x, _, _, need_weight, need_bias = ctx.needs_input_grad[:5]
+    need_x, need_weight, need_bias, _ = ctx.needs_input_grad
     mean = mean.double()
     if ctx.num_groups > 1:
         mean, var = mean.expand(ctx.num_groups, -1), var.expand(ctx.num_groups, -1)
@@ -186,6 +194,6 @@ def _gradients(
         grad_weight, grad_bias = sum_dy_xmu * inverse_std, sum_dy
     return (
         dx,
-        Form(weight.dim(), weight.dtype).of(grad_weight) if weight is not None and need_weight else None,
-        ctx.bias_form.of(grad_bias) if need_bias else None,
+        in_form(grad_weight, form_of(weight)) if need_weight else None,
+        in_form(grad_bias, ctx.bias_form) if need_bias else None,
     )

@@ -1,29 +1,30 @@
 """Weight and bias in a backward: whether anything asks for one, and gradients in the form of each parameter."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-__all__ = ["Form", "cast", "form_of", "needs_gradient", "shares_form"]
+from precisebn.ops.checks import cast
+
+__all__ = ["Form", "form_of", "in_form", "needs_gradient", "shares_form"]
 
 
-class Form(NamedTuple):
-    """What backward knows of a parameter whose values it does not need, and keeps in the tensor's place."""
-
-    dim: int
-    dtype: torch.dtype
-
-    def of(self, gradient: Tensor) -> Tensor:
-        """The gradient of a parameter from gradients per group: a parameter that all groups share gets their sum."""
-        if gradient.dim() != self.dim:
-            gradient = gradient.unsqueeze(0) if gradient.dim() < self.dim else gradient.sum(0)
-        return cast(gradient, self.dtype)
+Form = tuple[int, torch.dtype]
+"""Dimensions and dtype: what backward knows of a parameter whose values it does not need, in the tensor's place."""
 
 
 def form_of(parameter: Tensor | None) -> Form | None:
     """The form of a parameter, if there is one."""
-    return None if parameter is None else Form(parameter.dim(), parameter.dtype)
+    return None if parameter is None else (parameter.dim(), parameter.dtype)
+
+
+def in_form(gradient: Tensor, form: Form | None) -> Tensor | None:
+    """The gradient of a parameter from gradients per group: one that all groups share gets their sum."""
+    if form is None:  # there is no such parameter
+        return None
+    dim, dtype = form
+    if gradient.dim() != dim:
+        gradient = gradient.unsqueeze(0) if gradient.dim() < dim else gradient.sum(0)
+    return cast(gradient, dtype)
 
 
 def shares_form(weight: Tensor | None, bias_form: Form | None) -> bool:
@@ -38,8 +39,3 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which an exported graph keeps even where it does nothing."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -16,8 +16,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from precisebn._torch import is_exporting, is_tracing
-from precisebn.functional.parameters import cast
-from precisebn.ops.checks import compute_dtype
+from precisebn.ops.checks import cast, compute_dtype
 
 __all__ = ["batch_norm", "batch_norm_operator", "frozen_batch_norm", "is_portable", "row"]
 

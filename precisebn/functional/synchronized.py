@@ -21,7 +21,7 @@ from precisebn.distributed.collectives import all_reduce, sum_over_ranks
 from precisebn.errors import InputError
 from precisebn.functional import portable
 from precisebn.functional._batch_norm import Gradients, Kept, gradient_coefficients, laid_out_as
-from precisebn.functional.parameters import Form, form_of, needs_gradient
+from precisebn.functional.parameters import form_of, in_form, needs_gradient
 from precisebn.ops.checks import check_x
 from precisebn.ops.operator import Derivative, Operator, differentiable, raw
 from precisebn.ops.registry import register
@@ -174,10 +174,10 @@ def _gradients(
         grad_x = run.backward_apply(dy, x, *coefficients, None)
     # A rank's own share: whoever trains the parameter adds up, or averages, over ranks.
     grad_weight = grad_bias = None
-    if weight is not None and needed[1]:
-        grad_weight = Form(weight.dim(), weight.dtype).of(sum_dy_xmu * (var + kept.eps).rsqrt())
-    if kept.bias_form is not None and needed[2]:
-        grad_bias = kept.bias_form.of(sum_dy)
+    if needed[1]:
+        grad_weight = in_form(sum_dy_xmu * (var + kept.eps).rsqrt(), form_of(weight))
+    if needed[2]:
+        grad_bias = in_form(sum_dy, kept.bias_form)
     return grad_x, grad_weight, grad_bias
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precisebn.ops.checks import check_coefficients, check_dy, check_group, check_x, compute_dtype
+from precisebn.ops.checks import cast, check_coefficients, check_dy, check_group, check_x, compute_dtype
 from precisebn.ops.grouping import per_sample
 from precisebn.ops.normalize import products
 from precisebn.ops.operator import Derivative, Operator, differentiable
@@ -44,7 +44,7 @@ def backward_apply(
     check_dy("backward_apply", dy, x)
     num_groups = check_coefficients("backward_apply", x, group, center=center, a=a, b=b, c=c)
     check_group("backward_apply", x, group, num_groups)
-    coefficients = [t.to(compute_dtype(x)) for t in (center, a, b, c)]
+    coefficients = [cast(t, compute_dtype(x)) for t in (center, a, b, c)]
     result: Tensor = differentiable.backward_apply(dy, x, *coefficients, group)
     return result
 

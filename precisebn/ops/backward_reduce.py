@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precisebn.ops.checks import check_coefficients, check_dy, check_group, check_x, compute_dtype
+from precisebn.ops.checks import cast, check_coefficients, check_dy, check_group, check_x, compute_dtype
 from precisebn.ops.grouping import chunks, sum_by_group
 from precisebn.ops.normalize import centered
 from precisebn.ops.operator import Derivative, Operator, differentiable
@@ -39,7 +39,7 @@ def backward_reduce(
     check_dy("backward_reduce", dy, x)
     check_coefficients("backward_reduce", x, group, num_groups, mean=mean)
     check_group("backward_reduce", x, group, num_groups)
-    result: tuple[Tensor, Tensor] = differentiable.backward_reduce(dy, x, mean.double(), group, num_groups)
+    result: tuple[Tensor, Tensor] = differentiable.backward_reduce(dy, x, cast(mean, torch.float64), group, num_groups)
     return result
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from precisebn.errors import InputError
 
-__all__ = ["DTYPES", "check_coefficients", "check_dy", "check_group", "check_input", "check_x", "compute_dtype"]
+__all__ = ["DTYPES", "cast", "check_coefficients", "check_dy", "check_group", "check_input", "check_x", "compute_dtype"]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -13,6 +13,11 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of coefficients for ``x``, and of the arithmetic on it."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes a microsecond, and a node of an exported graph, also where it does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _shape(t: Tensor) -> str:
@@ -73,21 +78,26 @@ def check_coefficients(
         x: already checked.
         group: of each sample, or None; its contents are not looked at.
         num_groups: G; None: as many as the first coefficient has.
-        coefficients: by the name that the user knows them by; None for one that is left out.
+        coefficients: by the name that the user knows them by; None for one that is left out, which the first is not.
     """
-    given = {name: value for name, value in coefficients.items() if value is not None}
-    first_name, first = next(iter(given.items()))
+    first_name, first = next(iter(coefficients.items()))
+    assert first is not None
     rows = (first.shape[0] if first.dim() else 1) if num_groups is None else num_groups
-    for name, value in given.items():
-        if value.dim() != 2 or value.shape[0] != rows or value.shape[1] != x.shape[1]:
-            raise InputError(
-                f"{operator}: {name} must have shape (G, C), here ({rows}, {x.shape[1]}): one row per group and one "
-                f"column per channel of x {_shape(x)}, but has shape {_shape(value)}"
-            )
-        if value.device != x.device:
-            raise InputError(f"{operator}: {name} is on {value.device}, but x is on {x.device}")
-        if not value.is_floating_point():
-            raise InputError(f"{operator}: {name} must be floating point, but is {value.dtype}")
+    shape, device = (rows, x.shape[1]), x.device
+    for name, value in coefficients.items():
+        if value is not None and (value.shape != shape or value.device != device or not value.is_floating_point()):
+            raise _wrong_coefficient(operator, name, value, x, rows)
     if group is None and num_groups is None and rows != 1:
         raise InputError(f"{operator}: {first_name} {_shape(first)} has {rows} groups, but group is not given")
     return rows
+
+
+def _wrong_coefficient(operator: str, name: str, value: Tensor, x: Tensor, rows: int) -> InputError:
+    if value.shape != (rows, x.shape[1]):
+        return InputError(
+            f"{operator}: {name} must have shape (G, C), here ({rows}, {x.shape[1]}): one row per group and one column "
+            f"per channel of x {_shape(x)}, but has shape {_shape(value)}"
+        )
+    if value.device != x.device:
+        return InputError(f"{operator}: {name} is on {value.device}, but x is on {x.device}")
+    return InputError(f"{operator}: {name} must be floating point, but is {value.dtype}")

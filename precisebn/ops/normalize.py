@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precisebn.ops.checks import check_coefficients, check_group, check_x, compute_dtype
+from precisebn.ops.checks import cast, check_coefficients, check_group, check_x, compute_dtype
 from precisebn.ops.grouping import per_sample
 from precisebn.ops.operator import Derivative, Operator, differentiable
 
@@ -41,8 +41,9 @@ def normalize(
     num_groups = check_coefficients("normalize", x, group, scale=scale, center=center, shift=shift)
     check_group("normalize", x, group, num_groups)
     dtype = compute_dtype(x)
-    center, shift = (None if t is None else t.to(dtype) for t in (center, shift))
-    result: Tensor = differentiable.normalize(x, center, scale.to(dtype), shift, group)
+    center = None if center is None else cast(center, dtype)
+    shift = None if shift is None else cast(shift, dtype)
+    result: Tensor = differentiable.normalize(x, center, cast(scale, dtype), shift, group)
     return result
 
 
