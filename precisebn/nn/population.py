@@ -66,6 +66,10 @@ class RunningStatistics:
     eps: float
     index: int | None = None
 
+    def named(self, layer: str) -> str:
+        """What to call it: the name of its layer; of one of several, with its index, ``head.bn[2]``."""
+        return layer if self.index is None else f"{layer}[{self.index}]"
+
 
 class Recordable(nn.Module):
     """What a module declares that keeps populations or state of a mini-batch.

@@ -279,7 +279,7 @@ def _description(settings: Settings, layers: dict[str, nn.Module]) -> dict[str, 
         "prior=": settings.prior,
         "tolerance=": settings.tolerance,
         "num_iters= with a tolerance": None if settings.tolerance is None else settings.num_iters,
-        **{f"layer {name!r}": text for name, text in describe_layers(layers).items()},
+        **describe_layers(layers),
     }
 
 
