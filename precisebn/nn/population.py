@@ -153,7 +153,7 @@ class PopulationNorm(Recordable, Norm):
     Its constructor is :class:`Norm`'s; without ``track_running_stats`` batch statistics are always used.
     """
 
-    def _repeat(self, *, populations: int | None = None, affines: int | None = None) -> None:
+    def _repeat(self, *, populations: int | None, affines: int | None) -> None:
         """For constructors: make running statistics ``(populations, C)``, and weight and bias ``(affines, C)``.
 
         With None they stay ``(C,)``.
