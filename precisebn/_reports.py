@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["aligned", "by_reason", "counted", "few", "needs_matplotlib", "plain", "saved"]
+__all__ = ["aligned", "by_reason", "counted", "few", "needs_matplotlib", "plain", "quoted", "saved"]
 
 
 def aligned(rows: Iterable[Sequence[str]], *, left: Collection[str] = (), least: int = 0) -> list[str]:
@@ -51,6 +51,16 @@ def few(names: Iterable[str]) -> str:
     """The names if they are few; else the first ones and the last."""
     names = list(names)
     return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]])
+
+
+def quoted(names: Sequence[str], most: int = 6) -> str:
+    """The first names, in quotes.
+
+    Example:
+        >>> quoted(["stem", "body", "head"], 2)
+        "'stem', 'body', ..."
+    """
+    return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:

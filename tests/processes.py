@@ -6,6 +6,7 @@ that is missing, in the scenario where it happened. Every wait has a limit, and 
 
 import datetime
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -111,6 +112,7 @@ def _run(scenarios: Sequence[Scenario], rank: int, world: int, folder: str, time
             torch.save(scenario(rank, world), f"{folder}/{scenario.__name__}.{rank}.part")
             Path(f"{folder}/{scenario.__name__}.{rank}.part").rename(f"{folder}/{scenario.__name__}.{rank}")
         dist.destroy_process_group()
+        os._exit(0)  # a process that has used DDP hangs now and then in the interpreter's own clean-up, or aborts there
     except BaseException:
         Path(f"{folder}/{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise

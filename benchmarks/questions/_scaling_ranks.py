@@ -348,7 +348,7 @@ def _steps_of_threads(number: int, port: int, steps: int = 5) -> dict[str, Any]:
     def take_steps(rank: int) -> None:
         connection = TCPStore("127.0.0.1", port, is_master=False, timeout=LONGEST_WAIT)
         store = _CountingStore(PrefixStore(f"threads/{number}", connection), logs[rank])
-        own = Steps(store, rank, number, timeout_s=LONGEST_WAIT.total_seconds())
+        own = Steps(store, rank, number, timeout_s=LONGEST_WAIT.total_seconds(), call="take_steps")
         for _ in range(steps + 1):
             together.wait()
             own.take(None, len)

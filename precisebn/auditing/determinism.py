@@ -36,7 +36,7 @@ class DeterminismReport:
     """What :func:`precisebn.check_determinism` has found: ask ``report.deterministic``.
 
     Attributes:
-        deterministic: whether they did.
+        deterministic: whether both runs gave the same bits.
         compared: how many values were compared: inputs and outputs of modules, gradients, what the step left behind.
         kind: what parted first: ``"input"`` or ``"output"`` of a module, ``"order"`` of the calls, ``"gradient"``,
             ``"parameter"``, ``"buffer"``, ``"optimizer"`` (its state) or ``"result"``; empty where nothing did.
@@ -94,7 +94,7 @@ def check_determinism(
             their attributes hold is put back.
 
     Returns:
-        A report, true where all bits are the same.
+        A report, whose ``deterministic`` says whether all bits are the same.
 
     Raises:
         InputError: no module or no optimizer where one has to be, or a step that cannot be called; a model is being

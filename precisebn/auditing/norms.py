@@ -3,7 +3,6 @@
 Of layers of any library: what is known of a class stands in :mod:`precisebn.models.families`.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,9 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from precisebn.auditing.averages import averages_in
 from precisebn.auditing.subject import Subject
-from precisebn.models.families import PAUSED, class_family, is_batch_norm, is_frozen
+from precisebn.models.families import PAUSED, class_family, is_batch_norm, is_frozen, populations_of
 from precisebn.nn.frozen import FrozenNorm
-from precisebn.nn.population import STATISTICS, Recordable, RunningStatistics
+from precisebn.nn.population import RunningStatistics
 
 __all__ = [
     "batch_norms",
@@ -31,15 +30,7 @@ __all__ = [
 
 def kept(layer: nn.Module) -> Sequence[RunningStatistics]:
     """The populations of a layer of any class that have values; none of a lazy layer, nor on the meta device."""
-    if isinstance(layer, Recordable):
-        found = layer.populations()
-    else:
-        mean, var, num_batches = map(layer._buffers.get, STATISTICS)
-        if mean is None or var is None:
-            return ()
-        # Some classes have a constant in their forward (transformers' FrozenBatchNorm2d).
-        found = (RunningStatistics(mean, var, num_batches, vars(layer).get("eps", math.nan)),)
-    return [one for one in found if not (is_lazy(one.mean) or one.mean.is_meta or one.var.is_meta)]
+    return [one for one in populations_of(layer) if not (is_lazy(one.mean) or one.mean.is_meta or one.var.is_meta)]
 
 
 def keepers(subject: Subject) -> dict[str, nn.Module]:

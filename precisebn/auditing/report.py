@@ -15,7 +15,7 @@ from precisebn.errors import AuditError, InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["AuditError", "AuditReport"]
+__all__ = ["AuditReport"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -4,12 +4,20 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-__all__ = ["buffers_of", "parameters_and_buffers_of", "parameters_of"]
+__all__ = ["buffers_of", "parameters_and_buffers_of", "parameters_of", "parameters_once"]
 
 
 def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The parameters of some modules."""
     return _named((prefix, module._parameters) for prefix, module in modules.items())
+
+
+def parameters_once(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, Tensor]]:
+    """The parameters of some modules by identity, each under the first of its names."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, parameter in parameters_of(modules).items():
+        found.setdefault(id(parameter), (name, parameter))
+    return found
 
 
 def buffers_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

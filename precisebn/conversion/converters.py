@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from precisebn.conversion.engine import Conversion, replace_batchnorm, replace_layers
+from precisebn.conversion.engine import Conversion, replace_layers
 from precisebn.conversion.layers import describe, frozen_class, origin_of, parts_of, placement, plain_class, recognized
 from precisebn.distributed import ProcessGroup
 from precisebn.errors import InputError
@@ -31,7 +31,6 @@ __all__ = [
     "convert_ghost",
     "convert_sync_batchnorm",
     "convert_to_batchnorm",
-    "replace_batchnorm",
 ]
 
 

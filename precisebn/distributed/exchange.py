@@ -182,15 +182,10 @@ def _counts(ranks: Tensor, num_ranks: int) -> list[int]:
 
 def _empty_like(x: Tensor, rows: int) -> Tensor:
     """Memory for so many rows in the layout of ``x``, channels_last say; ranks need not agree on it."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(x.dim())
-    keeps = last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous()
-    return torch.empty(
-        (rows, *x.shape[1:]),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=last if keeps and last is not None else torch.contiguous_format,
-    )
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    keeps = x.is_contiguous(memory_format=last) and not x.is_contiguous()
+    memory_format = last if keeps else torch.contiguous_format
+    return torch.empty((rows, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def _bits_of(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         process_group: ProcessGroup | Literal[False] | None = None,
         *,
         let_through: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        call: str = "update_bn_stats",
+        call: str,
     ) -> None:
         self.group = group_of(process_group)
         self._call = call

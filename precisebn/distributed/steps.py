@@ -64,7 +64,7 @@ class Steps:
         *,
         timeout_s: float,
         let_through: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        call: str = "update_bn_stats",
+        call: str,
     ) -> None:
         self._store = store
         self._rank, self._size = rank, size

@@ -82,7 +82,7 @@ class _Guess(NamedTuple):
     @classmethod
     def of(cls, batch: Any) -> "_Guess":
         if isinstance(batch, Mapping):
-            first = next((key for key, value in batch.items() if _holds(value, Tensor.is_floating_point)), "x")
+            first = next((key for key, value in batch.items() if _holds_floating(value)), "x")
             return cls(batch, (), batch, "as keyword arguments, model(**batch)", f"model(batch[{first!r}])")
         if not isinstance(batch, list | tuple) or not batch or isinstance(batch, PackedSequence):
             return cls(batch, (batch,), {}, "as it is, model(batch)", "model(...)")
@@ -92,7 +92,7 @@ class _Guess(NamedTuple):
         if not batch[0].is_floating_point():
             how = f"as a whole, model(batch), because item 0 is not floating point but {_dtype(batch[0].dtype)}"
             return cls(batch, (batch,), {}, how, "model(batch[0].float())")
-        floating = next((i for i in range(1, len(batch)) if _holds(batch[i], Tensor.is_floating_point)), None)
+        floating = next((i for i in range(1, len(batch)) if _holds_floating(batch[i])), None)
         if floating is None:
             how = "as its item 0, model(batch[0]), because no other item is floating point"
             return cls(batch, (batch[0],), {}, how, "model(*batch) or model(batch)")
@@ -257,9 +257,9 @@ def _copy_tensors(item: Any, memo: dict[int, Any], seen: set[int]) -> None:
         _copy_tensors(value, memo, seen)
 
 
-def _holds(item: Any, wanted: Callable[[Tensor], bool]) -> bool:
-    """Whether a tensor that is ``wanted`` lies anywhere in nested containers; objects of classes are metadata."""
-    return any(map(wanted, tensors_in(item, in_data_classes=False)))
+def _holds_floating(item: Any) -> bool:
+    """Whether a floating-point tensor lies anywhere in nested containers; objects of classes are metadata."""
+    return any(map(Tensor.is_floating_point, tensors_in(item, in_data_classes=False)))
 
 
 def describe_batch(batch: Any) -> str:

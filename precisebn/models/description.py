@@ -12,7 +12,7 @@ __all__ = ["describe_layers"]
 
 
 def describe_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """What of each layer must be the same on all ranks, in words: what is summed over ranks, and written.
+    """What of each layer must be the same on all ranks, in words: what is summed over ranks, and written; by its name.
 
     Args:
         layers: with running statistics, by name.
@@ -29,5 +29,5 @@ def describe_layers(layers: Mapping[str, nn.Module]) -> dict[str, str]:
         untracked = "" if first.num_batches is not None else ", mini-batches not counted"
         place = f", on device {devices.index(first.mean.device)} of the model's" if len(devices) > 1 else ""
         channels = counted(first.mean.numel(), "channel")
-        texts[name] = f"{number}{channels} in {kinds}, eps={first.eps:g}{untracked}{place}"
+        texts[f"layer {name!r}"] = f"{number}{channels} in {kinds}, eps={first.eps:g}{untracked}{place}"
     return texts

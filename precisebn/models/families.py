@@ -7,10 +7,11 @@ alone and for no others.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -121,7 +122,10 @@ def is_frozen(layer: nn.Module) -> bool:
 
 
 def populations_of(layer: nn.Module) -> Sequence[RunningStatistics]:
-    """The populations that a layer keeps: what it declares, or the buffers of an nn.BatchNorm; none without such."""
+    """The populations that a layer keeps: what it declares, or the buffers of an nn.BatchNorm; none without such.
+
+    The eps is NaN where a class has it as a constant in its forward, as transformers' FrozenBatchNorm2d.
+    """
     if isinstance(layer, Recordable):
         return layer.populations()
     mean, var, num_batches = map(layer._buffers.get, STATISTICS)
@@ -129,8 +133,7 @@ def populations_of(layer: nn.Module) -> Sequence[RunningStatistics]:
         return ()
     eps = vars(layer).get("eps")
     if eps is None:  # some subclasses compute it, or keep it as a buffer
-        computed: Any = layer.eps
-        eps = float(computed)
+        eps = float(getattr(layer, "eps", math.nan))
     return (RunningStatistics(mean, var, num_batches, eps),)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from precisebn._reports import quoted
 from precisebn.errors import InputError
 from precisebn.models.families import is_batch_norm, is_frozen
 
@@ -26,8 +27,8 @@ __all__ = [
 ModuleSelection = str | nn.Module | Iterable[str | nn.Module]
 """Modules, qualified names and glob patterns, one or several; for ``modules=`` also ``"training"`` and ``"all"``."""
 
-# Path components that wrappers put between a layer's name and what the user calls it.
-_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
+_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # which keep the model as `module`
+# Path components that other wrappers put between a layer's name and what the user calls it.
 WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -134,9 +135,7 @@ def select(
 
 def listed(found: Mapping[str, nn.Module]) -> str:
     """How many layers there are and the names of the first, for messages."""
-    if not found:
-        return "none at all"
-    return f"{len(found)}: " + ", ".join(repr(name) for name in list(found)[:6]) + (", ..." if len(found) > 6 else "")
+    return f"{len(found)}: {quoted(list(found))}" if found else "none at all"
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -51,7 +51,7 @@ class StandIn:
             if self.is_in_place:
                 return self.run(*args, **kwargs)
         now: Any = vars(self.module).get("forward")
-        return (now if isinstance(_owner(now), StandIn) else self.original)(*args, **kwargs)
+        return (now if isinstance(getattr(now, "__self__", None), StandIn) else self.original)(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What runs in the place of the forward."""
@@ -112,8 +112,3 @@ class StandIn:
             vars(self.module)["forward"] = self.original
         for name, buffer in self.own.items():
             changes.put(self.module._buffers, name, buffer)
-
-
-def _owner(method: object) -> object:
-    """Whose method it is."""
-    return getattr(method, "__self__", None)

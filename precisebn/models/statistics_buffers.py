@@ -63,9 +63,8 @@ def statistics_of(module: nn.Module) -> dict[str, Statistic]:
     names = statistics_buffers(module)
     eps = getattr(module, "eps", None)
     eps = float(eps) if isinstance(eps, int | float) else None
-    complete = MEAN in names and VAR in names
     found = dict.fromkeys(names, Statistic(eps=eps))
-    if complete:
+    if MEAN in names and VAR in names:
         found |= {MEAN: Statistic("mean", VAR, eps), VAR: Statistic("var", VAR, eps)}
     if not _NAMES.issuperset(names):
         places = _places(module)

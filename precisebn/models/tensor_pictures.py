@@ -1,6 +1,7 @@
 """Pictures of tensors: of each its identity, its memory, its shape and its bits; to compare, and to put back."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -15,23 +16,22 @@ PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
 """The classes of tensors that do what torch's own do."""
 
 
+@dataclass(eq=False)
 class TensorPicture:
     """One tensor: which it is, the memory that it lies in, and its bits.
 
     Attributes:
+        version: how often torch had written to it; None of an inference tensor, of which nobody counts.
         alias: another tensor of the same memory, which keeps its shape when ``tensor.data`` is set to something else.
         value: its bits, in a tensor alike; or of its whole memory, for dtypes and layouts that torch cannot copy; or
             None, where there are none (meta tensors).
     """
 
-    def __init__(
-        self, tensor: Tensor, version: int | None, requires_grad: bool, alias: Tensor | None, value: Any
-    ) -> None:
-        self.tensor = tensor
-        self.version = version
-        self.requires_grad = requires_grad
-        self.alias = alias
-        self.value = value
+    tensor: Tensor
+    version: int | None
+    requires_grad: bool
+    alias: Tensor | None
+    value: Any
 
     def version_has_moved(self) -> bool:
         """Whether it has certainly been written to."""

@@ -169,12 +169,13 @@ class DomainSpecificBN(TakesLists, PopulationNorm):
             together, moments = self._normalize_together(xs, domains)
             self.track(moments)
             return together
-        ys, all_moments = zip(*(self._normalize_one(x, k) for k, x in enumerate(xs)), strict=True)
-        tracked = [moments for moments in all_moments if moments is not None]
-        if self.population == "shared" and tracked:
-            self.track(sum(tracked[1:], tracked[0]))
+        if not self.uses_batch_statistics:
+            return [self._one(x, k) for k, x in enumerate(xs)]
+        ys, each = zip(*(batch_norm(x, *self._affine_of(x, k), eps=self.eps) for k, x in enumerate(xs)), strict=True)
+        if self.population == "shared":
+            self.track(sum(each[1:], each[0]))
         else:
-            for k, moments in enumerate(tracked):
+            for k, moments in enumerate(each):
                 self.track(moments, k)
         return list(ys)
 
@@ -185,13 +186,6 @@ class DomainSpecificBN(TakesLists, PopulationNorm):
         if self._own_affine:
             weight, bias = (None if own is None else portable.row(x, own, domain) for own in (weight, bias))
         return weight, bias
-
-    def _normalize_one(self, x: Tensor, domain: int) -> tuple[Tensor, Moments | None]:
-        """Normalize samples of a single domain; their Moments, where they were used."""
-        weight, bias = self._affine_of(x, domain)
-        if not self.uses_batch_statistics:
-            return self.frozen(x, weight, bias, population=self._population_of(domain)), None
-        return batch_norm(x, weight, bias, eps=self.eps)
 
     @overload
     def _normalize_together(self, xs: Tensor, domain: Tensor) -> tuple[Tensor, Moments]: ...

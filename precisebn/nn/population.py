@@ -66,6 +66,10 @@ class RunningStatistics:
     eps: float
     index: int | None = None
 
+    def named(self, layer: str) -> str:
+        """What to call it: the name of its layer; of one of several, with its index, ``head.bn[2]``."""
+        return layer if self.index is None else f"{layer}[{self.index}]"
+
 
 class Recordable(nn.Module):
     """What a module declares that keeps populations or state of a mini-batch.
@@ -149,7 +153,7 @@ class PopulationNorm(Recordable, Norm):
     Its constructor is :class:`Norm`'s; without ``track_running_stats`` batch statistics are always used.
     """
 
-    def _repeat(self, *, populations: int | None = None, affines: int | None = None) -> None:
+    def _repeat(self, *, populations: int | None, affines: int | None) -> None:
         """For constructors: make running statistics ``(populations, C)``, and weight and bias ``(affines, C)``.
 
         With None they stay ``(C,)``.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from precisebn._reports import quoted
 from precisebn._warnings import warn
 from precisebn.distributed import ProcessGroup, Ranks, is_sharded
 from precisebn.errors import InputError, NonFiniteStatisticsError
@@ -91,12 +92,13 @@ def merge_rank_statistics(
         layers, skipped = _choose(model, modules, exclude)
         if not layers:
             warn(f"{type(model).__name__} has no BatchNorm layer whose running statistics could be merged")
-        ranks.agree({"reduce=": reduce, "weights=": weights, **_described(layers)}, _ADVICE)
+        ranks.agree({"reduce=": reduce, "weights=": weights, **describe_layers(layers)}, _ADVICE)
         populations = _populations(layers)
         if not populations or ranks.size == 1:
             alone = (MergedLayer(one.name, one.statistics.mean.numel(), 0.0, 0.0) for one in populations)
             return MergeReport(ranks.size, reduce, weights, tuple(alone), skipped)
-        ranks.device = next((one.statistics.mean.device for one in populations if not _on_cpu(one.statistics)), None)
+        devices = (one.statistics.mean.device for one in populations)
+        ranks.device = next((device for device in devices if device.type != "cpu"), None)
         merged = _merge(populations, ranks, weights) if reduce else _take_over(populations, ranks)
         _check_overflow(populations, merged)
         report = MergeReport(ranks.size, reduce, weights, tuple(_layers_of(populations, merged)), skipped)
@@ -161,21 +163,9 @@ def _choose(
     return layers, skipped
 
 
-def _described(layers: dict[str, nn.Module]) -> dict[str, str]:
-    return {f"layer {name!r}": text for name, text in describe_layers(layers).items()}
-
-
 def _populations(layers: dict[str, nn.Module]) -> list[_Population]:
     """Of every layer one, or one for each domain, ``head.bn[2]``."""
-    return [
-        _Population(name if one.index is None else f"{name}[{one.index}]", one)
-        for name, layer in layers.items()
-        for one in populations_of(layer)
-    ]
-
-
-def _on_cpu(statistics: RunningStatistics) -> bool:
-    return statistics.mean.device.type == "cpu"
+    return [_Population(one.named(name), one) for name, layer in layers.items() for one in populations_of(layer)]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -231,11 +221,10 @@ def _warn_of_initial_statistics(
 ) -> None:
     names = [one.name for one, high, low in zip(populations, most, least, strict=True) if high > 0 and low == 0]
     if names:
-        shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
         warn(
-            f"{len(names)} of the {len(populations)} sets of running statistics ({shown}) have seen no mini-batch on "
-            "some rank (num_batches_tracked is 0), whose statistics, the initial ones as a rule, have counted as much "
-            "as any; weights='batches' leaves such ranks out"
+            f"{len(names)} of the {len(populations)} sets of running statistics ({quoted(names, 3)}) have seen no "
+            "mini-batch on some rank (num_batches_tracked is 0), whose statistics, the initial ones as a rule, have "
+            "counted as much as any; weights='batches' leaves such ranks out"
         )
 
 

@@ -14,12 +14,11 @@ from precisebn._reports import by_reason, counted
 from precisebn.distributed import is_sharded
 from precisebn.errors import InputError, InsufficientDataError
 from precisebn.models.batches import copied
-from precisebn.models.families import populations_of
-from precisebn.models.selection import select_modules
+from precisebn.models.families import is_frozen, populations_of
+from precisebn.models.selection import ModuleSelection, select_modules
 from precisebn.models.snapshot import Snapshot
 from precisebn.models.tensor_pictures import PLAIN_TENSORS
 from precisebn.models.transaction import Transaction
-from precisebn.recalibration.report import reason_left_alone
 from precisebn.recalibration.settings import Settings
 from precisebn.recalibration.writable import check_writable
 
@@ -105,7 +104,7 @@ def choose(settings: Settings) -> Choice:
         if layer in selection.excluded:
             result.skipped[name] = EXCLUDED
         elif name not in selection.chosen:
-            result.skipped[name] = reason_left_alone(layer, settings.modules)
+            result.skipped[name] = _reason_not_chosen(layer, settings.modules)
         else:
             populations = populations_of(layer)
             if not populations:
@@ -127,6 +126,15 @@ def choose(settings: Settings) -> Choice:
                 to_write.append((name, layer, populations))
     check_writable(to_write)
     return result
+
+
+def _reason_not_chosen(layer: nn.Module, modules: ModuleSelection) -> str:
+    """Why a layer is not among those that ``modules`` chose."""
+    if is_frozen(layer) and isinstance(modules, str) and modules in ("training", "all"):
+        return f"frozen (modules={modules!r} leaves these out; modules='*', or names, to take them)"
+    if modules == "training" and not layer.training:
+        return "eval mode"
+    return "not chosen by modules="
 
 
 def _has_statistics_elsewhere(layer: nn.Module) -> bool:

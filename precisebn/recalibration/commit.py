@@ -19,6 +19,7 @@ from precisebn.recalibration.loop import merged_over_ranks
 from precisebn.recalibration.recording import RecordedPopulation, Recording
 from precisebn.recalibration.report import LayerReport
 from precisebn.statistics.estimator import Population, PopulationEstimator
+from precisebn.statistics.flat_moments import per_channel
 
 __all__ = ["Changes", "Commit"]
 
@@ -46,7 +47,7 @@ class Commit:
         skipped: layers that are left alone, with the reason.
 
     Raises:
-        NonFiniteStatisticsError: new statistics that do not fit the dtype of their buffers, or a prior of NaN or Inf.
+        NonFiniteStatisticsError: new statistics that do not fit the dtype of their buffers.
     """
 
     def __init__(self, recording: Recording, ranks: Ranks, total: Tally, most: Tally, prior: float) -> None:
@@ -140,7 +141,7 @@ class _Group:
         """Work out the new statistics of some of the members, the old ones counting as ``prior`` samples."""
         mean, var = self.population.mean, self.population.var
         if prior > 0:
-            weight = self._per_channel(self._prior_weights(samples, prior))
+            weight = per_channel(self._prior_weights(samples, prior), self.layer_of_channel)
             mean, var = torch.lerp(mean, self.old[0], weight), torch.lerp(var, self.old[1], weight)
         self.mean, self.var = mean, var
         self._rounded = {
@@ -152,7 +153,8 @@ class _Group:
         for dtype in self._rounded:
             of_dtype = [one for one in changed if dtype in (one.statistics.mean.dtype, one.statistics.var.dtype)]
             fits = mean.to(dtype).isfinite() & var.to(dtype).isfinite()
-            self._require(fits, of_dtype, self._overflow)
+            if not bool(fits.all()):
+                self._refuse_overflow(fits.split(self.sizes), of_dtype)
 
     def new(self, one: RecordedPopulation) -> tuple[Tensor, Tensor]:
         """New mean and variance, ``(C,)``, rounded to the dtype of the buffers."""
@@ -177,24 +179,15 @@ class _Group:
         own = samples * count / of_layer[layer].clamp(min=1.0)
         return prior / (prior + own) if math.isfinite(prior) else torch.ones_like(own)
 
-    def _per_channel(self, per_layer: Tensor) -> Tensor:
-        return per_layer.index_select(0, self.layer_of_channel)
-
-    def _require(self, good: Tensor, members: Sequence[RecordedPopulation], failure: "_Failure") -> None:
-        """Raise for the first of some members that has a channel that is not good."""
-        if bool(good.all()):
-            return
-        of_members = good.split(self.sizes)
-        for one in members:
-            if not bool(of_members[one.position].all()):
-                raise failure(one)
-
-    def _overflow(self, one: RecordedPopulation) -> NonFiniteStatisticsError:
-        largest = self.var.split(self.sizes)[one.position].max().item()
-        return NonFiniteStatisticsError(
-            f"the new statistics of layer {one.name!r} overflow its {one.statistics.var.dtype} buffers (largest "
-            f"variance {largest:.3g}); keep BatchNorm layers in float32. The model is as it was"
-        )
+    def _refuse_overflow(self, fits: Sequence[Tensor], changed: Sequence[RecordedPopulation]) -> None:
+        """Raise for the first of these that has a channel that does not fit."""
+        for one in changed:
+            if not bool(fits[one.position].all()):
+                largest = self.var.split(self.sizes)[one.position].max().item()
+                raise NonFiniteStatisticsError(
+                    f"the new statistics of layer {one.name!r} overflow its {one.statistics.var.dtype} buffers "
+                    f"(largest variance {largest:.3g}); keep BatchNorm layers in float32. The model is as it was"
+                )
 
 
 def _reports_of(
@@ -219,6 +212,3 @@ def _errors_of(changed: Sequence[RecordedPopulation], groups: Mapping[Population
         for estimator, group in groups.items()
     }
     return [error for one in changed for error in errors[one.estimator][one.position]]
-
-
-_Failure = Callable[[RecordedPopulation], NonFiniteStatisticsError]

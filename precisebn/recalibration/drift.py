@@ -11,6 +11,7 @@ from torch import Tensor
 
 from precisebn.recalibration.report import LayerReport
 from precisebn.statistics.estimator import Population, is_dead
+from precisebn.statistics.flat_moments import per_channel
 
 __all__ = ["Drift"]
 
@@ -39,7 +40,7 @@ class Drift(NamedTuple):
     def reports(self) -> list[LayerReport]:
         """What to say of each population."""
         (old_mean, old_var), (mean, var) = self.old, self.new
-        eps = mean.new_tensor(self.eps).index_select(0, self.layer_of_channel)
+        eps = per_channel(mean.new_tensor(self.eps), self.layer_of_channel)
         scale = var + eps
         drifts = torch.stack(
             [(old_mean - mean).abs() / scale.sqrt(), ((old_var.clamp(min=0.0) + eps) / scale).log().abs()]

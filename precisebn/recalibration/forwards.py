@@ -134,9 +134,7 @@ class InputForward(_RecordedForward):
 
     __slots__ = ("may_overflow", "mean", "mixture", "slot", "var")
 
-    def __init__(
-        self, module: nn.Module, slot: Slot, scratch: Mapping[str, Tensor], mixture: Mixture | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, slot: Slot, scratch: Mapping[str, Tensor], mixture: Mixture | None) -> None:
         super().__init__(module, scratch)
         self.slot = slot
         self.mixture = mixture
@@ -178,7 +176,7 @@ class UnknownForward(_RecordedForward):
         slot: Slot,
         scratch: Mapping[str, Tensor],
         refuse: Callable[[int], None],
-        mixture: Mixture | None = None,
+        mixture: Mixture | None,
     ) -> None:
         super().__init__(module, scratch)
         self.slot = slot

@@ -92,9 +92,8 @@ class Loop:
         self._prior = prior
         if self.settings.tolerance is not None:
             return
-        batches = self.batches if self.settings.num_iters is None else _first(self.batches, self.settings.num_iters)
         sizes, kept = list[int](), list[Any]()
-        for batch in batches:
+        for batch in itertools.islice(self.batches, min(self.settings.num_iters or sys.maxsize, sys.maxsize)):
             sizes.append(self._count(batch))
             if isinstance(self.settings.data_loader, Iterator):
                 kept.append(copied(batch, _TWICE))
@@ -252,10 +251,6 @@ class _Interruptible(Iterator[Any]):
 
 _NO_BATCH = object()
 _TWICE = "pass a loader that can be gone through twice, such as a DataLoader or a list"
-
-
-def _first(batches: Iterator[Any], number: int) -> Iterator[Any]:
-    return itertools.islice(batches, min(number, sys.maxsize))
 
 
 def _indices(flags: list[bool]) -> list[int]:

@@ -36,7 +36,7 @@ class Prior:
         self.size = size
         self.samples = 0.0
 
-    def weight(self, share: float = 1.0) -> float:
+    def weight(self, share: float) -> float:
         """The weight of the present statistics beside those of a share of the data."""
         if self.size == 0 or not math.isfinite(self.size):
             return 0.0 if self.size == 0 else 1.0

@@ -45,7 +45,7 @@ BEING_RECALIBRATED = (
 class RecordedPopulation(NamedTuple):
     """A population under recording: whose it is, its buffers, and its place in its device's estimator.
 
-    The name is the layer's; with an index, ``head.bn[2]``, where the layer has several populations.
+    The name is that of :meth:`RunningStatistics.named`.
     """
 
     name: str
@@ -214,9 +214,8 @@ class Recording(AbstractContextManager["Recording"]):
             mixture = self._mixtures.get(name)
             priors = [None] * len(populations) if mixture is None else mixture.present.unbind()
             for one, prior in zip(populations, priors, strict=True):
-                shown = name if one.index is None else f"{name}[{one.index}]"
                 of_device = sizes.setdefault(one.mean.device, [])
-                found.append((shown, module, one, len(of_device), prior))
+                found.append((one.named(name), module, one, len(of_device), prior))
                 of_device.append(one.mean.numel())
         estimators = {
             device: PopulationEstimator(channels, kind=self.kind, device=device) for device, channels in sizes.items()

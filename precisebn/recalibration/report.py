@@ -11,14 +11,12 @@ from torch import nn
 
 from precisebn import ops
 from precisebn._reports import aligned, by_reason, counted, few, needs_matplotlib, plain, saved
-from precisebn.models.families import is_frozen
-from precisebn.models.selection import ModuleSelection
 from precisebn.recalibration.undo import Undo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LayerReport", "UpdateReport", "fallback_in_use", "frozen_parameters", "largest", "reason_left_alone"]
+__all__ = ["LayerReport", "UpdateReport", "fallback_in_use", "frozen_parameters", "largest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,15 +320,6 @@ class UpdateReport:
         )
         hint = f"did you mean {few(list(map(repr, near)))}?" if near else f"there are {few(names) or 'none'}"
         return f"no layer {name!r} was recalibrated; {hint}"
-
-
-def reason_left_alone(layer: nn.Module, modules: ModuleSelection) -> str:
-    """Why a layer is not among those that ``modules`` chose, in words that do for many layers."""
-    if is_frozen(layer) and isinstance(modules, str) and modules in ("training", "all"):
-        return f"frozen (modules={modules!r} leaves these out; modules='*', or names, to take them)"
-    if modules == "training" and not layer.training:
-        return "eval mode"
-    return "not chosen by modules="
 
 
 def frozen_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:

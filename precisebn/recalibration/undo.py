@@ -7,12 +7,13 @@ model has been moved to another device or dtype, or a checkpoint was loaded by a
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from precisebn._reports import quoted
 from precisebn.errors import UndoError
 from precisebn.models.copies import Copies
 from precisebn.models.families import populations_of
@@ -153,6 +154,5 @@ def _tensors(statistics: RunningStatistics) -> list[Tensor]:
     return [mean, var] if num_batches is None else [mean, var, num_batches]
 
 
-def _listed(names: Iterable[str]) -> str:
-    shown = list(map(repr, names))
-    return ("layer " if len(shown) == 1 else "layers ") + ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
+def _listed(names: Collection[str]) -> str:
+    return ("layer " if len(names) == 1 else "layers ") + quoted(list(names))

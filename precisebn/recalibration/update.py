@@ -8,10 +8,11 @@ transactions: the model changes when all data has been seen, all at once, or not
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from precisebn._reports import counted
 from precisebn._warnings import warn
@@ -244,7 +245,8 @@ def recalibrate(settings: Settings, undo: Undo | None = None) -> UpdateReport:
         if not choice.layers:
             warn(choice.why_nothing(model))
         if ranks.size > 1:
-            ranks.device = next((t.device for t in _tensors(model) if t.device.type != "cpu"), None)
+            devices = (t.device for t in chain(model.parameters(), model.buffers()))
+            ranks.device = next((device for device in devices if device.type != "cpu"), None)
             ranks.agree(_description(settings, choice.layers), _ADVICE)
         if not choice.layers:
             undo.note_old(model, ())
@@ -279,7 +281,7 @@ def _description(settings: Settings, layers: dict[str, nn.Module]) -> dict[str, 
         "prior=": settings.prior,
         "tolerance=": settings.tolerance,
         "num_iters= with a tolerance": None if settings.tolerance is None else settings.num_iters,
-        **{f"layer {name!r}": text for name, text in describe_layers(layers).items()},
+        **describe_layers(layers),
     }
 
 
@@ -321,8 +323,3 @@ def _warn_of(report: UpdateReport, commit: Commit) -> None:
             f"tolerance={report.tolerance:g} was not reached in {counted(report.num_iters, 'mini-batch')}: the largest "
             f"standard error {known}. The statistics are updated all the same; give more data for certainty"
         )
-
-
-def _tensors(module: nn.Module) -> Iterable[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

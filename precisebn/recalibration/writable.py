@@ -50,7 +50,7 @@ _Buffer = tuple[Tensor, str, RunningStatistics, str, nn.Module]
 
 def _shown(buffer: _Buffer) -> str:
     _, kind, one, name, layer = buffer
-    return f"{kind} of layer {name if one.index is None else f'{name}[{one.index}]'!r} ({type(layer).__name__})"
+    return f"{kind} of layer {one.named(name)!r} ({type(layer).__name__})"
 
 
 def _refuse_shared_memory(buffers: Sequence[_Buffer]) -> None:

@@ -118,7 +118,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _dense(before: Tensor, after: Tensor, release: tuple[Release | None, Release | None]) -> Amounts:
     same_dtype = before.dtype == after.dtype
-    if same_dtype and _all_equal(before, after, release):
+    if same_dtype and all(_equal_bits(x, y) for x, y in _pieces(before, after, PIECE, release)):
         return Amounts(equal=True)
     for dtype in (before.dtype, after.dtype):
         if not _converts(dtype):
@@ -141,10 +141,6 @@ def _converts(dtype: torch.dtype) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
-
-
-def _all_equal(before: Tensor, after: Tensor, release: tuple[Release | None, Release | None]) -> bool:
-    return all(_equal_bits(x, y) for x, y in _pieces(before, after, PIECE, release))
 
 
 def _equal_bits(x: Tensor, y: Tensor) -> bool:
@@ -180,9 +176,7 @@ def _flat(piece: Tensor) -> Tensor:
 
 def _in_order_of_memory(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """The same permutation of both, so that channels_last too can be read from one end to the other."""
-    order = sorted(
-        range(before.dim()), key=before.stride, reverse=True
-    )  # stable: of equal strides, the first stays first
+    order = sorted(range(before.dim()), key=before.stride, reverse=True)  # stable: of equal strides, the first first
     x, y = before.permute(order), after.permute(order)
     return (x.view(-1), y.view(-1)) if x.is_contiguous() and y.is_contiguous() else (x, y)
 

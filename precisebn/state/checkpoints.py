@@ -85,9 +85,9 @@ def _of_torch(path: Path, name: str) -> State:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old formats: what they ask for is nothing that a reader can do
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise InputError(_refused(shown, error)) from error
     except Exception as error:  # of what it reads in a damaged file torch makes nearly any
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise InputError(_refused(shown, error)) from error
         if "TorchScript" in str(error):
             raise InputError(f"{shown} is a TorchScript archive: compare torch.jit.load({str(path)!r})") from error
         why = _first_sentence(error)
@@ -109,10 +109,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _refused(shown: str, error: Exception) -> str:
-    text = str(error)
-    if "GLOBAL" not in text:
-        return f"{shown} is no checkpoint of torch.save or safetensors, or is damaged: it is no pickle of tensors"
-    what = re.search(r"GLOBAL ([\w.]+)", text)
+    what = re.search(r"GLOBAL ([\w.]+)", str(error))
     holds = f"{what[1]}, " if what else ""
     return (
         f"{shown} holds more than tensors ({holds}which could run code when it is loaded), so torch.load with "

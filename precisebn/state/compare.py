@@ -131,7 +131,7 @@ def _in_no_state_dict(entry: Entry | None, other: Entry | None, on: State) -> bo
 # ---- Pairs -----------------------------------------------------------------------------------------------------------
 
 
-def _pairs(before: Side, after: Side) -> Iterator[tuple[list[str], Any, Any]]:
+def _pairs(before: Side, after: Side) -> Iterator[tuple[list[str], Entry | None, Entry | None]]:
     """What belongs together, under the names that it has on either side; each pair once."""
     found: dict[tuple[int, int], tuple[list[str], Entry | None, Entry | None]] = {}
     for name in dict.fromkeys([*before.entries, *after.entries]):
@@ -205,15 +205,15 @@ class _Comparison:
 
     def _drift(self, a: Tensor, b: Tensor, old: Entry, new: Entry, amounts: Amounts) -> dict[str, Any]:
         """Of running statistics, in units that mean the same in every layer."""
-        population = old.population or new.population
-        if population is None or not population.role or amounts.max_abs is None or not _is_plain(a):
+        statistic = old.statistic or new.statistic
+        if statistic is None or not statistic.role or amounts.max_abs is None or not _is_plain(a):
             return {}
-        eps = next((p.eps for p in (old.population, new.population) if p is not None and p.eps is not None), EPS)
-        if population.role == "var":
+        eps = next((s.eps for s in (old.statistic, new.statistic) if s is not None and s.eps is not None), EPS)
+        if statistic.role == "var":
             unit, (worst, drift) = "log", log_ratio(a, b, eps)
         else:
-            named_by = self.before if old.population is not None else self.after
-            variance = self.before.tensor(named_by.rename(population.var))
+            named_by = self.before if old.statistic is not None else self.after
+            variance = self.before.tensor(named_by.rename(statistic.var))
             if variance is None or variance.shape != a.shape or variance.is_meta:
                 return {}
             unit, (worst, drift) = "std", in_units_of(a, b, variance, eps)

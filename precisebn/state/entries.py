@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from precisebn.errors import InputError
+from precisebn.models.statistics_buffers import Statistic
 from precisebn.nn.population import STATISTICS
 
 __all__ = [
     "KINDS",
     "Entry",
-    "Population",
     "State",
     "Uninitialized",
     "check_kinds",
@@ -26,21 +25,7 @@ KINDS = ("parameter", "statistic", "buffer", "value")
 """What there is: parameters, running statistics, other buffers, and values that are no tensors (of an extra state)."""
 
 MEAN, VAR, _ = STATISTICS
-
-
-@dataclass(frozen=True, slots=True)
-class Population:
-    """What one buffer of running statistics is to its layer.
-
-    Attributes:
-        role: ``"mean"``, ``"var"``, or empty for a count, or for a buffer that holds several of them.
-        var: of a mean, the name of the buffer with its variance.
-        eps: what the layer adds to the variance; None where that is not known, as in a state dict.
-    """
-
-    role: str = ""
-    var: str = ""
-    eps: float | None = None
+_ROLES: dict[str, Literal["mean", "var"]] = {MEAN: "mean", VAR: "var"}
 
 
 @dataclass(slots=True)
@@ -52,7 +37,7 @@ class Entry:
         kind: one of :data:`KINDS`.
         certain: whether the kind is known, and not told from a name.
         persistent: whether a state dict has it.
-        population: of running statistics.
+        statistic: what running statistics are to their layer, the variance by its qualified name.
         names: its names; several where it is shared.
     """
 
@@ -60,7 +45,7 @@ class Entry:
     kind: str
     certain: bool = False
     persistent: bool = True
-    population: Population | None = None
+    statistic: Statistic | None = None
     names: list[str] = field(default_factory=list)
 
 
@@ -131,7 +116,7 @@ def mark_statistics(entries: Mapping[str, Entry]) -> None:
         prefix, last = _split(name)
         if not entry.certain and last in STATISTICS and {prefix + MEAN, prefix + VAR} <= entries.keys():
             entry.kind = "statistic"
-            entry.population = Population({MEAN: "mean", VAR: "var"}.get(last, ""), prefix + VAR)
+            entry.statistic = Statistic(_ROLES.get(last, ""), prefix + VAR)
 
 
 def place_of(tensor: Tensor) -> Any:
@@ -158,7 +143,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _leaves(value: Any, path: tuple[str, ...], inside: frozenset[int]) -> Iterator[tuple[str, Any]]:
     """Every item that is no container, with a name of its own; of a container in itself, nothing."""
-    if isinstance(value, torch.Tensor) or not isinstance(value, Mapping | list | tuple):
+    if isinstance(value, Tensor) or not isinstance(value, Mapping | list | tuple):
         yield ".".join(path), value
         return
     if id(value) in inside:

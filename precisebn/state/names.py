@@ -18,8 +18,8 @@ class Side:
     def __init__(self, state: State, prefix: str, rename: Callable[[str], str]) -> None:
         self.rename, self.prefix, self.release = rename, prefix, state.release
         self.entries = {rename(name): entry for name, entry in state.entries.items()}
-        populations = (entry.population for entry in self.entries.values())
-        self.knows_eps = any(one is not None and one.eps is not None for one in populations)
+        statistics = (entry.statistic for entry in self.entries.values())
+        self.knows_eps = any(one is not None and one.eps is not None for one in statistics)
 
     def names(self, entry: Entry) -> list[str]:
         """All names of an entry."""

@@ -16,7 +16,7 @@ from precisebn._reports import counted
 from precisebn.errors import InputError
 from precisebn.models.selection import named_modules
 from precisebn.models.statistics_buffers import statistics_of
-from precisebn.state.entries import Entry, Population, State, Uninitialized, check_kinds, entries_of, place_of
+from precisebn.state.entries import Entry, State, Uninitialized, check_kinds, entries_of, place_of
 
 __all__ = ["StateSnapshot", "snapshot", "state_of_model"]
 
@@ -35,14 +35,10 @@ class StateSnapshot(Mapping[str, Tensor]):
     """
 
     def __init__(self, state: State) -> None:
-        self._state = state
+        self.state = state
+        """As one side of a comparison."""
         self.training = dict(state.training)
         self.requires_grad = dict(state.requires_grad)
-
-    @property
-    def state(self) -> State:
-        """As one side of a comparison."""
-        return self._state
 
     @property
     def nbytes(self) -> int:
@@ -50,14 +46,14 @@ class StateSnapshot(Mapping[str, Tensor]):
         return sum(tensor.nbytes for tensor in {id(t): t for t in self.values() if not t.is_meta}.values())
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._state.entries[name]
+        entry = self.state.entries[name]
         if entry.kind == "value":
             raise KeyError(name)
         tensor: Tensor = entry.load()
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, entry in self._state.entries.items() if entry.kind != "value")
+        return (name for name, entry in self.state.entries.items() if entry.kind != "value")
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -123,7 +119,7 @@ def state_of_model(model: nn.Module) -> State:
     for name, module in named_modules(model, remove_duplicate=False):  # a state dict has every name, too
         prefix = f"{name}." if name else ""
         state.training[name] = module.training
-        populations = _populations(module, prefix)
+        statistics = statistics_of(module)
         hidden = getattr(module, "_non_persistent_buffers_set", ())
         for owned, kind in ((module._parameters, "parameter"), (module._buffers, "buffer")):
             for key, tensor in owned.items():
@@ -137,8 +133,9 @@ def state_of_model(model: nn.Module) -> State:
                     state.requires_grad[prefix + key] = tensor.requires_grad
                 else:
                     entry.persistent = key not in hidden or (len(entry.names) > 1 and entry.persistent)
-                    if key in populations:
-                        entry.kind, entry.population = "statistic", populations[key]
+                    if key in statistics:
+                        one = statistics[key]
+                        entry.kind, entry.statistic = "statistic", one._replace(var=one.var and prefix + one.var)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             extra = entries_of({EXTRA_STATE: module.get_extra_state()})
             for key, entry in extra.items():
@@ -156,14 +153,6 @@ class _Kept:
 
     def __call__(self) -> Any:
         return self.value
-
-
-def _populations(module: nn.Module, prefix: str) -> dict[str, Population]:
-    """The buffers of a module that are running statistics, and what each is to it."""
-    return {
-        name: Population(one.role, prefix + one.var if one.var else "", one.eps)
-        for name, one in statistics_of(module).items()
-    }
 
 
 def _copy(value: Any, device: str | torch.device | None) -> Any:

@@ -156,7 +156,7 @@ class _Block:
         """Track all that was gathered; all of it, or nothing."""
         self.close()
         for group, of_group in self._synchronized():
-            with Ranks(group, let_through=self._interrupts.let_through) as ranks:
+            with self._ranks(group) as ranks:
                 merge_over_ranks(of_group, ranks)
         with Transaction() as changes:
             for layer, gathered in self.gathered.items():
@@ -167,8 +167,11 @@ class _Block:
         """Of an exception that has left the block, so that none waits for this one."""
         if self._is_open:
             for group, _ in self._synchronized():
-                with suppress(Exception, type(error)), Ranks(group, let_through=self._interrupts.let_through):
+                with suppress(Exception, type(error)), self._ranks(group):
                     raise error
+
+    def _ranks(self, group: ProcessGroup | None) -> Ranks:
+        return Ranks(group, let_through=self._interrupts.let_through, call="accumulate_statistics")
 
     def _synchronized(self) -> list[tuple[ProcessGroup | None, list[Gathered]]]:
         """What was gathered of layers that normalize by the statistics of all ranks, by process group."""

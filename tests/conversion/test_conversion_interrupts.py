@@ -15,8 +15,8 @@ from precisebn.conversion.converters import (
     convert_frozen_batchnorm,
     convert_ghost,
     convert_to_batchnorm,
-    replace_batchnorm,
 )
+from precisebn.conversion.engine import replace_batchnorm
 from precisebn.conversion.layers import origin_of
 from precisebn.nn import (
     FrozenBatchNorm2d,

@@ -12,8 +12,8 @@ from precisebn.conversion.converters import (
     convert_frozen_batchnorm,
     convert_ghost,
     convert_to_batchnorm,
-    replace_batchnorm,
 )
+from precisebn.conversion.engine import replace_batchnorm
 from precisebn.nn import GhostBN
 from precisebn.nn.population import PopulationNorm
 

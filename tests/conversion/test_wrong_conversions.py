@@ -20,8 +20,8 @@ from precisebn.conversion.converters import (
     convert_ghost,
     convert_sync_batchnorm,
     convert_to_batchnorm,
-    replace_batchnorm,
 )
+from precisebn.conversion.engine import replace_batchnorm
 from precisebn.nn import (
     CycleBatchNormList,
     GhostBN,

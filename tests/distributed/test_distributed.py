@@ -581,7 +581,7 @@ def test_after_failures_the_ranks_are_still_in_step(ranks):
 
 
 def test_one_process_without_torch_distributed_is_one_rank():
-    alone = Ranks()
+    alone = Ranks(call="update_bn_stats")
     assert (alone.size, alone.rank) == (1, 0)
     tally = Tally(samples=5)
     assert alone.tally(tally) == (tally, tally)
@@ -593,7 +593,7 @@ def test_one_process_without_torch_distributed_is_one_rank():
 def test_one_rank_asks_nothing_of_torch_distributed():
     """As where torch was built without it."""
     with mock.patch("precisebn.distributed.ranks.dist", None):
-        alone = Ranks(False)
+        alone = Ranks(False, call="update_bn_stats")
         alone.agree({"anything": 1})
         alone.all_reduce(torch.ones(3), "max")
         alone.broadcast(torch.ones(3), 0)

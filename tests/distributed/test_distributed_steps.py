@@ -36,7 +36,7 @@ def test_all_ranks_get_the_same_result_of_all_payloads_in_their_order(size):
     store = dist.HashStore()
 
     def rank_does(rank: int) -> list[Any]:
-        steps = Steps(store, rank, size, timeout_s=TIMEOUT_S)
+        steps = Steps(store, rank, size, timeout_s=TIMEOUT_S, call="take")
         results = [steps.take([rank, step], list) for step in range(20)]
         steps.leave()
         return results
@@ -50,7 +50,7 @@ def test_a_run_leaves_no_key_behind_but_how_many_runs_there_were():
 
     def rank_does(rank: int) -> None:
         for _ in range(3):
-            steps = Steps(store, rank, 3, timeout_s=TIMEOUT_S)
+            steps = Steps(store, rank, 3, timeout_s=TIMEOUT_S, call="take")
             for _ in range(4):
                 steps.take(None, len)
             steps.leave()
@@ -61,15 +61,15 @@ def test_a_run_leaves_no_key_behind_but_how_many_runs_there_were():
 
 def test_a_rank_that_fails_does_not_wait_and_the_others_hear_of_it_at_their_next_step():
     store = dist.HashStore()
-    first = Steps(store, 0, 2, timeout_s=TIMEOUT_S)
+    first = Steps(store, 0, 2, timeout_s=TIMEOUT_S, call="take")
     first.fail(ZeroDivisionError("on purpose"))  # nobody else is there
     with pytest.raises(RankFailedError, match=r"rank\(s\) 0 of 2 failed.*ZeroDivisionError: on purpose"):
-        Steps(store, 1, 2, timeout_s=TIMEOUT_S).take(None, len)
+        Steps(store, 1, 2, timeout_s=TIMEOUT_S, call="take").take(None, len)
 
 
 def test_what_is_raised_too_late_to_stop_a_step_is_raised_before_the_next():
     store = dist.HashStore()
-    second = Steps(store, 1, 2, timeout_s=TIMEOUT_S)
+    second = Steps(store, 1, 2, timeout_s=TIMEOUT_S, call="take")
 
     @contextmanager
     def interrupted() -> Iterator[None]:
@@ -77,7 +77,7 @@ def test_what_is_raised_too_late_to_stop_a_step_is_raised_before_the_next():
         raise KeyboardInterrupt
         yield
 
-    first = Steps(store, 0, 2, timeout_s=TIMEOUT_S, let_through=interrupted)
+    first = Steps(store, 0, 2, timeout_s=TIMEOUT_S, call="take", let_through=interrupted)
     assert first.take("a", list) == ["a", "b"]
     with pytest.raises(KeyboardInterrupt):
         first.take("a", list)
@@ -88,7 +88,7 @@ def test_what_is_raised_too_late_to_stop_a_step_is_raised_before_the_next():
 
 def test_what_is_raised_too_late_to_stop_the_last_step_is_raised_after_it():
     store = dist.HashStore()
-    second = Steps(store, 1, 2, timeout_s=TIMEOUT_S)
+    second = Steps(store, 1, 2, timeout_s=TIMEOUT_S, call="take")
 
     @contextmanager
     def interrupted() -> Iterator[None]:
@@ -97,7 +97,7 @@ def test_what_is_raised_too_late_to_stop_the_last_step_is_raised_after_it():
         raise KeyboardInterrupt
         yield
 
-    first = Steps(store, 0, 2, timeout_s=TIMEOUT_S, let_through=interrupted)
+    first = Steps(store, 0, 2, timeout_s=TIMEOUT_S, call="take", let_through=interrupted)
     assert first.take(None, len) == 2
     with pytest.raises(KeyboardInterrupt):
         first.leave()
@@ -108,15 +108,17 @@ def test_an_error_in_making_the_result_is_an_error_on_all_ranks():
         raise ZeroDivisionError("on purpose")
 
     store = dist.HashStore()
-    results = on_all_ranks(3, lambda rank: Steps(store, rank, 3, timeout_s=TIMEOUT_S).take(None, fails))
+    results = on_all_ranks(3, lambda rank: Steps(store, rank, 3, timeout_s=TIMEOUT_S, call="take").take(None, fails))
     assert sorted(type(result).__name__ for result in results) == ["RankFailedError"] * 2 + ["ZeroDivisionError"]
 
 
 def test_a_rank_that_does_not_come_is_named_by_all_others_and_told_when_it_comes():
     store = dist.HashStore()
-    results = on_all_ranks(4, lambda rank: None if rank == 2 else Steps(store, rank, 4, timeout_s=0.2).take(None, len))
+    results = on_all_ranks(
+        4, lambda rank: None if rank == 2 else Steps(store, rank, 4, timeout_s=0.2, call="take").take(None, len)
+    )
     with pytest.raises(RankFailedError) as late:
-        Steps(store, 2, 4, timeout_s=0.2).take(None, len)
+        Steps(store, 2, 4, timeout_s=0.2, call="take").take(None, len)
     for error in (*results[:2], results[3], late.value):
         assert isinstance(error, RankFailedError)
         assert "rank(s) 2 of 4 did not come in the 0.2 s that ranks wait" in str(error)
@@ -129,7 +131,7 @@ def test_calls_belong_together_by_their_number_also_after_failures():
     def rank_does(rank: int) -> list[Any]:
         outcomes: list[Any] = []
         for call in range(6):
-            steps = Steps(store, rank, 3, timeout_s=TIMEOUT_S)
+            steps = Steps(store, rank, 3, timeout_s=TIMEOUT_S, call="take")
             if call % 2 and rank == call % 3:
                 steps.fail(ZeroDivisionError("on purpose"))
                 outcomes.append("failed")
@@ -152,7 +154,7 @@ def test_more_can_be_told_than_a_store_takes_in_one_piece():
     payload = [f"layers.{index}.weight" for index in range(500_000)]
 
     def rank_does(rank: int) -> bool:
-        steps = Steps(stores[rank], rank, 2, timeout_s=TIMEOUT_S)
+        steps = Steps(stores[rank], rank, 2, timeout_s=TIMEOUT_S, call="take")
         same = steps.take(payload, list) == [payload, payload]
         steps.leave()
         return same
@@ -165,7 +167,7 @@ def test_what_no_store_takes_is_an_error_on_all_ranks():
     noise = random.Random(0).randbytes(2**23).hex()
 
     def rank_does(rank: int) -> None:
-        steps = Steps(store, rank, 2, timeout_s=TIMEOUT_S)
+        steps = Steps(store, rank, 2, timeout_s=TIMEOUT_S, call="take")
         try:
             steps.take(noise if rank == 0 else "", len)
         except InputError as error:
@@ -193,7 +195,7 @@ def test_interrupted_at_random_all_ranks_take_the_same_steps(seed):
                 raise KeyboardInterrupt
             yield
 
-        steps = Steps(store, rank, size, timeout_s=TIMEOUT_S, let_through=interruptible)
+        steps = Steps(store, rank, size, timeout_s=TIMEOUT_S, call="take", let_through=interruptible)
         taken = 0
         try:
             for step in range(num_steps):

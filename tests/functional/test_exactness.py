@@ -88,7 +88,7 @@ sizes = st.tuples(st.integers(4, 9), st.integers(4, 13))
 
 
 @given(size=sizes, log_ratio=log_ratios, std=stds, seed=seeds, channels_last=st.booleans(), again=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_single_tensor(size, log_ratio, std, seed, channels_last, again):
     x, dy = data(size[0], (size[1], 2), log_ratio, std, seed)
     weight, bias = affine(CHANNELS)
@@ -115,7 +115,7 @@ def test_a_single_tensor(size, log_ratio, std, seed, channels_last, again):
     shared=st.booleans(),
     own_affine=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_lists_and_shared_statistics(sizes, log_ratio, std, seed, num_groups, shared, own_affine):
     drawn = [data(num_groups * n, (length, 2), log_ratio, std, seed + i) for i, (n, length) in enumerate(sizes)]
     groups = [torch.arange(len(x)) % num_groups for x, _ in drawn]
@@ -138,7 +138,7 @@ def test_groups_lists_and_shared_statistics(sizes, log_ratio, std, seed, num_gro
     statistics_dtype=st.sampled_from([torch.float32, torch.float64]),
     trained=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_frozen(size, log_ratio, std, seed, num_groups, statistics_dtype, trained):
     x, dy = data(num_groups * size[0], (size[1], 2), log_ratio, std, seed)
     group = torch.arange(len(x)) % num_groups

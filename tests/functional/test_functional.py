@@ -61,7 +61,7 @@ def test_equals_torch_forward_and_backward(shape, dtype, channels_last):
         torch.testing.assert_close(ours_grad.double(), exact_grad, rtol=0, atol=4 * TOLERANCE[dtype] * scale)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 2), min_size=6, max_size=12), st.booleans())
 def test_groups_equal_separate_batch_norms(group, own_affine):
     group = [0, 0, 1, 1, 2, 2, *group]  # at least two values each

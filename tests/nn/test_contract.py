@@ -6,7 +6,6 @@ after the other, whatever its way is. What a module computes from them is told b
 """
 
 import copy
-import datetime
 import io
 import os
 import pickle
@@ -14,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,9 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import state_of, values_of
+from processes import Outcome, Result, skip_without_gloo
 from reference import (
     Reference,
     Running,
@@ -586,17 +583,10 @@ def test_autocast(module):
 # ---- DDP: one pair of processes for all modules -------------------------------------------------------------------
 
 WORLD = 2
-SLOWEST_START_S = 120
-HANG_S = 30  # a collective that waits longer raises in gloo
 
 
-def ddp_steps(rank: int, folder: str) -> None:
+def ddp_steps(rank: int, world: int) -> Result:
     """What each process does: for every module a training step on the rank's own data, and one in evaluation."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD,
-        timeout=datetime.timedelta(seconds=HANG_S),
-    )  # fmt: skip
     results = {}
     for name, module in MODULES.items():
         net = nn.parallel.DistributedDataParallel(Net(module))
@@ -608,28 +598,14 @@ def ddp_steps(rank: int, folder: str) -> None:
         with torch.no_grad():
             ys = net.eval()(images(seed=7))
         results[name] = {"gradients": gradients, "statistics": statistics, "weights": weights, "ys": ys}
-    torch.save(results, f"{folder}/{rank}.part")
-    Path(f"{folder}/{rank}.part").rename(f"{folder}/{rank}")
-    dist.destroy_process_group()
-    os._exit(0)  # a process that has used DDP hangs now and then in the interpreter's own clean-up
+    return results
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     """What came of it on each rank."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("ddp")
-    processes = mp.spawn(ddp_steps, args=(str(folder),), nprocs=WORLD, join=False)
-    try:
-        deadline = time.monotonic() + SLOWEST_START_S
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks hang"
-    finally:
-        for process in processes.processes:
-            process.kill()
-            process.join()
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(WORLD)]
+    skip_without_gloo()
+    return Outcome([ddp_steps], WORLD, tmp_path_factory.mktemp("ddp")).of(ddp_steps)
 
 
 def shuffled(batches: list[list[Tensor]]) -> list[list[Tensor]]:

@@ -2,20 +2,17 @@
 
 import copy
 import itertools
-import os
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import values_of
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from processes import Outcome, Result, skip_without_gloo
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -659,9 +656,7 @@ def model_for_ranks() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, C), DomainSpecificBN(C, 2))
 
 
-def train_on_a_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def train_on_a_rank(rank: int, world: int) -> Result:
     results = {}
     for broadcast in (False, True):
         model = model_for_ranks()
@@ -670,31 +665,28 @@ def train_on_a_rank(rank: int, folder: str) -> None:
             model.zero_grad()
             with use_domain(rank):
                 ddp(of_rank(rank)).square().mul(torch.arange(C)).sum().backward()
-        results[broadcast] = {
+        results["broadcast" if broadcast else "own"] = {
             "state": model.state_dict(),
             "grads": {name: p.grad for name, p in model.named_parameters()},
         }
-    torch.save(results, Path(folder) / f"rank{rank}")
-    dist.destroy_process_group()
-    os._exit(0)  # a process that has used DDP hangs now and then in the interpreter's own clean-up
+    return results
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 def test_ddp_with_a_domain_for_each_rank(tmp_path):
-    mp.spawn(train_on_a_rank, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    skip_without_gloo()
+    ranks = Outcome([train_on_a_rank], 2, tmp_path).of(train_on_a_rank)
     model = model_for_ranks()
     for _ in range(2):
         model.zero_grad()
         for rank in range(2):
             y = model[1](model[0](of_rank(rank)), domain=rank)
             (y.square().mul(torch.arange(C)).sum() / 2).backward()
-    for broadcast, rank in itertools.product((False, True), range(2)):
+    for statistics, rank in itertools.product(("own", "broadcast"), range(2)):
         for name, parameter in model.named_parameters():
-            grad = ranks[rank][broadcast]["grads"][name]
+            grad = ranks[rank][statistics]["grads"][name]
             torch.testing.assert_close(grad, parameter.grad, rtol=64 * EPS, atol=64 * EPS)
     for rank in range(2):  # each knows the statistics of its own domain
-        state = ranks[rank][False]["state"]
+        state = ranks[rank]["own"]["state"]
         torch.testing.assert_close(state["1.running_mean"][rank], model[1].running_mean[rank], rtol=64 * EPS, atol=EPS)
         assert state["1.num_batches_tracked"].tolist() == [2 * (1 - rank), 2 * rank]
 

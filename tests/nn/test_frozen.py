@@ -2,19 +2,16 @@
 
 import copy
 import io
-import os
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import values_of
 from functorch.compile import make_boxed_func
+from processes import Outcome, Result, skip_without_gloo
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -592,9 +589,7 @@ def test_folds_into_a_linear_layer():
     torch.testing.assert_close(fuse_linear_bn_eval(linear, layer)(x), layer(linear(x)), rtol=1e-13, atol=1e-13)
 
 
-def train_on_a_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def train_on_a_rank(rank: int, world: int) -> Result:
     model = net()
     ddp = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-2)
@@ -605,15 +600,12 @@ def train_on_a_rank(rank: int, folder: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.save(values_of(model), Path(folder) / f"rank{rank}")
-    dist.destroy_process_group()
-    os._exit(0)  # a process that has used DDP hangs now and then in the interpreter's own clean-up
+    return values_of(model)
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 def test_ddp_trains_the_layers_around_and_leaves_every_bit_as_it_was(tmp_path):
-    mp.spawn(train_on_a_rank, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    skip_without_gloo()
+    first, second = Outcome([train_on_a_rank], 2, tmp_path).of(train_on_a_rank)
     assert first == second
     before = values_of(net())
     changed = {key for key in before if first[key] != before[key]}

@@ -44,7 +44,7 @@ lengths = st.one_of(st.integers(1, 600), st.sampled_from([2047, 2048, 2049, 4096
 )
 @example(0, 2048, 1, -3.0, (0.0, 1.7), False, torch.float32)
 @example(0, 2048, 1, -3.0, (0.0, 1.7), True, torch.float32)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_variance_of_two_values(seed, length, batch, log_density, values, channels_last, dtype):
     generator = torch.Generator().manual_seed(seed)
     rare = torch.rand(batch, 33, length, generator=generator) < 10**log_density
@@ -58,7 +58,7 @@ def test_variance_of_two_values(seed, length, batch, log_density, values, channe
     center=st.sampled_from([0.0, 1.0, -300.0]),
     channels_last=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_variance_of_sparse_values(seed, length, log_density, center, channels_last):
     """Mostly one value, as behind a ReLU, and now and then anything."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +80,7 @@ def test_variance_of_sparse_values(seed, length, log_density, center, channels_l
 @example(0, 700, 218, 300, -6.0, 1.0, False)
 @example(0, 300, 218, 300, -8.0, 0.7, False)
 @example(0, 300, 218, 300, -8.0, -300.1, False)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_variance_where_the_first_rows_tell_nothing_of_the_rest(seed, rows, first, channels, log_spread, step, again):
     """The mean of the rows so far is the centre of the next block, and cancels most if they are unlike it."""
     generator = torch.Generator().manual_seed(seed)

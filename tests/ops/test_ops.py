@@ -107,7 +107,7 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 12), st
 
 
 @given(shape=shapes, log_ratio=st.floats(0, 4), seed=st.integers(0, 99), channels_last=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_variance_is_accurate_for_large_means(shape, log_ratio, seed, channels_last):
     x = tensor(shape, mean=0.0, seed=seed) + 10**log_ratio
     x = laid_out(x, "channels_last") if channels_last else x
@@ -115,7 +115,7 @@ def test_variance_is_accurate_for_large_means(shape, log_ratio, seed, channels_l
 
 
 @given(shape=shapes, cut=st.floats(0, 1), seed=st.integers(0, 99), axis=st.sampled_from([0, 2, 3]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_merging_the_parts_gives_the_whole(shape, cut, seed, axis):
     x = tensor(shape, mean=100.0, seed=seed)
     at = round(cut * x.shape[axis])
@@ -125,7 +125,7 @@ def test_merging_the_parts_gives_the_whole(shape, cut, seed, axis):
 
 
 @given(shape=shapes, num_groups=st.integers(1, 5), seed=st.integers(0, 99), channels_last=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_group_is_the_moments_of_its_samples(shape, num_groups, seed, channels_last):
     x = tensor(shape, seed=seed)
     x = laid_out(x, "channels_last") if channels_last else x
@@ -147,7 +147,7 @@ def test_a_group_is_the_moments_of_its_samples(shape, num_groups, seed, channels
     value=st.floats(-(2.0**15), 2.0**15, width=16),
     power=st.integers(-100, 80),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_constant_channel_has_no_variance(shape, channels_last, dtype, value, power):
     if dtype != torch.float16:
         value *= 2.0**power
@@ -159,7 +159,7 @@ def test_a_constant_channel_has_no_variance(shape, channels_last, dtype, value, 
 
 
 @given(shape=shapes, channels_last=st.booleans(), log_size=st.floats(4, 6), whole_row=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_outlier_in_front_does_no_harm(shape, channels_last, log_size, whole_row):
     x = tensor(shape, mean=0.0)
     if whole_row:

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import state_of
+from processes import Outcome, Result, skip_without_gloo
 from torch import Tensor, nn
 
 from precisebn import CycleError, Moments, NonFiniteStatisticsError, update_bn_stats
@@ -143,22 +142,18 @@ class Halves(nn.Module):
             self.large(x)
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank: int, world: int) -> Result:
     model = Halves()
     own = [b for b in batches() if (len(b) > 4) == (rank == 0)]  # what is large is on rank 0 alone
     report = update_bn_stats(model, own, None)
-    torch.save((model.state_dict(), list(report.skipped)), f"{folder}/{rank}")
-    dist.destroy_process_group()
+    return {"state": model.state_dict(), "skipped": list(report.skipped)}
 
 
 def test_ranks_merge_also_what_mini_batches_reach_on_one_rank_only(tmp_path):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    (first, skipped), (second, other) = (torch.load(tmp_path / str(rank)) for rank in range(2))
-    assert skipped == other == []
+    skip_without_gloo()
+    ranks = Outcome([_rank], 2, tmp_path).of(_rank)
+    assert [result["skipped"] for result in ranks] == [[], []]
+    first, second = (result["state"] for result in ranks)
     one = Halves()
     update_bn_stats(one, batches(), None)
     for key, value in one.state_dict().items():

@@ -770,7 +770,7 @@ def test_a_tolerance_is_asked_after_rarely_and_met_without_waste(monkeypatch):
 @pytest.mark.parametrize("tolerance", [5e-324, 1e-3, 1e300])
 @pytest.mark.parametrize("step", [8, 1000, 10**9])
 def test_the_pause_between_questions_is_bounded_whatever_the_errors_are(step, tolerance, error):
-    with Ranks(False) as ranks:
+    with Ranks(False, call="update_bn_stats") as ranks:
         loop = Loop(_settings(tolerance=tolerance), ranks, HeldBack())
     loop._max_error = error
     pause = loop._pause(step, tolerance)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
@@ -35,7 +35,6 @@ def blocked_errors(batches: list[np.ndarray], blocks_of: int) -> tuple[float, fl
     return float(np.sqrt(mean_error2.mean())), float(np.sqrt(var_error2.mean()))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.floats(-1e4, 1e4), st.integers(0, 2**32 - 1))
 def test_equals_numpy_on_all_data_for_any_batch_sizes(sizes, location, seed):
     rng = np.random.default_rng(seed)

@@ -13,7 +13,7 @@ from precisebn.auditing.check import Problem, check
 from precisebn.auditing.memory import overlapping
 from precisebn.auditing.optimizers import optimizers_of
 from precisebn.auditing.subject import Subject
-from precisebn.auditing.tensors import parameters_and_buffers_of, parameters_of
+from precisebn.auditing.tensors import parameters_and_buffers_of, parameters_of, parameters_once
 
 __all__ = [
     "frozen_parameters_in_the_optimizer",
@@ -82,9 +82,9 @@ def frozen_parameters_in_the_optimizer(subject: Subject) -> Iterator[Problem]:
 
     With a gradient of zeros, weight decay and momentum go on moving a parameter that was frozen after a backward.
     """
-    own = _parameters(subject)
+    own = parameters_once(subject.modules)
     held = {id(p) for p in _held(subject)}
-    frozen = {name: p for p, name in own.values() if not p.requires_grad and id(p) in held}
+    frozen = {name: p for name, p in own.values() if not p.requires_grad and id(p) in held}
     moving = [name for name, p in frozen.items() if p.grad is not None]
     if moving:
         yield Problem(
@@ -108,9 +108,9 @@ def frozen_parameters_in_the_optimizer(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def parameters_held_twice(subject: Subject) -> Iterator[Problem]:
     """In several optimizers, or several times in one."""
-    own = _parameters(subject)
+    own = parameters_once(subject.modules)
     times = Counter(map(id, _held(subject)))
-    twice = [name for p, name in own.values() if times[id(p)] > 1]
+    twice = [name for name, p in own.values() if times[id(p)] > 1]
     if twice:
         yield Problem(
             "They are held more than once, and stepped more than once, with a weight decay and momentum for each.",
@@ -125,7 +125,7 @@ def parameters_held_twice(subject: Subject) -> Iterator[Problem]:
 )  # fmt: skip
 def memory_of_the_model_that_is_no_parameter(subject: Subject) -> Iterator[Problem]:
     """Parameters that have become buffers since, as a frozen layer's: in the same memory, which steps still write."""
-    own = _parameters(subject)
+    own = parameters_once(subject.modules)
     foreign = {str(i): p for i, p in enumerate(_held(subject)) if id(p) not in own}
     written = overlapping(parameters_and_buffers_of(subject.modules), foreign)
     if written:
@@ -139,20 +139,12 @@ def memory_of_the_model_that_is_no_parameter(subject: Subject) -> Iterator[Probl
 def names_held(subject: Subject) -> set[str]:
     """Names of the model's parameters that an optimizer holds; of all, where mixed precision keeps copies of them."""
     compared = _compared(subject)
-    return {name for _, name in _parameters(subject).values() if name not in compared.missing}
+    return {name for name, _ in parameters_once(subject.modules).values() if name not in compared.missing}
 
 
 def _held(subject: Subject) -> list[Tensor]:
     """The parameters of all optimizers, in order; those that are held twice, twice."""
     return [p for one in optimizers_of(subject.optimizer) for group in one.param_groups for p in group["params"]]
-
-
-def _parameters(subject: Subject) -> dict[int, tuple[Tensor, str]]:
-    """The model's parameters by identity, each with its first name."""
-    found: dict[int, tuple[Tensor, str]] = {}
-    for name, p in parameters_of(subject.modules).items():
-        found.setdefault(id(p), (p, name))
-    return found
 
 
 class _Compared(NamedTuple):
@@ -166,11 +158,11 @@ class _Compared(NamedTuple):
 
 
 def _compared(subject: Subject) -> _Compared:
-    own = _parameters(subject)
+    own = parameters_once(subject.modules)
     held = _held(subject)
     there = {id(p) for p in held}
     foreign = [p for p in held if id(p) not in own]
-    missing = {name: p for p, name in own.values() if p.requires_grad and id(p) not in there}
+    missing = {name: p for name, p in own.values() if p.requires_grad and id(p) not in there}
     if _are_master_copies(foreign, missing):
         return _Compared(held, [], {})
     return _Compared(held, foreign, missing)
@@ -189,12 +181,9 @@ def _alike(foreign: list[Tensor], missing: Mapping[str, Tensor]) -> list[str]:
 
 def _anew(subject: Subject) -> str:
     """The call that makes the optimizer anew; and that its state goes on, where it is that of the same parameters."""
-    parameters = _parameters(subject).values()
-    trained = {name: p for p, name in parameters if p.requires_grad}
-    for source, taken in (
-        ("trainable_parameters(model)", trained),
-        ("model.parameters()", {name: p for p, name in parameters}),
-    ):
+    parameters = dict(parameters_once(subject.modules).values())
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    for source, taken in (("trainable_parameters(model)", trained), ("model.parameters()", parameters)):
         if _takes_the_state(subject, taken):
             return (
                 f"Make the optimizer anew from {source}, after copying or converting; then "

@@ -99,7 +99,7 @@ def domains_never_measured(subject: Subject) -> Iterator[Problem]:
         populations = kept(layer)
         initial = [one for one in populations if is_at_initial_values([one]) and _is_new(one)]
         if len(initial) < len(populations):
-            never += [f"{name}[{one.index}]" for one in initial if one.index is not None]
+            never += [one.named(name) for one in initial if one.index is not None]
     if never:
         yield Problem(
             "No mini-batch of these domains was ever seen, and at test time they are normalized by mean 0 and "
@@ -216,12 +216,7 @@ def _by_momentum(subject: Subject) -> dict[float | None, list[str]]:
 
 def _where(subject: Subject, is_wrong: Callable[[RunningStatistics], bool]) -> list[str]:
     """Names of layers with a population of which this is true, the population named where there are several."""
-    return [
-        name if one.index is None else f"{name}[{one.index}]"
-        for name, layer in keepers(subject).items()
-        for one in kept(layer)
-        if is_wrong(one)
-    ]
+    return [one.named(name) for name, layer in keepers(subject).items() for one in kept(layer) if is_wrong(one)]
 
 
 def _all_finite(statistics: torch.Tensor) -> bool:

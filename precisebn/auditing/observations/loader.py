@@ -39,7 +39,6 @@ class LoaderLook:
         batches: the first mini-batches, at least one.
         sizes: samples in each of them.
         is_all: whether there are no others.
-        batch_size: what the loader is set to; None where it does not say.
         last_size: samples in the last mini-batch of an epoch; None where that is not known.
         is_sequential: whether samples come in the order of the data set; None where it does not say.
     """
@@ -72,7 +71,6 @@ class LoaderLook:
         self.is_all = len(first) <= LOOKED_AT
         self.batches: list[Any] = first[:LOOKED_AT]
         self.sizes = [num_samples(batch) for batch in self.batches]
-        self.batch_size: int | None = None
         self.is_sequential: bool | None = None
         self.last_size = self.sizes[-1] if self.is_all else None
         if isinstance(loader, Sequence) and not self.is_all:
@@ -94,7 +92,7 @@ class LoaderLook:
 
     def _look_at_sampling(self, loader: "DataLoader[Any]") -> None:
         batches: Any = loader.batch_sampler  # of loaders that collate
-        self.batch_size = getattr(batches, "batch_size", loader.batch_size)
+        size: int | None = getattr(batches, "batch_size", loader.batch_size)
         sampler: Any = getattr(batches, "sampler", loader.sampler)
         if isinstance(sampler, SequentialSampler):
             self.is_sequential = True
@@ -105,8 +103,8 @@ class LoaderLook:
             number = len(sampler)  # a rank's part, with a DistributedSampler
         except (TypeError, NotImplementedError):
             return
-        if isinstance(self.batch_size, int) and self.batch_size > 0:
-            self.last_size = self.batch_size if drop_last else (number % self.batch_size or self.batch_size)
+        if isinstance(size, int) and size > 0:
+            self.last_size = size if drop_last else (number % size or size)
 
 
 def _in_this_process(loader: Any) -> Any:

@@ -96,7 +96,6 @@ class NormCall:
 
     Attributes:
         layer: its qualified name.
-        shape: of its input.
         num_samples: N of the normalization batch (of a ghost batch, where it is cut into such).
         values: values per channel in the normalization batch.
         by_batch: whether it normalizes by the statistics of its input.
@@ -104,7 +103,6 @@ class NormCall:
     """
 
     layer: str
-    shape: tuple[int, ...]
     num_samples: int
     values: int
     by_batch: bool
@@ -200,4 +198,4 @@ def _call(name: str, layer: nn.Module, x: Tensor) -> NormCall:
     known = normalizes_its_input(layer) and can_be_measured(x)
     by_batch = layer.training or getattr(layer, "running_mean", None) is None
     statistics = Statistics.of(x, layer.eps) if known and isinstance(layer.eps, float) else None
-    return NormCall(name, tuple(x.shape), num_samples, num_samples * spatial, by_batch, statistics)
+    return NormCall(name, num_samples, num_samples * spatial, by_batch, statistics)

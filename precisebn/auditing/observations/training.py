@@ -11,7 +11,7 @@ from precisebn.auditing.observations.flow import Cut, GradientFlow, Origin
 from precisebn.auditing.observations.loader import training_batch
 from precisebn.auditing.observations.normalization import NormCall, records_calls
 from precisebn.auditing.subject import Subject, Unobservable
-from precisebn.auditing.tensors import parameters_of
+from precisebn.auditing.tensors import parameters_once
 from precisebn.distributed import is_sharded
 from precisebn.models.interrupts import HeldBack
 from precisebn.models.nested import tensors_in
@@ -69,7 +69,7 @@ class TrainingStep:
         self.calls: list[NormCall] = []
         self.failure: Unobservable | None = None
         self._gradients: GradientReport | Unobservable
-        trainable = _trainable(subject.modules)
+        trainable = {name: p for name, p in parameters_once(subject.modules).values() if p.requires_grad}
         with subject.undisturbed() as interrupts, torch.inference_mode(False), torch.enable_grad():
             subject.set_training_modes()
             try:
@@ -161,14 +161,6 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
             return True
         waiting += [following for following, _ in node.next_functions]
     return False
-
-
-def _trainable(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Each parameter that is trained, once, under its first name."""
-    first: dict[int, tuple[str, Tensor]] = {}
-    for name, parameter in parameters_of(modules).items():
-        first.setdefault(id(parameter), (name, parameter))
-    return {name: parameter for name, parameter in first.values() if parameter.requires_grad}
 
 
 def _loss(subject: Subject, output: Any, batch: Any) -> Tensor:
