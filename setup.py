@@ -8,7 +8,8 @@ Environment:
     PRECISEBN_PURE=1            do not build them
     PRECISEBN_REQUIRE_NATIVE=1  fail where they cannot be built
     PRECISEBN_CUDA=0|1          never or always try to build the CUDA library; by default it is built where torch is a
-                                CUDA build and nvcc is found, on the path or in CUDA_HOME
+                                CUDA build and nvcc is found, in CUDA_HOME or on the path
+    TORCH_CUDA_ARCH_LIST        as in torch's own extensions: for which GPUs, "8.6;9.0+PTX", instead of those below
     CXX                         the C++ compiler
 """
 
@@ -60,8 +61,13 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-Wno-uninitialized", "-Wno-maybe-uninitialized",
     ]  # fmt: skip
 
-# Machine code for A100 and H100, and PTX that drivers compile for whatever is newer.
-CUDA_ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+# Machine code for T4, for A100 and all of its generation and the next, and for H100; PTX that drivers compile for
+# whatever is newer.
+CUDA_ARCHITECTURES = [
+    "-gencode=arch=compute_75,code=sm_75",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+]
 
 
 def extensions() -> list[Extension]:
@@ -104,8 +110,8 @@ def wants_cuda() -> bool:
 
 
 def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+    home = os.environ.get("CUDA_HOME")  # which has to do with this torch, where it is set
+    return (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
 
 
 class BuildNative(build_ext):
@@ -137,8 +143,8 @@ class BuildNative(build_ext):
         cuda = ext.name.endswith("_cuda")
         if cuda and torch.version.cuda is None:
             raise CompileError("torch is not a CUDA build")
-        paths = cpp_extension.include_paths("cuda" if cuda else "cpu")
-        includes = [argument for path in paths for argument in ("-isystem", path)]  # nvcc does not take them as one
+        # Where CUDA's headers and libraries are nvcc knows; torch guesses, from where nvcc seems to be.
+        includes = [argument for path in cpp_extension.include_paths("cpu") for argument in ("-isystem", path)]
         jobs = (cuda_jobs if cuda else cpu_jobs)(ext, OBJECTS / ext.name)
         workers = os.cpu_count() if self.parallel in (None, True) else self.parallel
         with ThreadPoolExecutor(workers) as pool:
@@ -146,9 +152,10 @@ class BuildNative(build_ext):
 
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        paths = [f"-L{path}" for path in cpp_extension.library_paths("cuda" if cuda else "cpu")]
-        libraries = ["-ltorch_cpu", "-ltorch_cuda", "-lcudart"] if cuda else ["-ltorch_cpu"]
-        run([*compiler(), "-shared", *(str(target) for _, target in jobs), "-o", str(library), *paths, *libraries])
+        linker = [cuda_compiler(), "--cudart=shared"] if cuda else compiler()
+        paths = [f"-L{path}" for path in cpp_extension.library_paths("cpu")]
+        libraries = ["-ltorch_cpu", "-ltorch_cuda"] if cuda else ["-ltorch_cpu"]
+        run([*linker, "-shared", *(str(target) for _, target in jobs), "-o", str(library), *paths, *libraries])
 
 
 def why_not(library: str | Path) -> Path:
@@ -182,12 +189,17 @@ def cpu_jobs(ext: Extension, objects: Path) -> list[Job]:
 
 
 def cuda_jobs(ext: Extension, objects: Path) -> list[Job]:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise CompileError("nvcc is neither on the path nor in CUDA_HOME")
     flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-    flags += [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *CUDA_ARCHITECTURES]
-    return [job([nvcc, *flags], source, objects, "cuda") for source in ext.sources]
+    flags += [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *cuda_architectures()]
+    return [job([cuda_compiler(), *flags], source, objects, "cuda") for source in ext.sources]
+
+
+def cuda_architectures() -> list[str]:
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return CUDA_ARCHITECTURES
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    return _get_cuda_arch_flags()
 
 
 def job(command: list[str], source: str, objects: Path, variant: str) -> Job:
@@ -225,6 +237,13 @@ def compiler() -> list[str]:
     if found is None:
         raise CompileError("no C++ compiler found (looked for c++, g++ and clang++; CXX names another)")
     return [found]
+
+
+def cuda_compiler() -> str:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise CompileError("nvcc is neither in CUDA_HOME nor on the path")
+    return nvcc
 
 
 def run(command: list[str]) -> None:

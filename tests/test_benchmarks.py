@@ -1,6 +1,9 @@
 """The benchmarks' results: the file keeps what the page needs, and the page shows what the file keeps."""
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,93 @@ def test_every_question_says_what_it_asks_and_against_whom() -> None:
     assert all(
         each.asks.endswith("?") and each.against and set(each.devices) <= {"cpu", "cuda"} for each in questions.values()
     )
+
+
+# ---- The script for machines with a GPU, on one without: all that it calls is pretended ------------------------------
+
+STAND_INS = {
+    "nvidia-smi": "echo '9.0, NVIDIA H100, 580.159.04, 81559 MiB'",
+    "timeout": 'echo "$2 s: $3 $4 $5 $6" >>calls; shift 2; exec "$@"',
+    "compute-sanitizer": 'echo "found by $2"; [[ "$*" != *$FAILS* ]] || exit 9',
+    "python": """
+        case "$1 $2" in
+            "-c import "*) [[ " $MISSING " != *" ${2#import } "* ]]; exit;;
+            "setup.py build_ext") echo "for $TORCH_CUDA_ARCH_LIST";;
+            "-m pytest") echo "$*"; echo "plugins $PYTEST_DISABLE_PLUGIN_AUTOLOAD";;
+            "-m benchmarks") echo "$*"; touch "$8";;
+        esac
+        [[ "$*" != *$DIES* ]] || kill -9 $PPID
+        [[ "$*" != *$FAILS* ]]""",
+}
+
+
+def _on_a_gpu(
+    folder: Path, fails: str = "nothing", dies: str = "nothing", missing: str = "apex"
+) -> "tuple[subprocess.CompletedProcess[str], str, list[str]]":
+    """What the script shows, its log, and its limits with the commands that they are of."""
+    (folder / "benchmarks").mkdir()
+    (folder / "bin").mkdir()
+    shutil.copy(results.RESULTS.parent / "gpu.sh", folder / "benchmarks")
+    for name, body in STAND_INS.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "OUT": f"{folder}/out", "PYTHON": "python"}
+    done = subprocess.run(
+        ["bash", str(folder / "benchmarks" / "gpu.sh")],
+        env=environment | {"FAILS": fails, "DIES": dies, "MISSING": missing},
+        capture_output=True,
+        text=True,
+    )
+    return done, (folder / "out" / "gpu.log").read_text(), (folder / "calls").read_text().splitlines()
+
+
+def test_all_stages_run_within_the_time_and_leave_few_files(tmp_path: Path) -> None:
+    done, log, limits = _on_a_gpu(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all stages ok" in done.stdout
+    assert "for 9.0\n" in log
+    assert "plugins 1" in log
+    assert log.count("-p xdist.plugin -n 8") == 1
+    assert all(f"found by {tool}" in log for tool in ("memcheck", "racecheck", "synccheck", "initcheck"))
+    assert log.count("is not installed") == 1
+    assert "--budget" in log
+    seconds = [int(line.split()[0]) for line in limits if "compute-sanitizer" not in line]
+    at_once = max(int(line.split()[0]) for line in limits if "compute-sanitizer" in line)
+    assert sum(seconds[:-1]) + at_once <= 440  # which leaves some time for benchmarks in the worst of cases
+    assert 500 <= seconds[-1] <= 540
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cuda.json", "gpu.log"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "stage"),
+    [("build_ext", "build"), ("test_sync", "tests"), ("racecheck", "racecheck"), ("-m benchmarks", "benchmarks")],
+)
+def test_a_stage_that_fails_is_named_and_the_others_run(tmp_path: Path, fails: str, stage: str) -> None:
+    done, log, _ = _on_a_gpu(tmp_path, fails)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].endswith(f"; failed: {stage}")
+    assert "== benchmarks" in log
+
+
+def test_nothing_is_timed_where_there_are_no_kernels(tmp_path: Path) -> None:
+    done, log, _ = _on_a_gpu(tmp_path, fails="ops.backend()")
+    assert done.returncode == 1
+    assert "== backend: FAILED" in log
+    assert "benchmarks" not in log
+
+
+def test_the_log_holds_what_has_been_said_when_all_is_killed(tmp_path: Path) -> None:
+    done, log, _ = _on_a_gpu(tmp_path, dies="--budget")
+    assert done.returncode == -9
+    assert "== tests: ok" in log
+    assert log.splitlines()[-1].startswith("-m benchmarks")
+
+
+def test_plugins_that_are_missing_are_done_without(tmp_path: Path) -> None:
+    done, log, _ = _on_a_gpu(tmp_path, missing="pytest_timeout xdist")
+    assert done.returncode == 0
+    assert "-p pytest_timeout" not in log
+    assert "-n 8" not in log
 
 
 def _lists(value: object) -> list[list[object]]:

@@ -84,6 +84,56 @@ def test_a_header_that_is_gone_compiles_again(build: SimpleNamespace) -> None:
         build.compile()
 
 
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CUDA toolkit in CUDA_HOME whose nvcc notes what it is asked for; on the path there is the nvcc of another."""
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for folder in (tmp_path / "path", tmp_path / "cuda" / "bin"):
+        folder.mkdir(parents=True)
+        (folder / "nvcc").write_text(
+            '#!/bin/sh\necho "$0 $*" >>"${0%/*}/calls"\n'
+            'while [ $# -gt 1 ]; do case $1 in -o|-MF) echo x: >"$2";; esac; shift; done\n'
+        )
+        (folder / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    return tmp_path / "cuda"
+
+
+def test_cuda_is_compiled_and_linked_by_the_nvcc_of_cuda_home(
+    toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which alone knows where the CUDA is that it belongs to: a script in /usr/local/bin may stand for it."""
+    functions = runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.setitem(functions["run"].__globals__, "OBJECTS", tmp_path)
+    build = functions["BuildNative"](functions["setuptools"].Distribution())
+    build.build_lib, build.inplace, build.parallel = str(tmp_path / "lib"), False, 1
+    build.build_library(functions["Extension"]("precisebn._C_cuda", ["csrc/cuda/track.cu"]))
+    compiled, linked = (toolkit / "bin" / "calls").read_text().splitlines()
+    assert "-c csrc/cuda/track.cu" in compiled
+    assert "--cudart=shared -shared" in linked
+    assert linked.endswith("-ltorch_cpu -ltorch_cuda")
+    assert not (tmp_path / "path" / "calls").exists()
+    monkeypatch.delenv("CUDA_HOME")
+    assert functions["find_nvcc"]() == str(tmp_path / "path" / "nvcc")
+
+
+def test_cuda_is_compiled_for_the_gpus_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    architectures = runpy.run_path(str(ROOT / "setup.py"))["cuda_architectures"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    assert [re.findall(r"sm_\d+|\bcompute_\d+\]", flag) for flag in architectures()] == [
+        ["sm_75"], ["sm_80"], ["sm_90", "compute_90]"],
+    ]  # fmt: skip
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;9.0+PTX")
+    assert sorted(architectures()) == [
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_90,code=compute_90",
+        "-gencode=arch=compute_90,code=sm_90",
+    ]
+
+
 def test_a_build_that_fails_leaves_its_reason_in_the_package(tmp_path: Path) -> None:
     """Pip shows no warning of a build, and reports would say nothing but that there are no kernels."""
     clone = tmp_path / "clone"

@@ -34,7 +34,9 @@ def save_results(path: Path, results: Mapping[str, Result]) -> None:
     """
     merged = {**load_results(path), **results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_lines({"benchmarks": merged}) + "\n")
+    partial = path.with_name(f".{path.name}")  # where the run may be stopped at any time, on a GPU that is lent
+    partial.write_text(_lines({"benchmarks": merged}) + "\n")
+    partial.replace(path)
 
 
 def _lines(value: Any, depth: int = 0) -> str:

@@ -49,7 +49,7 @@ def run(device: str = "cpu", quick: bool = False, deadline: float = float("inf")
     """Time of a forward and backward of SyncBN, and how many times as fast as its peers it is."""
     shapes = SHAPES[:2] if quick else SHAPES
     rows = [_alone(shape, device, quick) for shape in in_time(shapes, deadline)]
-    over_ranks, said = _one_rank(shapes, quick) if device == "cuda" else _two_ranks(shapes, quick)
+    over_ranks, said = _one_rank(shapes, quick, deadline) if device == "cuda" else _two_ranks(shapes, quick)
     rows += over_ranks
     others = [TORCHS] if device == "cuda" else [NAIVE]
     goals = [
@@ -103,13 +103,13 @@ def _alone(shape: Shape, device: str, quick: bool) -> dict[str, Any]:
 # ---- One rank, on CUDA ----------------------------------------------------------------------------------------------
 
 
-def _one_rank(shapes: list[Shape], quick: bool) -> tuple[list[dict[str, Any]], str]:
+def _one_rank(shapes: list[Shape], quick: bool, deadline: float) -> tuple[list[dict[str, Any]], str]:
     rows = []
     dist.init_process_group("nccl", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
     group = dist.group.WORLD
     assert group is not None
     try:
-        for n, *rest in shapes:
+        for n, *rest in in_time(shapes, deadline):
             shape = (4 * n, *rest)  # of a size that a GPU gets
             ours, theirs = SyncBN(rest[0]).cuda(), nn.BatchNorm2d(rest[0]).cuda()
 

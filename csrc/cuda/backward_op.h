@@ -46,7 +46,7 @@ struct BackwardOp {
         for (int r = 0; r < kRows; ++r) dy[r] = values[0][r][k];
 #pragma unroll
         for (int r = 0; r < kRows; r += 2) {
-          products[r / 2] = dy[r] * (values[1][r][k] - shift[k]) + dy[r + 1] * (values[1][r + 1][k] - shift[k]);
+          products[r / 2] = fma(dy[r + 1], values[1][r + 1][k] - shift[k], dy[r] * (values[1][r][k] - shift[k]));
         }
         sum_product[k] += sum_in_pairs<kRows / 2>(products);
         sum_dy[k] += sum_in_pairs<kRows>(dy);

@@ -77,7 +77,9 @@ struct MomentsOp {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) d[r] = full || r < rows ? x[0][r][k] - shift[k] : 0;
 #pragma unroll
-        for (int r = 0; r < kRows / 2; ++r) squares_of_pairs[r] = d[2 * r] * d[2 * r] + d[2 * r + 1] * d[2 * r + 1];
+        for (int r = 0; r < kRows / 2; ++r) {
+          squares_of_pairs[r] = fma(d[2 * r + 1], d[2 * r + 1], d[2 * r] * d[2 * r]);
+        }
         const Real of_batch = sum_in_pairs<kRows / 2>(squares_of_pairs);
         smallest = min(smallest, of_batch);
         squares[k] += of_batch;
@@ -91,7 +93,7 @@ struct MomentsOp {
 #pragma unroll
       for (int k = 0; k < size; ++k) {
         const Real moved = shift[k] + sum[k] / n, by = moved - shift[k];
-        squares[k] += by * (n * by - 2 * sum[k]);
+        squares[k] += by * fma(n, by, -2 * sum[k]);
         sum[k] -= n * by;
         shift[k] = moved;
       }

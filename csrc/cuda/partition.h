@@ -231,6 +231,8 @@ struct ReductionPlan {
   PRECISEBN_HOST_DEVICE int edges_of(const Slab& slab, int samples) const {
     return slab.first_row == 0 ? samples * edge : 0;
   }
+  // How many values of a plane lie between those before its rows and those behind them.
+  PRECISEBN_HOST_DEVICE int64_t between() const { return slabs.rows * geometry.vector; }
   // How many values of each channel are in all slabs before this one; of more slabs than there are, in all. In float64,
   // which is exact here too, and by which dividing is multiplying: a block that merges asks for every part.
   PRECISEBN_HOST_DEVICE double values_before(int64_t slab) const {

@@ -80,8 +80,8 @@ template <class T>
 struct Edges {
   const T* inputs[2];
   const int* order;
-  int64_t sample_stride, origin;
-  int edge, vector, between, total, rows;  // rows: how many values there are for this thread
+  int64_t sample_stride, origin, between;
+  int edge, vector, total, rows;  // rows: how many values there are for this thread
 
   template <class Op>
   __device__ Edges(const Op& op, const ReductionPlan& plan, const Slab& slab, int64_t column_block, const int* order,
@@ -91,7 +91,7 @@ struct Edges {
         origin(plan.geometry.offset(column_block, 0) + slab.first_sample * sample_stride),
         edge(plan.edge),
         vector(plan.geometry.vector),
-        between(static_cast<int>(plan.slabs.rows) * vector),
+        between(plan.between()),
         total(plan.edges_of(slab, samples)),
         rows(rows_of_thread(total, static_cast<int>(threadIdx.x), kThreads)) {
 #pragma unroll
@@ -421,7 +421,7 @@ template <class Op>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     reduce(const __grid_constant__ Op op, const __grid_constant__ ReductionPlan plan, Groups groups, double2* partials,
            Piece* pieces, unsigned* tickets) {
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   __shared__ PieceSamples piece;
   const Geometry& at = plan.geometry;
   const int64_t column_block = blockIdx.x % at.column_blocks, to = blockIdx.x / at.column_blocks;

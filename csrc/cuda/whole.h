@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     reduce_and_map(const __grid_constant__ Op op, const __grid_constant__ Map map,
                    const __grid_constant__ ReductionPlan plan, Groups groups) {
   using Real = typename Op::Real;
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];  // results are loaded as double2, of other blocks too
   __shared__ GroupSamples own;
   const Geometry& at = plan.geometry;
   // The blocks of a cluster are adjacent; without, those of a group are.

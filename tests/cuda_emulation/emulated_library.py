@@ -273,7 +273,7 @@ def transformed(path: str, text: str) -> str:
     if not path.startswith("cuda/"):
         return text
     text = re.sub(
-        r"extern __shared__ (\w+) (\w+)\[\];",
+        r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];",
         r"\1* const \2 = static_cast<\1*>(emulation::dynamic_shared());",
         text,
     )

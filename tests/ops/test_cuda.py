@@ -9,7 +9,10 @@ import copy
 import itertools
 import math
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from precisebn import functional, ops, update_bn_stats
 from precisebn.errors import InputError
-from precisebn.nn import BatchStatBN
+from precisebn.nn import BatchStatBN, DomainSpecificBN, FrozenBatchNorm2d, GhostBN, SyncBN
 from precisebn.ops import compute_dtype
 from precisebn.ops.grouping import per_sample
 from precisebn.ops.registry import OPERATORS
@@ -736,14 +739,34 @@ def test_a_device_that_is_not_the_current_one():
     check_moments(result, x)
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """The host waits for the device in no operator of torch."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+LAYERS: dict[str, Callable[[], tuple[Any, ...]]] = {  # and what they take besides x
+    "BatchStatBN": lambda: (BatchStatBN(16),),
+    "DomainSpecificBN": lambda: (DomainSpecificBN(16, 3), torch.arange(8) % 3),
+    "FrozenBatchNorm2d": lambda: (FrozenBatchNorm2d(16, trainable_affine=True),),
+    "GhostBN": lambda: (GhostBN(16, 4),),
+    "SyncBN": lambda: (SyncBN(16),),
+}
+ABOUT_THAT_MODE = "ignore:Synchronization debug mode is a prototype feature:UserWarning"
+
+
 @needs_gpu
+@pytest.mark.filterwarnings(ABOUT_THAT_MODE)
 def test_nothing_waits_for_the_device():
     x = on_gpu(tensor((8, 16, 14, 14)))
     dy, group, total = x.clone(), groups_of(x).cuda(), accumulators(16)
     a = torch.ones(3, 16, device="cuda")
     mean, var = torch.empty(16, device="cuda"), torch.empty(16, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         ops.moments(x, group, 3)
         ops.accumulate(x, *total, mean, var)
         ops.normalize(x, a, a, a, group)
@@ -754,8 +777,39 @@ def test_nothing_waits_for_the_device():
         batches = torch.ones((), dtype=torch.int64, device="cuda")
         raw.normalize_and_track(x, mean, var, 1e-3, mean, var, batches, 0.1)
         ops.track(*(t[0] for t in statistics), mean, var, torch.ones((), dtype=torch.int64, device="cuda"), None)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.filterwarnings(ABOUT_THAT_MODE)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+def test_no_layer_waits_for_the_device(make):
+    layer, *arguments = make()
+    layer = layer.cuda()
+    x, *arguments = (argument.cuda() for argument in (torch.randn(8, 16, 14, 14), *arguments))
+    x.requires_grad_()
+    for training in (True, False):
+        layer.train(training)
+        layer(x, *arguments).sum().backward()  # what is set up once may wait
+        with waiting_is_an_error():
+            layer(x, *arguments).sum().backward()
+
+
+@needs_gpu
+@pytest.mark.filterwarnings(ABOUT_THAT_MODE)
+@pytest.mark.parametrize("estimator", ["population", "batch-mean"])
+def test_a_recalibration_waits_for_the_device_in_the_end_only(estimator):
+    """From the first mini-batch to the last, enough that some are taken in meanwhile; from pinned memory too."""
+    model = nn.Sequential(*small_model(), BatchStatBN(40)).cuda().train()
+    batches = [torch.randn(4, 3, 20, 20) for _ in range(300)]
+    batches = [batch.cuda() if i % 2 else batch.pin_memory() for i, batch in enumerate(batches)]
+
+    def watched() -> Iterator[Tensor]:
+        yield batches[0]
+        with waiting_is_an_error():
+            yield from batches[1:]
+
+    report = update_bn_stats(model, watched(), None, estimator=estimator)
+    assert report.num_iters == 300
 
 
 @needs_gpu
@@ -779,6 +833,23 @@ def test_more_than_2_to_the_31_elements(layout):
     for sample, result in ((x[0], y[0]), (x[-1], y[-1])):
         expected = torch.addcmul(torch.arange(64.0, device="cuda")[:, None, None], sample, torch.tensor(0.5).cuda())
         assert torch.equal(result, expected.bfloat16())
+
+
+@needs_gpu
+def test_a_plane_of_more_than_2_to_the_31_values():
+    """Of which some, at both ends, are in no vector."""
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of GPU memory")
+    x = torch.ones(2, 1, 2**30 + 5, dtype=torch.bfloat16, device="cuda")
+    n = x.numel()
+    x[0, 0, 0] = x[0, 0, 2**30] = x[1, 0, -1] = 4.0
+    count, mean, m2 = ops.moments(x)
+    assert count.item() == n
+    torch.testing.assert_close((mean.item() - 1) * n, 9.0, rtol=1e-4, atol=0)
+    torch.testing.assert_close(m2.item(), 27 - 81 / n, rtol=1e-6, atol=0)
+    y = ops.normalize(x, None, torch.full((1, 1), 2.0, device="cuda"), torch.ones(1, 1, device="cuda"))
+    assert y[[0, 0, 1], 0, [0, 2**30, -1]].tolist() == [9.0, 9.0, 9.0]
+    assert y[[0, 0, 1], 0, [1, 2**30 - 1, -2]].tolist() == [3.0, 3.0, 3.0]
 
 
 @needs_gpu
@@ -838,6 +909,17 @@ def test_a_layer_moves_its_statistics_as_torchs_does(shape):
         torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-4)
     for one, other in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (64, 64, 28, 28)])
+def test_a_layer_trains_in_graphs_of_its_forward_and_backward(shape):
+    ours, theirs = BatchStatBN(shape[1], device="cuda"), nn.BatchNorm2d(shape[1], device="cuda")
+    torch.cuda.make_graphed_callables(ours, (on_gpu(tensor(shape)).requires_grad_(),))
+    for seed in range(3):
+        x, dy = on_gpu(tensor(shape, seed=seed)).requires_grad_(), torch.randn(shape, device="cuda")
+        found = [(y, *torch.autograd.grad(y, [x, *bn.parameters()], dy)) for bn in (ours, theirs) for y in [bn(x)]]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-2)
 
 
 @needs_gpu

@@ -32,6 +32,7 @@ static bool is_right(const View& view, int vector, int num_groups, int multiproc
     const Slab slab = plan.slabs[i];
     values += static_cast<double>(slab.samples) * slab.rows * plan.geometry.inner + plan.edges_of(slab, slab.samples);
   }
+  if (plan.edge > 0 && plan.edge + plan.between() != view.length) return false;
   return values == static_cast<double>(view.batch * view.length) && plan.all_values == values &&
          plan.values_before(plan.slabs.count + plan.fan_in) == values;
 }
@@ -54,6 +55,12 @@ int main() {
           }
         }
       }
+    }
+  }
+  for (const int64_t length : {(int64_t{1} << 31) + 9, (int64_t{3} << 31) + 8}) {  // beyond the numbers of an int
+    for (const int vector : {1, 4, 8}) {
+      ++checked;
+      if (!is_right({2, 1, length, true}, vector, 0, 132)) std::printf("planes of %ld are cut badly\n", length);
     }
   }
   for (int64_t total = 1; total < 3000; total += 7) {
