@@ -335,17 +335,6 @@ struct Column {
   V center, sum, squares;
 };
 
-PRECISEBN_INLINE void load_accumulator(const double* p, WideVec& v) {
-  memcpy(&v.lo, p, sizeof v.lo);
-  memcpy(&v.hi, p + kLanes<VecD>, sizeof v.hi);
-}
-PRECISEBN_INLINE void load_accumulator(const double* p, VecD& v) { memcpy(&v, p, sizeof v); }
-PRECISEBN_INLINE void store_accumulator(double* p, WideVec v) {
-  memcpy(p, &v.lo, sizeof v.lo);
-  memcpy(p + kLanes<VecD>, &v.hi, sizeof v.hi);
-}
-PRECISEBN_INLINE void store_accumulator(double* p, VecD v) { memcpy(p, &v, sizeof v); }
-
 PRECISEBN_INLINE VecD not_negative(VecD v) { return (VecD)((VecI64)v & ~(v < VecD{})); }
 PRECISEBN_INLINE WideVec not_negative(WideVec v) { return {not_negative(v.lo), not_negative(v.hi)}; }
 
