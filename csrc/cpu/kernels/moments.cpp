@@ -3,8 +3,8 @@
 // Exact one-pass formulas carry a serial dependency (Welford) or cancel (E[x^2] - E[x]^2). So the data is taken in
 // blocks that fit in cache, and each block is read twice: for its mean, then for the sums of d = x - mean and of d * d.
 // The second reading costs no memory traffic, and while it runs the block that follows is prefetched, so memory never
-// rests. (Rows of channels and short planes do without the first once enough of the same channel has come before; see
-// Rows.) Lanes are float32: with the mean taken off, d is small and exact where it matters. sum(d) would be 0 in exact
+// rests. (Rows of channels and planes do without the first once enough of the same channel has come before; see Rows.)
+// Lanes are float32: with the mean taken off, d is small and exact where it matters. sum(d) would be 0 in exact
 // arithmetic; that it is not corrects both mean and m2 for the rounding of the block's mean, so that the first reading
 // may add up in long chains. Blocks merge in float64 by Chan's formula.
 //
