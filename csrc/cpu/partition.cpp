@@ -8,11 +8,11 @@ namespace {
 
 constexpr int64_t kMaxTasks = 256;
 constexpr int64_t kMinTaskBytes = 128 << 10;
-constexpr int64_t kStreamBytes = 64 << 10;  // planes read in sequence before the next sample's
+constexpr int64_t kStreamBytes = 16 << 10;  // planes read in sequence before the next sample's
 constexpr int64_t kMinSlabRows = 192;       // the first rows of a slab cost twice what the others do
 constexpr int64_t kLeastSlabRows = 64, kSlabBytes = 768 << 10;  // but of so many bytes, fewer rows are enough
-constexpr int64_t kShortBytes = 256;  // so do, of planes no longer than this, the first few of a channel
-constexpr int64_t kMinShortPlanes = 8;
+// So do the first few planes of a channel, or blocks of a long one: as many of them as are enough.
+constexpr int64_t kMinSlabPlanes = 16, kMinSlabValues = 16384;
 constexpr int64_t kRowBlock = 1024;  // channels of wider rows that are a task of their own
 constexpr int64_t kVectorLanes = 16;
 
@@ -71,7 +71,7 @@ Partition partition(const View& view, int64_t element_size, const std::optional<
     result.channel_block = std::clamp<int64_t>(kStreamBytes / (view.length * element_size), 1, view.channels);
     max_slabs = std::max<int64_t>(1, kMaxTasks / result.channel_blocks(view));
     multiple = 0;
-    if (view.length * element_size <= kShortBytes) min_units = std::max(min_units, kMinShortPlanes * view.length);
+    min_units = std::max(min_units, std::min(kMinSlabPlanes * view.length, kMinSlabValues));
   }
   int64_t slab_units = std::max(divide_up(view.batch * sample_units, max_slabs), min_units);
   if (!view.by_rows) multiple = slab_units >= view.length ? view.length : 4096;

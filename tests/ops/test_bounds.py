@@ -90,6 +90,24 @@ def test_variance_where_the_first_rows_tell_nothing_of_the_rest(seed, rows, firs
     assert_within_1e_6(x.T.reshape(1, channels, rows), channels_last=True)
 
 
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.sampled_from([17, 49, 64, 100, 196, 319, 320, 511, 512, 784, 3136]),
+    first=st.integers(1, 32),
+    log_spread=st.floats(-8, 0),
+    step=st.sampled_from([1.0, -300.0, 2.0**-12]),
+)
+@example(0, 196, 4, -6.0, 1.0)
+@example(0, 511, 9, -8.0, -300.1)
+@example(0, 784, 4, -6.0, 0.7)
+@example(0, 196, 32, -3.0, 1.0)
+@settings(max_examples=60, deadline=None)
+def test_variance_where_the_first_planes_tell_nothing_of_the_rest(seed, length, first, log_spread, step):
+    generator = torch.Generator().manual_seed(seed)
+    raised = (torch.arange(32) < first)[:, None, None] * step
+    assert_within_1e_6((raised + torch.randn(32, 7, length, generator=generator) * 10**log_spread).float(), False)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("lead", [1 / 32, 1 / 16, 1 / 8, 1 / 2])
 def test_variance_of_one_value_and_then_another(lead, channels_last):

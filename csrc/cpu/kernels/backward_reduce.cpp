@@ -93,58 +93,56 @@ PRECISEBN_INLINE void add_to_column(const T* dy, const T* x, int64_t stride, int
 }
 
 // Adds what a block has left in a column of n channels to their sums, and empties the column.
-template <class T>
-PRECISEBN_INLINE void end_block(Column<typename Compute<T>::Vec>& column, int n, const double* __restrict mean,
-                                double* __restrict sum, double* __restrict product) {
-  using V = typename Compute<T>::Vec;
-  alignas(64) typename Compute<T>::Scalar rounded[kLanes<V>], block_sum[kLanes<V>], block_product[kLanes<V>];
-  store(rounded, column.center);
-  store(block_sum, column.sum);
-  store(block_product, column.product);
-  for (int i = 0; i < n; ++i) {
-    const double s = block_sum[i];
-    sum[i] += s;
-    product[i] += block_product[i] + (static_cast<double>(rounded[i]) - mean[i]) * s;
+template <class V>
+PRECISEBN_INLINE void end_block(Column<V>& column, int n, const double* mean, double* sum, double* product) {
+  using W = decltype(widen(V{}));
+  constexpr int kL = kLanes<V>;
+  double buffer[3][kL];
+  const bool partial = n < kL;
+  const double* of_mean = mean;
+  double *to_sum = sum, *to_product = product;
+  if (partial) {
+    for (int i = 0; i < kL; ++i) {
+      buffer[0][i] = i < n ? mean[i] : 0, buffer[1][i] = i < n ? sum[i] : 0, buffer[2][i] = i < n ? product[i] : 0;
+    }
+    of_mean = buffer[0], to_sum = buffer[1], to_product = buffer[2];
+  }
+  W exact, total_sum, total_product;
+  load_accumulator(of_mean, exact);
+  load_accumulator(to_sum, total_sum);
+  load_accumulator(to_product, total_product);
+  const W block_sum = widen(column.sum);
+  store_accumulator(to_sum, total_sum + block_sum);
+  store_accumulator(to_product, total_product + (widen(column.product) + (widen(column.center) - exact) * block_sum));
+  if (partial) {
+    for (int i = 0; i < n; ++i) sum[i] = buffer[1][i], product[i] = buffer[2][i];
   }
   column.sum = column.product = V{};
 }
 
-// Narrow rows, of no more bytes than these in both tensors, are read a few columns at a time, down a block: so they are
-// read as they lie, or nearly, with all sums in registers.
-constexpr int64_t kNarrowBytes = 1024;
-
-template <class T, int kWidth, bool kPartial>
-PRECISEBN_INLINE void narrow_block(const T* dy, const T* x, int64_t stride, int64_t rows, int n, const double* mean,
+// Rows of so few whole vectors that all sums are in registers are read one after the other, as they lie.
+template <class T, int kWidth>
+PRECISEBN_INLINE void narrow_block(const T* dy, const T* x, int64_t stride, int64_t rows, const double* mean,
                                    double* sum, double* product) {
   constexpr int kL = kLanes<typename Compute<T>::Vec>;
   Column<typename Compute<T>::Vec> columns[kWidth];
-  for (int k = 0; k < kWidth; ++k) columns[k] = centered<T>(mean + k * kL, n);
+  for (int k = 0; k < kWidth; ++k) columns[k] = centered<T>(mean + k * kL, kL);
   for (int64_t r = 0; r < rows; ++r, dy += stride, x += stride) {
-    for (int k = 0; k < kWidth; ++k) add_to_column<T, 1, kPartial>(dy + k * kL, x + k * kL, stride, n, columns[k]);
+    for (int k = 0; k < kWidth; ++k) add_to_column<T, 1, false>(dy + k * kL, x + k * kL, stride, kL, columns[k]);
   }
-  for (int k = 0; k < kWidth; ++k) end_block<T>(columns[k], n, mean + k * kL, sum + k * kL, product + k * kL);
+  for (int k = 0; k < kWidth; ++k) end_block(columns[k], kL, mean + k * kL, sum + k * kL, product + k * kL);
 }
 
-template <class T>
-void narrow_rows(const T* dy, const T* x, int64_t stride, int64_t channels, int64_t rows, const double* mean,
-                 double* sum, double* product) {
-  constexpr int kL = kLanes<typename Compute<T>::Vec>, kAbreast = 4;
-  for (int64_t r = 0; r < rows; r += kChain, dy += kChain * stride, x += kChain * stride) {
+template <class T, int kWidth>
+void narrow_rows(const T* dy, const T* x, int64_t stride, int64_t rows, const double* mean, double* sum,
+                 double* product) {
+  for (int64_t r = 0; r < rows; r += kChain) {
     const int64_t height = rows - r < kChain ? rows - r : kChain;
-    int64_t c = 0;
-    for (; c + kAbreast * kL <= channels; c += kAbreast * kL) {
-      narrow_block<T, kAbreast, false>(dy + c, x + c, stride, height, kL, mean + c, sum + c, product + c);
-    }
-    for (; c + kL <= channels; c += kL) {
-      narrow_block<T, 1, false>(dy + c, x + c, stride, height, kL, mean + c, sum + c, product + c);
-    }
-    if (const int rest = static_cast<int>(channels - c)) {
-      narrow_block<T, 1, true>(dy + c, x + c, stride, height, rest, mean + c, sum + c, product + c);
-    }
+    narrow_block<T, kWidth>(dy + r * stride, x + r * stride, stride, height, mean, sum, product);
   }
 }
 
-// Wide rows are read as columns.h says. Four are one link, of two additions among them; the up to three rows left over
+// Other rows are read as columns.h says. Four are one link, of two additions among them; the up to three rows left over
 // are links each.
 constexpr int64_t kBlock = kTogether * (kChain - 4);
 
@@ -179,7 +177,7 @@ void wide_rows(const T* dy, const T* x, int64_t stride, int64_t channels, int64_
     const int64_t height = rows - r < kBlock ? rows - r : kBlock;
     add_wide_block(dy + r * stride, x + r * stride, stride, height, channels, ahead, columns);
     for (int64_t c = 0; c < channels; c += kL) {
-      end_block<T>(columns[c / kL], lanes(c), mean + c, sum + c, product + c);
+      end_block(columns[c / kL], lanes(c), mean + c, sum + c, product + c);
     }
   }
 }
@@ -188,8 +186,12 @@ template <class T>
 void rows(const void* dy, const void* x, int64_t stride, int64_t channels, int64_t rows, const double* mean,
           double* sum, double* product) {
   const T *from_dy = static_cast<const T*>(dy), *from_x = static_cast<const T*>(x);
-  if (2 * channels * static_cast<int64_t>(sizeof(T)) <= kNarrowBytes) {
-    return narrow_rows(from_dy, from_x, stride, channels, rows, mean, sum, product);
+  constexpr int kL = kLanes<typename Compute<T>::Vec>;
+  if (channels == kL) return narrow_rows<T, 1>(from_dy, from_x, stride, rows, mean, sum, product);
+  if (channels == 2 * kL) return narrow_rows<T, 2>(from_dy, from_x, stride, rows, mean, sum, product);
+  if (channels == 4 * kL) return narrow_rows<T, 4>(from_dy, from_x, stride, rows, mean, sum, product);
+  if constexpr (kBytes == 64) {  // which has twice the registers
+    if (channels == 8 * kL) return narrow_rows<T, 8>(from_dy, from_x, stride, rows, mean, sum, product);
   }
   for (int64_t c = 0; c < channels; c += kRun) {
     wide_rows(from_dy + c, from_x + c, stride, channels - c < kRun ? channels - c : kRun, rows, mean + c, sum + c,

@@ -52,6 +52,18 @@ PRECISEBN_INLINE void for_each_column(int64_t channels, const Fetch& fetch, cons
   if (rest) add.template operator()<true>(whole, rest);
 }
 
+// A column's numbers in float64.
+PRECISEBN_INLINE void load_accumulator(const double* p, WideVec& v) {
+  memcpy(&v.lo, p, sizeof v.lo);
+  memcpy(&v.hi, p + kLanes<VecD>, sizeof v.hi);
+}
+PRECISEBN_INLINE void load_accumulator(const double* p, VecD& v) { memcpy(&v, p, sizeof v); }
+PRECISEBN_INLINE void store_accumulator(double* p, WideVec v) {
+  memcpy(p, &v.lo, sizeof v.lo);
+  memcpy(p + kLanes<VecD>, &v.hi, sizeof v.hi);
+}
+PRECISEBN_INLINE void store_accumulator(double* p, VecD v) { memcpy(p, &v, sizeof v); }
+
 // How many elements further on, in rows of so many channels that begin `stride` apart, is what a line is fetched for
 // while this one is read: 8 KiB, or the next four rows.
 template <class T>

@@ -3,8 +3,8 @@
 // Exact one-pass formulas carry a serial dependency (Welford) or cancel (E[x^2] - E[x]^2). So the data is taken in
 // blocks that fit in cache, and each block is read twice: for its mean, then for the sums of d = x - mean and of d * d.
 // The second reading costs no memory traffic, and while it runs the block that follows is prefetched, so memory never
-// rests. (Rows of channels and short planes do without the first once enough of the same channel has come before; see
-// Rows.) Lanes are float32: with the mean taken off, d is small and exact where it matters. sum(d) would be 0 in exact
+// rests. (Rows of channels and planes do without the first once enough of the same channel has come before; see Rows.)
+// Lanes are float32: with the mean taken off, d is small and exact where it matters. sum(d) would be 0 in exact
 // arithmetic; that it is not corrects both mean and m2 for the rounding of the block's mean, so that the first reading
 // may add up in long chains. Blocks merge in float64 by Chan's formula.
 //
@@ -24,6 +24,8 @@ namespace {
 
 constexpr int kUnroll = 4;
 constexpr int kLinks = 13;
+// How many bytes further on is what is fetched, where the data is read once.
+constexpr int kAheadInPlanes = 16384;
 
 // Adds four deviations as one link of the chain of sums. A square then goes through four additions at most.
 template <class V>
@@ -48,6 +50,20 @@ PRECISEBN_INLINE bool lanes_suffice(double sum_of_squares, double count) {
   } else {
     return sum_of_squares >= count * 0x1p-120 && sum_of_squares <= 0x1p127;
   }
+}
+
+// Of all four.
+template <class T>
+PRECISEBN_INLINE bool lanes_suffice(FourD sums_of_squares, double count) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(typename Compute<T>::Scalar) == 8) return true;
+  const auto sound = (sums_of_squares >= FourD{} + count * 0x1p-120) & (sums_of_squares <= FourD{} + 0x1p127);
+  return _mm256_movemask_pd((__m256d)sound) == 0xf;
+#else
+  bool all = true;
+  for (int k = 0; k < 4; ++k) all = all && lanes_suffice<T>(sums_of_squares[k], count);
+  return all;
+#endif
 }
 
 template <class V, class T>
@@ -84,10 +100,10 @@ struct Sum {
   }
 };
 
-template <class V>
+template <class V, int kLinksOfChain>
 struct Deviations {
   using Wide = decltype(widen(V{}));
-  static constexpr int kSteps = kLinks - 2;  // flush() adds two more
+  static constexpr int kSteps = kLinksOfChain - 2;  // flush() adds two more
   V mean;
   V lanes[kUnroll] = {}, squares[kUnroll] = {};
   Wide total = {}, total_squares = {};
@@ -110,12 +126,12 @@ struct Deviations {
   }
 };
 
-// Feeds p[0 .. n) to a Sum or Deviations and prefetches half as many bytes from `ahead`: the two readings of a block
-// fetch the two halves of the next.
-template <class V, class T, class Reduction>
+// Feeds p[0 .. n) to a Sum or Deviations and prefetches from `ahead` as many bytes, or half as many where there are two
+// readings: they fetch the two halves of the next block.
+template <int kReadings, class V, class T, class Reduction>
 PRECISEBN_INLINE void reduce(const T* p, int64_t n, const char* ahead, Reduction& into) {
   constexpr int kStep = kUnroll * kLanes<V>;
-  constexpr int kAhead = kStep * sizeof(T) / 2;
+  constexpr int kAhead = kStep * sizeof(T) / kReadings;
   int64_t i = 0;
   while (i + kStep <= n) {
     const int64_t full = (n - i) / kStep, steps = full < Reduction::kSteps ? full : Reduction::kSteps;
@@ -130,6 +146,14 @@ PRECISEBN_INLINE void reduce(const T* p, int64_t n, const char* ahead, Reduction
   into.flush();
 }
 
+template <class T, class V, int kLinksOfChain>
+PRECISEBN_INLINE Moments moments_of(const Deviations<V, kLinksOfChain>& deviations, double center, double count,
+                                    bool& exact) {
+  const double residual = sum_of_lanes(deviations.total), squares = sum_of_lanes(deviations.total_squares);
+  exact = lanes_suffice<T>(squares, count);
+  return {center + residual / count, squares - residual * (residual / count)};
+}
+
 template <class V, class T>
 PRECISEBN_INLINE Moments two_readings(const T* p, int64_t n, bool& exact) {
   using Scalar = typename Compute<T>::Scalar;
@@ -137,15 +161,12 @@ PRECISEBN_INLINE Moments two_readings(const T* p, int64_t n, bool& exact) {
   const double count = static_cast<double>(n);
 
   Sum<V> sum;
-  reduce<V>(p, n, ahead, sum);
-  const double mean = static_cast<Scalar>(sum_of_lanes(sum.total) / count);
+  reduce<2, V>(p, n, ahead, sum);
+  const auto mean = static_cast<Scalar>(sum_of_lanes(sum.total) / count);
 
-  Deviations<V> deviations{broadcast<V>(static_cast<Scalar>(mean))};
-  reduce<V>(p, n, ahead + n * sizeof(T) / 2, deviations);
-  const double residual = sum_of_lanes(deviations.total), squares = sum_of_lanes(deviations.total_squares);
-  exact = lanes_suffice<T>(squares, count);
-  const double m2 = squares - residual * (residual / count);
-  return {mean + residual / count, m2 < 0 ? 0 : m2};
+  Deviations<V, kLinks> deviations{broadcast<V>(mean)};
+  reduce<2, V>(p, n, ahead + n * sizeof(T) / 2, deviations);
+  return moments_of<T>(deviations, mean, count, exact);
 }
 
 template <class T>
@@ -161,27 +182,49 @@ PRECISEBN_INLINE Moments block(const T* p, int64_t n) {
   return exact ? result : block_in_float64(p, n);
 }
 
+// A block needs no reading for its mean after four times as many values of its channel: the mean of those will do. Why,
+// and when, is said at Rows below; here q = 10, two in d, one in d * d and seven in the chain (kFollowingLinks, of
+// which the first is exact), and s = 8, so r <= 0.2 is enough.
+constexpr int kFollowingLinks = 8;
+constexpr int64_t kFollows = 4;
+// Blocks shorter than this are mostly the sums of their lanes.
 template <class T>
-PRECISEBN_INLINE Moments plane(const T* p, int64_t length) {
-  if (length <= kBlock<T>) return block(p, length);
-  const int64_t blocks = (length + kBlock<T> - 1) / kBlock<T>;
-  Moments total{0, 0};
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t begin = length * i / blocks, end = length * (i + 1) / blocks;
-    const Moments part = block(p + begin, end - begin);
-    merge(total.mean, total.m2, part.mean, part.m2, {static_cast<double>(begin), static_cast<double>(end - begin)});
+constexpr int64_t kLeastBlock = 2048 / sizeof(typename Compute<T>::Scalar);
+
+template <class T>
+PRECISEBN_INLINE Moments following_block(const T* p, int64_t n, double mean) {
+  using V = typename Compute<T>::Vec;
+  const auto center = static_cast<typename Compute<T>::Scalar>(mean);
+  bool exact;
+  Deviations<V, kFollowingLinks> deviations{broadcast<V>(center)};
+  reduce<1, V>(p, n, reinterpret_cast<const char*>(p) + kAheadInPlanes, deviations);
+  const Moments result = moments_of<T>(deviations, center, static_cast<double>(n), exact);
+  return exact ? result : block_in_float64(p, n);
+}
+
+// Merges the moments of a plane into those of the `before` values of its channel that came before.
+template <class T>
+__attribute__((noinline)) void add_plane(const T* p, int64_t length, double before, double& mean, double& m2) {
+  while (length > 0) {
+    const auto enough = static_cast<int64_t>(before / kFollows);
+    const bool follows = enough >= kLeastBlock<T>;
+    const int64_t most = follows && enough < kBlock<T> ? enough : kBlock<T>, blocks = (length + most - 1) / most;
+    const int64_t n = (length + blocks - 1) / blocks;
+    const Moments part = follows ? following_block(p, n, mean) : block(p, n);
+    const auto count = static_cast<double>(n);
+    merge(mean, m2, part.mean, part.m2, {before, count});
+    m2 = m2 < 0 ? 0 : m2;  // as a whole: see merge_sums
+    before += count;
+    p += n;
+    length -= n;
   }
-  return total;
 }
 
 // Planes of fewer values are taken four at a time: alone they are too short to hide the latency of their own sums. The
 // four also keep the four chains of additions apart. Vectors are added by fours; the links beside theirs are three
-// among the four, one to add what is left over, and those that join the lanes.
-constexpr int kLinksOfLanes = kBytes == 64 ? 4 : kBytes == 32 ? 3 : 2;
+// among the four and one to add what is left over. Lanes are joined in float64, but of few vectors.
 template <class T>
-constexpr int64_t kShort = 4 * (kLinks - 4 - kLinksOfLanes + 1) * kLanes<typename Compute<T>::Vec>;
-// Several groups of them fit into the time that memory takes.
-constexpr int kShortAhead = 8192;
+constexpr int64_t kShort = 4 * (kLinks - 5) * kLanes<typename Compute<T>::Vec>;
 
 // Planes of 3 to 4 vectors (7 x 7 in float32 lanes of AVX-512) stay in registers between the two readings.
 #if defined(__AVX512F__)
@@ -190,41 +233,46 @@ constexpr int kHeld = 4;
 constexpr int kHeld = 0;
 #endif
 
-// Planes of up to four vectors need no reading for their mean after four others or more: the mean of those will do.
-// Why, and when, is said at Rows below; here q = 10, two in d, one in d * d, three in a chain of four, four among the
-// lanes, and s = 8, so r <= 0.2 is enough.
+// After some others of their channel they need no reading for their mean: as above, but with f fours q = 6 + f, two in
+// d, one in d * d, three among the four, f - 1 between them and one for what is left over, and s = 3 + f. So four
+// others are enough where f <= 4, and nine, r <= 0.1, where f <= 7.
 template <class T>
 PRECISEBN_INLINE bool follows_enough(int64_t length, double before) {
-  return length <= 4 * kLanes<typename Compute<T>::Vec> && before >= 4 * static_cast<double>(length);
+  const bool few = length < 20 * kLanes<typename Compute<T>::Vec>;
+  return before >= static_cast<double>((few ? 4 : 9) * length);
 }
 
-template <class T, bool kHold, bool kFollows>
+// kFew: of 3 to 4 vectors.
+template <class T, bool kFew, bool kFollows>
 PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeWeights weights, double* mean,
                                   double* m2) {
   using V = typename Compute<T>::Vec;
   using Four = typename FourOf<V>::type;
   constexpr int kL = kLanes<V>;
+  constexpr bool kHold = kFew && !kFollows;
   const double count = static_cast<double>(length);
-  const int rest = static_cast<int>(kHold ? length - (kHeld - 1) * kL : length % kL);
-  const int64_t whole = length - rest;
+  const int rest = static_cast<int>(kFew ? length - (kHeld - 1) * kL : length % kL);
+  const int64_t whole = kFew ? (kHeld - 1) * kL : length - rest;
+  const auto fetch = [&](int k, int64_t i) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p[k] + i) + kAheadInPlanes);
+  };
 
   V held[4][kHeld + 1];
   V sum[4] = {}, squares[4] = {}, center[4];
-  for (int64_t i = 0; i < (kHold ? (kHeld - 1) * kL : whole); i += kL) {
-    for (int k = 0; k < 4; ++k) {
-      __builtin_prefetch(reinterpret_cast<const char*>(p[k] + i) + kShortAhead);
-      if constexpr (kHold || !kFollows) {
+  if constexpr (!kFollows) {
+    for (int64_t i = 0; i < whole; i += kL) {
+      for (int k = 0; k < 4; ++k) {
+        fetch(k, i);
         const V x = load(p[k] + i);
         if constexpr (kHold) held[k][i / kL] = x;
-        if constexpr (!kFollows) sum[k] += x;
+        sum[k] += x;
       }
     }
-  }
-  if (rest && (kHold || !kFollows)) {
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 4 && rest; ++k) {
+      fetch(k, whole);
       const V x = load_first(p[k] + whole, rest);
       if constexpr (kHold) held[k][kHeld - 1] = x;
-      if constexpr (!kFollows) sum[k] += x;
+      sum[k] += x;
     }
   }
   FourD total_mean, total_m2;
@@ -237,36 +285,48 @@ PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeW
     sum[k] = V{};
   }
   int64_t i = 0;
-  if constexpr (!kHold) {
+  if constexpr (!kFew) {
     for (; i + 4 * kL <= whole; i += 4 * kL) {
       for (int k = 0; k < 4; ++k) {
-        add_four(load(p[k] + i) - center[k], load(p[k] + i + kL) - center[k], load(p[k] + i + 2 * kL) - center[k],
-                 load(p[k] + i + 3 * kL) - center[k], sum[k], squares[k]);
+        V d[4];
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (kFollows) fetch(k, i + j * kL);
+          d[j] = load(p[k] + i + j * kL) - center[k];
+        }
+        add_four(d[0], d[1], d[2], d[3], sum[k], squares[k]);
       }
     }
   }
-  V last_squares[4] = {};
-  for (; i < (kHold ? (kHeld - 1) * kL : whole); i += kL) {
-    for (int k = 0; k < 4; ++k) {
-      const V d = (kHold ? held[k][i / kL] : load(p[k] + i)) - center[k];
-      sum[k] += d;
-      last_squares[k] += d * d;
+  if (i < length) {
+    V last_squares[4] = {};
+    for (; i < whole; i += kL) {
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (kFollows) fetch(k, i);
+        const V d = (kHold ? held[k][i / kL] : load(p[k] + i)) - center[k];
+        sum[k] += d;
+        last_squares[k] += d * d;
+      }
     }
-  }
-  if (rest) {
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 4 && rest; ++k) {
+      if constexpr (kFollows) fetch(k, whole);
       const V d = first_lanes((kHold ? held[k][kHeld - 1] : load_first(p[k] + whole, rest)) - center[k], rest);
       sum[k] += d;
       last_squares[k] += d * d;
     }
+    for (int k = 0; k < 4; ++k) squares[k] += last_squares[k];
   }
-  for (int k = 0; k < 4; ++k) squares[k] += last_squares[k];
-  const FourD residual = __builtin_convertvector(sums_of_lanes(sum), FourD);
-  const FourD total = __builtin_convertvector(sums_of_lanes(squares), FourD);
+  FourD residual, total;
+  if constexpr (kFew) {
+    residual = __builtin_convertvector(sums_of_lanes(sum), FourD);
+    total = __builtin_convertvector(sums_of_lanes(squares), FourD);
+  } else {
+    residual = wide_sums_of_lanes(sum), total = wide_sums_of_lanes(squares);
+  }
   const FourD correction = residual / count;
   FourD part_mean = __builtin_convertvector(shift, FourD) + correction, part_m2 = total - residual * correction;
-  for (int k = 0; k < 4; ++k) {
-    if (__builtin_expect(!lanes_suffice<T>(total[k], count), 0)) {
+  if (__builtin_expect(!lanes_suffice<T>(total, count), 0)) {
+    for (int k = 0; k < 4; ++k) {
+      if (lanes_suffice<T>(total[k], count)) continue;
       const Moments part = block_in_float64(p[k], length);
       part_mean[k] = part.mean, part_m2[k] = part.m2;
     }
@@ -280,12 +340,12 @@ PRECISEBN_INLINE void four_planes(const T* const (&p)[4], int64_t length, MergeW
   memcpy(m2, &total_m2, sizeof total_m2);
 }
 
-template <class T, bool kHold, bool kFollows>
-PRECISEBN_INLINE void short_planes(const T* p, int64_t stride, int64_t channels, int64_t length, MergeWeights weights,
-                                   double* mean, double* m2) {
+template <class T, bool kFew, bool kFollows>
+__attribute__((noinline)) void short_planes(const T* p, int64_t stride, int64_t channels, int64_t length,
+                                            MergeWeights weights, double* mean, double* m2) {
   int64_t c = 0;
   for (; c + 4 <= channels; c += 4, p += 4 * stride) {
-    four_planes<T, kHold, kFollows>({p, p + stride, p + 2 * stride, p + 3 * stride}, length, weights, mean + c, m2 + c);
+    four_planes<T, kFew, kFollows>({p, p + stride, p + 2 * stride, p + 3 * stride}, length, weights, mean + c, m2 + c);
   }
   if (c == channels) return;
   // The first plane left stands in for those that are missing: a channel's bits must not depend on how many channels
@@ -294,29 +354,26 @@ PRECISEBN_INLINE void short_planes(const T* p, int64_t stride, int64_t channels,
   double last_mean[4] = {}, last_m2[4] = {};
   memcpy(last_mean, mean + c, left * sizeof(double));
   memcpy(last_m2, m2 + c, left * sizeof(double));
-  four_planes<T, kHold, kFollows>({p, left > 1 ? p + stride : p, left > 2 ? p + 2 * stride : p, p}, length, weights,
-                                  last_mean, last_m2);
+  four_planes<T, kFew, kFollows>({p, left > 1 ? p + stride : p, left > 2 ? p + 2 * stride : p, p}, length, weights,
+                                 last_mean, last_m2);
   memcpy(mean + c, last_mean, left * sizeof(double));
   memcpy(m2 + c, last_m2, left * sizeof(double));
 }
 
 template <class T>
 void planes(const void* x, int64_t stride, int64_t channels, int64_t length, double before, double* mean, double* m2) {
-  const MergeWeights weights(before, static_cast<double>(length));
   const T* p = static_cast<const T*>(x);
   if (length >= kShort<T>) {
-    for (int64_t c = 0; c < channels; ++c, p += stride) {
-      const Moments part = plane(p, length);
-      merge(mean[c], m2[c], part.mean, part.m2, weights);
-    }
+    for (int64_t c = 0; c < channels; ++c, p += stride) add_plane(p, length, before, mean[c], m2[c]);
     return;
   }
+  const MergeWeights weights(before, static_cast<double>(length));
   constexpr int kL = kLanes<typename Compute<T>::Vec>;
-  const bool held = kHeld && length > (kHeld - 1) * kL && length <= kHeld * kL;
+  const bool few = kHeld && length > (kHeld - 1) * kL && length <= kHeld * kL;
   const bool follows = follows_enough<T>(length, before);
-  if (held && follows) {
+  if (few && follows) {
     short_planes<T, kHeld != 0, true>(p, stride, channels, length, weights, mean, m2);
-  } else if (held) {
+  } else if (few) {
     short_planes<T, kHeld != 0, false>(p, stride, channels, length, weights, mean, m2);
   } else if (follows) {
     short_planes<T, false, true>(p, stride, channels, length, weights, mean, m2);
@@ -334,17 +391,6 @@ template <class V>
 struct Column {
   V center, sum, squares;
 };
-
-PRECISEBN_INLINE void load_accumulator(const double* p, WideVec& v) {
-  memcpy(&v.lo, p, sizeof v.lo);
-  memcpy(&v.hi, p + kLanes<VecD>, sizeof v.hi);
-}
-PRECISEBN_INLINE void load_accumulator(const double* p, VecD& v) { memcpy(&v, p, sizeof v); }
-PRECISEBN_INLINE void store_accumulator(double* p, WideVec v) {
-  memcpy(p, &v.lo, sizeof v.lo);
-  memcpy(p + kLanes<VecD>, &v.hi, sizeof v.hi);
-}
-PRECISEBN_INLINE void store_accumulator(double* p, VecD v) { memcpy(p, &v, sizeof v); }
 
 PRECISEBN_INLINE VecD not_negative(VecD v) { return (VecD)((VecI64)v & ~(v < VecD{})); }
 PRECISEBN_INLINE WideVec not_negative(WideVec v) { return {not_negative(v.lo), not_negative(v.hi)}; }

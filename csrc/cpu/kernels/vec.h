@@ -185,6 +185,29 @@ PRECISEBN_INLINE FourD sums_of_lanes(const VecD (&v)[4]) {
   return FourD{sum_of_lanes(v[0]), sum_of_lanes(v[1]), sum_of_lanes(v[2]), sum_of_lanes(v[3])};
 }
 
+// The same, all additions in float64.
+PRECISEBN_INLINE FourD wide_sums_of_lanes(const VecF (&v)[4]) {
+#if defined(__AVX2__)
+  __m256d quarter[4];
+  for (int k = 0; k < 4; ++k) {
+    const WideVec wide = widen(v[k]);
+#if defined(__AVX512F__)
+    const __m512d half = (__m512d)(wide.lo + wide.hi);
+    quarter[k] = _mm256_add_pd(_mm512_castpd512_pd256(half), _mm512_extractf64x4_pd(half, 1));
+#else
+    quarter[k] = (__m256d)(wide.lo + wide.hi);
+#endif
+  }
+  const __m256d ab = _mm256_hadd_pd(quarter[0], quarter[1]), cd = _mm256_hadd_pd(quarter[2], quarter[3]);
+  return (FourD)_mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20), _mm256_permute2f128_pd(ab, cd, 0x31));
+#else
+  FourD sums;
+  for (int k = 0; k < 4; ++k) sums[k] = sum_of_lanes(widen(v[k]));
+  return sums;
+#endif
+}
+PRECISEBN_INLINE FourD wide_sums_of_lanes(const VecD (&v)[4]) { return sums_of_lanes(v); }
+
 // Lanes 0 .. n-1 of v, zeros behind.
 PRECISEBN_INLINE VecF first_lanes(VecF v, int n) {
   VecI32 index;
@@ -305,6 +328,10 @@ PRECISEBN_INLINE typename Compute<T>::Vec load_first(const T* p, int n) {
     return (VecD)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
   }
 #else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (VecF)_mm256_maskload_ps(p, (__m256i)first_lanes((VecF)(VecF{} == VecF{}), n));
+  if constexpr (sizeof(T) == 8) return (VecD)_mm256_maskload_pd(p, (__m256i)first_lanes((VecD)(VecD{} == VecD{}), n));
+#endif
   T elements[kLanes<typename Compute<T>::Vec>] = {};
   for (int i = 0; i < n; ++i) elements[i] = p[i];
   return load(elements);
