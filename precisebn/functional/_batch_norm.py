@@ -163,8 +163,8 @@ def batch_norm(
     return (ys[0] if isinstance(xs, Tensor) else ys), moments
 
 
-def tracks_in_one_call(x: Tensor) -> bool:
-    """Whether ``batch_norm_and_track`` takes this tensor: an eager one, outside of torch.func."""
+def tracks_in_one_call() -> bool:
+    """Whether ``batch_norm_and_track`` may be called here: eagerly, and outside of torch.func."""
     return not (torch.compiler.is_compiling() or is_tracing() or is_transformed())
 
 

@@ -260,7 +260,7 @@ class PopulationNorm(Recordable, Norm):
             bias: ``(C,)``; None is 0.
             population: as in :meth:`track`.
         """
-        if tracks_in_one_call(x) and not self._moments_are_wanted():
+        if tracks_in_one_call() and not self._moments_are_wanted():
             running = self._running(population)
             if running is not None and running.num_batches.dtype == torch.int64:
                 return batch_norm_and_track(x, weight, bias, eps=self.eps, running=running)
