@@ -68,8 +68,12 @@ class Commit:
                 self.skipped[one.name] = REASONS[refused[index]]
             elif self._reached[index] > 0:
                 self._changed.append(index)
+            elif one.layer in recording.set_aside:
+                self.skipped[one.name] = "in eval mode or without tracking, by the model's own forward"
             elif one.statistics.index is not None:
                 self.skipped[one.name] = "no sample of the domain was seen"
+            elif recording.was_called(index):
+                self.skipped[one.name] = "mini-batches without a sample"
             else:
                 self.skipped[one.name] = "no mini-batch came through __call__"
 
