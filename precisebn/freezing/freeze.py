@@ -280,8 +280,9 @@ def _freeze_one(module: nn.Module, affine: bool, changes: Transaction) -> _Part:
 def _thaw(module: nn.Module, part: _Part, changes: Transaction) -> None:
     """Give back what one call has frozen."""
     record: _Frozen = vars(module)[FROZEN]
+    own = dict(module._parameters.items())  # of torch.jit, no dictionary
     for name in part.parameters & record.requires_grad.keys():
-        parameter = module._parameters.get(name)
+        parameter = own.get(name)
         if parameter is not None:
             changes.on_undo(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(record.requires_grad[name])

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple, TypeGuard
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
@@ -32,6 +33,7 @@ __all__ = [
     "is_frozen",
     "is_instance_norm",
     "is_norm_with_statistics",
+    "is_scripted_norm",
     "normalizes_its_input",
     "populations_of",
 ]
@@ -91,6 +93,13 @@ def is_batch_norm(module: nn.Module) -> bool:
 def is_norm_with_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
     """Whether a module is of a class that can keep running statistics: BatchNorm, InstanceNorm, and ours."""
     return isinstance(module, _NormBase)
+
+
+def is_scripted_norm(module: nn.Module) -> bool:
+    """Whether a module is code of torch.jit that keeps running statistics: nothing outside of it sees or holds them."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    return STATISTICS[0] in [name for name, _ in module._buffers.items()]  # which is no dictionary
 
 
 _INSTANCE_NORMS = (

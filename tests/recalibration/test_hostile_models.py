@@ -60,6 +60,17 @@ def test_a_scripted_or_traced_part_is_no_obstacle(part, fails):
         assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("part", [torch.jit.script, lambda m: torch.jit.trace(m, BATCHES[0])], ids=["script", "trace"])
+def test_batch_norm_inside_of_scripted_code_is_listed_and_left_alone(part):
+    model = nn.Sequential(part(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))), nn.BatchNorm2d(3))
+    report = update_bn_stats(model, BATCHES, None)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert report.skipped == {"0.1": "code of torch.jit"}
+    with pytest.warns(UserWarning, match="1 is code of torch.jit; recalibrate the model before"):
+        update_bn_stats(model[0], BATCHES, None)
+
+
 class Cache(nn.Module):
     """The idiom of rotary embeddings: a buffer that grows with the input, its size in an attribute."""
 

@@ -10,7 +10,7 @@ from conftest import state_of
 from interrupting import Lines
 from torch import Tensor, nn
 
-from precisebn import InputError, convert_ghost, update_bn_stats
+from precisebn import InputError, accumulate_statistics, convert_ghost, update_bn_stats
 from precisebn.nn import (
     BatchStatBN,
     ConcatSharedBN,
@@ -236,3 +236,16 @@ def test_ctrl_c_at_any_line_leaves_no_layer_paused():
         assert Lines(lambda number, where, at=at: number == at).run(block).interrupted
         assert state_of(model) == before
         assert not any(map(is_in_block, model))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("block", [pause_tracking, accumulate_statistics])
+def test_scripted_code_that_would_go_on_tracking_is_refused(block):
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), nn.BatchNorm2d(3))
+    with pytest.raises(InputError, match=r"layer '0.0' is code of torch.jit.*on the model that it was made from"):
+        block(model).__enter__()
+    model[0].eval()  # a teacher
+    with block(model, "0"), block(model, "1"):
+        model(torch.randn(4, 3, 5, 5))
+    with block(model):
+        model(torch.randn(4, 3, 5, 5))
