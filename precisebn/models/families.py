@@ -83,16 +83,25 @@ OURS = (PopulationNorm, FrozenNorm, CycleBatchNormList)
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is a layer that keeps population statistics: torch's classes, and what declares populations.
 
-    A :class:`precisebn.nn.CycleBatchNormList` declares none: its members do. Frozen layers of other libraries do not.
+    A :class:`precisebn.nn.CycleBatchNormList` declares none: its members do. Frozen layers of other libraries do not,
+    of whatever class: torch's quantized ones are of nn.BatchNorm's.
     """
     if isinstance(module, Recordable):
         return type(module).populations is not Recordable.populations
-    return isinstance(module, (_BatchNorm, FrozenNorm))
+    return isinstance(module, FrozenNorm) or (isinstance(module, _BatchNorm) and not _is_quantized(module))
 
 
 def is_norm_with_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
     """Whether a module is of a class that can keep running statistics: BatchNorm, InstanceNorm, and ours."""
-    return isinstance(module, _NormBase)
+    return isinstance(module, _NormBase) and not _is_quantized(module)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a module normalizes quantized tensors by its running statistics, in every mode."""
+    return type(module).__module__.startswith(_QUANTIZED)
+
+
+_QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
 
 
 def is_scripted_norm(module: nn.Module) -> bool:

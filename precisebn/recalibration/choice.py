@@ -131,7 +131,7 @@ def choose(settings: Settings) -> Choice:
                 to_write.append((name, layer, populations))
     check_writable(to_write)
     for name, module in named_modules(settings.model):
-        if is_scripted_norm(module) and "InstanceNorm" not in module.original_name:
+        if is_scripted_norm(module) and "InstanceNorm" not in str(module.original_name):
             result.skipped[name] = SCRIPTED
     return result
 
