@@ -14,7 +14,7 @@ from functools import cache
 from typing import NamedTuple, TypeGuard
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from precisebn.nn.cycle import CycleBatchNormList
@@ -33,9 +33,9 @@ __all__ = [
     "is_frozen",
     "is_instance_norm",
     "is_norm_with_statistics",
-    "is_scripted_norm",
     "normalizes_its_input",
     "populations_of",
+    "tracking_code",
 ]
 
 
@@ -104,11 +104,23 @@ def _is_quantized(module: nn.Module) -> bool:
 _QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
 
 
-def is_scripted_norm(module: nn.Module) -> bool:
-    """Whether a module is code of torch.jit that keeps running statistics: nothing outside of it sees or holds them."""
-    if not isinstance(module, torch.jit.ScriptModule):
-        return False
-    return STATISTICS[0] in [name for name, _ in module._buffers.items()]  # which is no dictionary
+def tracking_code(module: nn.Module) -> str:
+    """What has compiled a module whose code tracks running statistics: ``"torch.jit"``, ``"torch.export"``, or nothing.
+
+    Nothing that is put on such a module from outside changes that; a graph of torch.export has but one mode.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit" if STATISTICS[0] in [name for name, _ in module._buffers.items()] else ""  # no dictionary
+    if isinstance(module, fx.GraphModule) or type(module).__module__ == "torch.export.unflatten":
+        graph = getattr(module, "graph", None)
+        return "torch.export" if isinstance(graph, fx.Graph) and any(map(_tracks, graph.nodes)) else ""
+    return ""
+
+
+def _tracks(node: fx.Node) -> bool:
+    """Whether a node is batch norm in training mode: torch's functions of that name all have the flag sixth."""
+    is_batch_norm = node.op == "call_function" and "batch_norm" in str(node.target)
+    return is_batch_norm and len(node.args) > 5 and node.args[5] is True
 
 
 _INSTANCE_NORMS = (

@@ -14,7 +14,7 @@ from precisebn._reports import by_reason, counted
 from precisebn.distributed import is_sharded
 from precisebn.errors import InputError, InsufficientDataError
 from precisebn.models.batches import copied
-from precisebn.models.families import is_frozen, is_scripted_norm, populations_of
+from precisebn.models.families import is_frozen, populations_of, tracking_code
 from precisebn.models.selection import ModuleSelection, named_modules, select_modules
 from precisebn.models.snapshot import Snapshot
 from precisebn.models.tensor_pictures import PLAIN_TENSORS
@@ -83,13 +83,15 @@ _WORDS = {
     "code of torch.jit": _Words(
         "is code of torch.jit", "are code of torch.jit", "recalibrate the model before torch.jit compiles it"
     ),
+    "code of torch.export": _Words(
+        "is code of torch.export", "are code of torch.export", "recalibrate the model before torch.export takes it"
+    ),
     "exclude=": _Words("is left out by exclude=", "are left out by exclude="),
     "not chosen by modules=": _Words("is not chosen by modules=", "are not chosen by modules="),
 }
 """By the reason in a report, without what stands in brackets."""
 
 EXCLUDED = "exclude="
-SCRIPTED = "code of torch.jit"
 NO_STATISTICS = "no running statistics (track_running_stats=False)"
 NO_BUFFERS = "running statistics that are no buffers (but parameters, plain attributes or parametrized)"
 
@@ -131,8 +133,9 @@ def choose(settings: Settings) -> Choice:
                 to_write.append((name, layer, populations))
     check_writable(to_write)
     for name, module in named_modules(settings.model):
-        if is_scripted_norm(module) and "InstanceNorm" not in str(module.original_name):
-            result.skipped[name] = SCRIPTED
+        compiler = tracking_code(module)
+        if name and compiler and "InstanceNorm" not in str(getattr(module, "original_name", "")):
+            result.skipped[name] = f"code of {compiler}"
     return result
 
 

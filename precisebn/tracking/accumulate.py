@@ -58,9 +58,9 @@ def accumulate_statistics(model: nn.Module, *modules: str | nn.Module) -> Undist
             BatchNorm of torch, subclasses of it, InstanceNorm with running statistics, the modules of precisebn.nn.
 
     Raises:
-        InputError: something that matches no layer with running statistics; such a layer in code of torch.jit, if it is
-            in training mode; a layer that is recalibrated or in such a block already; inside the block, a layer with a
-            forward of its own that works its statistics out by hand.
+        InputError: something that matches no layer with running statistics; such a layer in training mode in code of
+            torch.jit or torch.export; a layer that is recalibrated or in such a block already; inside the block, a
+            layer with a forward of its own that works its statistics out by hand.
         RankFailedError: at the end, with SyncBatchNorm: another rank has failed. Nothing has been tracked.
 
     Example:

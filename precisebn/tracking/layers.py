@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from precisebn.errors import InputError
-from precisebn.models.families import is_scripted_norm
+from precisebn.models.families import tracking_code
 from precisebn.models.selection import select
 
 __all__ = ["select_tracking"]
@@ -23,17 +23,19 @@ def select_tracking(
         call: the function that was called, for the message.
 
     Raises:
-        InputError: something that matches no layer; a layer in training mode that is code of torch.jit, which tracks
+        InputError: something that matches no layer; code of torch.jit or torch.export in training mode, which tracks
             its statistics whatever is put on it from outside.
     """
     items = list(modules) or None
     chosen = select(
-        model, items, argument="modules", is_layer=lambda module: is_layer(module) or is_scripted_norm(module)
+        model, items, argument="modules", is_layer=lambda module: is_layer(module) or tracking_code(module) != ""
     ).chosen
     for name, module in chosen.items():
-        if is_scripted_norm(module) and module.training:
+        compiler = tracking_code(module)
+        if compiler == "torch.export" or (compiler and module.training):
             raise InputError(
-                f"layer {name!r} is code of torch.jit, which tracks its running statistics whatever is put on it from "
-                f"outside; call {call} on the model that it was made from, or put this part into eval mode"
+                f"{f'layer {name!r}' if name else 'the model'} is code of {compiler}, which tracks its statistics "
+                f"whatever is put on it from outside; call {call} on the model that it was made from, or give that to "
+                f"{compiler} in eval mode"
             )
     return {name: module for name, module in chosen.items() if is_layer(module)}

@@ -35,8 +35,8 @@ def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Undisturbed[n
         modules: where: modules of the model, qualified names, glob patterns over qualified names; none: everywhere.
 
     Raises:
-        InputError: something that matches no layer with running statistics; such a layer in code of torch.jit, if it is
-            in training mode.
+        InputError: something that matches no layer with running statistics; such a layer in training mode in
+            code of torch.jit or torch.export.
 
     Example:
         >>> import torch

@@ -509,6 +509,9 @@ def test_statistics_in_scripted_code_are_refused_and_its_parameters_frozen():
         with pytest.raises(InputError, match=r"module '0.1' is code of torch.jit"):
             act(model)
         assert state_of(model) == before
+    exported = torch.export.export(nn.Sequential(nn.BatchNorm1d(3)), (torch.randn(4, 3),)).module()
+    with pytest.raises(InputError, match=r"module '' is code of torch.export"):
+        freeze(exported)
     freeze(model, "0.0")
     assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
     unfreeze(model)

@@ -71,6 +71,14 @@ def test_batch_norm_inside_of_scripted_code_is_listed_and_left_alone(part):
         update_bn_stats(model[0], BATCHES, None)
 
 
+def test_batch_norm_inside_of_exported_code_is_listed_and_left_alone():
+    exported = torch.export.export(nn.Sequential(nn.BatchNorm2d(3)), (BATCHES[0],))
+    model = nn.Sequential(exported.module(), nn.BatchNorm2d(3))
+    assert update_bn_stats(model, BATCHES[:1], None).skipped == {"0": "code of torch.export"}
+    with pytest.warns(UserWarning, match="no BatchNorm layer, so nothing was recalibrated; .* exported"):
+        update_bn_stats(model[0], BATCHES[:1], None)
+
+
 class Cache(nn.Module):
     """The idiom of rotary embeddings: a buffer that grows with the input, its size in an attribute."""
 

@@ -238,12 +238,19 @@ def test_ctrl_c_at_any_line_leaves_no_layer_paused():
         assert not any(map(is_in_block, model))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("block", [pause_tracking, accumulate_statistics])
-def test_scripted_code_that_would_go_on_tracking_is_refused(block):
+def test_compiled_code_that_would_go_on_tracking_is_refused(block):
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), nn.BatchNorm2d(3))
     with pytest.raises(InputError, match=r"layer '0.0' is code of torch.jit.*on the model that it was made from"):
         block(model).__enter__()
+    exported = torch.export.export(nn.Sequential(nn.BatchNorm2d(3)), (torch.randn(4, 3, 5, 5),))
+    for code in (exported.module(), torch.export.unflatten(exported), exported.run_decompositions().module()):
+        with pytest.raises(InputError, match=r"is code of torch.export, which tracks"):
+            block(nn.Sequential(code, nn.BatchNorm2d(3))).__enter__()
+    evaluating = torch.export.export(nn.Sequential(nn.BatchNorm2d(3)).eval(), (torch.randn(4, 3, 5, 5),)).module()
+    with block(nn.Sequential(evaluating, torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(3))))) as plain:
+        plain(torch.randn(4, 3, 5, 5))
     model[0].eval()  # a teacher
     with block(model, "0"), block(model, "1"):
         model(torch.randn(4, 3, 5, 5))
