@@ -487,7 +487,9 @@ def test_what_the_model_puts_into_eval_mode_normalizes_by_its_own_statistics_and
     model = Taught()
     teacher = copy.deepcopy(model.teacher).eval()
     report = update_bn_stats(model, BATCHES, None)
-    assert report.skipped == {"teacher": "in eval mode or without tracking, by the model's own forward"}
+    assert report.skipped == {
+        "teacher": "put into eval mode or paused by the model's own forward (modules='all' takes any mode)"
+    }
     assert_population(model.student, torch.cat(BATCHES))
     assert values_of(model.teacher) == values_of(teacher)
     for seen, batch in zip(model.seen, BATCHES, strict=True):
