@@ -114,7 +114,7 @@ class _RecordedForward(StandIn):
         aside: called when a forward does not count.
     """
 
-    __slots__ = ("aside", "by_mode", "tracks")
+    __slots__ = ("aside", "at_outset", "by_mode", "tracks")
 
     def __init__(
         self, module: nn.Module, scratch: Mapping[str, Tensor], by_mode: bool, aside: Callable[[], object]
@@ -122,24 +122,26 @@ class _RecordedForward(StandIn):
         super().__init__(module, scratch)
         self.by_mode = by_mode
         self.aside = aside
+        self.at_outset = _settings(vars(module))
         self.tracks = _tracks(vars(module))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Record a forward, unless the model has set the layer aside since the recording began."""
         attributes = vars(self.module)
-        if self.by_mode and not attributes["training"]:
-            self.aside()
-            return self._by_own_statistics(*args, **kwargs)
-        if self.tracks and not _tracks(attributes):
-            self.aside()
-            return self.pass_over(*args, **kwargs)
-        return self.record(*args, **kwargs)
+        if _settings(attributes) != self.at_outset:
+            if self.by_mode and not attributes["training"]:
+                self.aside()
+                return self._by_own_statistics(*args, **kwargs)
+            if self.tracks and not _tracks(attributes):
+                self.aside()
+                return self.pass_over(args, kwargs)
+        return self.record(args, kwargs)
 
-    def record(self, *args: Any, **kwargs: Any) -> Any:
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run, and take the Moments of what is normalized."""
         raise NotImplementedError
 
-    def pass_over(self, *args: Any, **kwargs: Any) -> Any:
+    def pass_over(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run as :meth:`record` does, by the statistics of the mini-batch, and take nothing."""
         raise NotImplementedError
 
@@ -184,12 +186,12 @@ class _MeasuredForward(_RecordedForward):
     slot: Slot
     mixture: Mixture | None
 
-    def pass_over(self, *args: Any, **kwargs: Any) -> Any:
+    def pass_over(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         slot, mixture = (self.slot.count, self.slot.mean, self.slot.m2), self.mixture
         before = [part.clone() for part in slot]
         try:
             self.mixture = None
-            return self.record(*args, **kwargs)
+            return self.record(args, kwargs)
         finally:
             self.mixture = mixture
             for part, old in zip(slot, before, strict=True):
@@ -229,7 +231,7 @@ class InputForward(_MeasuredForward):
         self.mean, self.var = scratch["running_mean"], scratch["running_var"]
         self.may_overflow = self.var.dtype == torch.float16
 
-    def record(self, *args: Any, **kwargs: Any) -> Any:
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         self.slot.merge(x, self.mean, self.var)
         if self.may_overflow:  # the layer would divide by Inf and hand zeros on: as bad as Inf in its input
@@ -275,7 +277,7 @@ class UnknownForward(_MeasuredForward):
         self.refuse = refuse
         self.mixture = mixture
 
-    def record(self, *args: Any, **kwargs: Any) -> Any:
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.mixture is None:
             return self._measure(*args, **kwargs)
         slot = (self.slot.count, self.slot.mean, self.slot.m2)
@@ -365,7 +367,7 @@ class DeclaredForward(_RecordedForward):
         super().__init__(module, {}, by_mode, aside)
         self.mixture = mixture
 
-    def pass_over(self, *args: Any, **kwargs: Any) -> Any:
+    def pass_over(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         attributes = vars(self.module)
         recorder = attributes["recorder"]
         try:
@@ -374,7 +376,7 @@ class DeclaredForward(_RecordedForward):
         finally:
             attributes["recorder"] = recorder
 
-    def record(self, *args: Any, **kwargs: Any) -> Any:
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.mixture is None:
             return self.original(*args, **kwargs)
         return self._record_mixed(self.mixture, *args, **kwargs)
@@ -411,6 +413,11 @@ class DeclaredForward(_RecordedForward):
             return self.original(*args, **kwargs)
         finally:
             attributes.update(recorder=recorder, training=training)
+
+
+def _settings(attributes: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What says whether a forward of a layer counts."""
+    return attributes["training"], attributes.get("track_running_stats"), attributes.get("momentum")
 
 
 def _tracks(attributes: Mapping[str, Any]) -> bool:
