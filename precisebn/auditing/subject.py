@@ -165,7 +165,21 @@ class Subject:
     def set_training_modes(self) -> None:
         """Put the model into the modes that it trains in; inside :meth:`undisturbed`."""
         if not any(module.training for module in self.model.modules()):
-            self.model.train()
+            self.set_mode(training=True)
+
+    def set_mode(self, *, training: bool) -> None:
+        """Put the whole model into one mode; inside :meth:`undisturbed`.
+
+        Raises:
+            Unobservable: it has but one.
+        """
+        try:
+            self.model.train() if training else self.model.eval()
+        except NotImplementedError as error:
+            raise Unobservable(
+                f"{type(self.model).__name__} refuses to change its mode, as what torch.export makes: {error}; audit "
+                "the module that it was made from"
+            ) from error
 
     def run(self, batch: Any, interrupts: HeldBack) -> Any:
         """The model's output on a mini-batch; inside :meth:`undisturbed`. The mini-batch stays as it is."""

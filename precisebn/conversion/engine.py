@@ -151,7 +151,7 @@ def _nothing_to_do(model: nn.Module, found: Mapping[str, nn.Module]) -> str:
     if not found:
         return (
             f"{shown} has no BatchNorm layer, so nothing is converted; check that it is the model you mean, and not "
-            "one that torch.jit has compiled"
+            "what torch.jit or torch.export has made of it"
         )
     return (
         f"nothing of {shown} is converted: of its layers, {listed(found)}, none is left by include= and exclude=, or "

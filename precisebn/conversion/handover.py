@@ -163,13 +163,13 @@ def hand_over(donors: Sequence[nn.Module], target: nn.Module, source: Source, ch
             if same is not None:
                 changes.put(place, key, same)
                 continue
-            _write(place[key], value, changes)
+            _write(place, key, value, changes)
             parameter = source.layer._parameters.get(key)
             if parameter is not None and isinstance(place[key], nn.Parameter):
                 changes.set(place[key], "requires_grad", parameter.requires_grad)
         for member in members:  # each has statistics of its own, which will part from the others'
             for place in _places(member, key):
-                _write(place[key], value, changes)
+                _write(place, key, value, changes)
 
 
 def _places(layer: nn.Module, key: str) -> list[dict[str, Any]]:
@@ -187,8 +187,12 @@ def _same(donors: Sequence[nn.Module], own: Tensor, key: str) -> Tensor | None:
     return None
 
 
-def _write(tensor: Tensor, value: Tensor, changes: Transaction) -> None:
-    """Give a tensor a value, in every row if it has one dimension more, and its dtype and device; it stays itself."""
+def _write(place: dict[str, Any], key: str, value: Tensor, changes: Transaction) -> None:
+    """Give a tensor a value, in every row if it has one dimension more, and its dtype and device; it stays itself.
+
+    But on the meta device, where none could ever have values: ``load_state_dict(assign=True)`` puts others there, too.
+    """
+    tensor: Tensor = place[key]
     if tensor.shape not in (value.shape, tensor.shape[:1] + value.shape):
         return  # of the user's, and something else than in nn.BatchNorm
     value = value.detach().expand(tensor.shape)
@@ -201,6 +205,10 @@ def _write(tensor: Tensor, value: Tensor, changes: Transaction) -> None:
         changes.set(tensor, "grad", None)  # a gradient must be of the dtype of its tensor, on the way and back
     with torch.inference_mode(False):  # else nothing could write into it any more
         value = value.clone()
+    if tensor.is_meta != value.is_meta:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        changes.put(place, key, nn.Parameter(value, tensor.requires_grad) if is_parameter else value)
+        return
     changes.set(tensor, "data", value)
     if grad is not None:
         changes.set(tensor, "grad", grad.to(value))

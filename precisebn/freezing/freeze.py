@@ -10,14 +10,20 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from precisebn._warnings import warn
 from precisebn.errors import InputError
-from precisebn.models.families import FROZEN, class_family, is_batch_norm, is_norm_with_statistics, populations_of
+from precisebn.models.families import (
+    FROZEN,
+    class_family,
+    is_batch_norm,
+    is_norm_with_statistics,
+    populations_of,
+    tracking_code,
+)
 from precisebn.models.interrupts import HeldBack, Undisturbed
 from precisebn.models.selection import listed, select
 from precisebn.models.transaction import Transaction
@@ -52,7 +58,8 @@ def freeze(model: nn.Module, *modules: str | nn.Module, affine: bool = False) ->
     Raises:
         InputError: something that matches no module of the model (the message has near misses); parameters to freeze
             in a model that DistributedDataParallel holds already, which waits for their gradients; parameters of a lazy
-            module that has not seen a mini-batch; code of torch.jit with running statistics, whose mode cannot be held.
+            module that has not seen a mini-batch; running statistics in code of torch.jit, or
+            moved by that of torch.export, whose mode cannot be held.
 
     Warns:
         UserWarning: a parameter is shared with a part that is not frozen, and now frozen there as well.
@@ -221,7 +228,7 @@ def _freeze(model: nn.Module, modules: Iterable[str | nn.Module], affine: bool) 
         _check_wrappers(model)
         _check_initialized(chosen)
         _warn_of_shared(model, chosen)
-    _check_scripted(chosen)
+    _check_not_compiled(chosen)
     with Transaction() as changes:
         return _Block(
             {module: _wanted(module, affine) for module in chosen.values()},
@@ -280,8 +287,9 @@ def _freeze_one(module: nn.Module, affine: bool, changes: Transaction) -> _Part:
 def _thaw(module: nn.Module, part: _Part, changes: Transaction) -> None:
     """Give back what one call has frozen."""
     record: _Frozen = vars(module)[FROZEN]
+    own = dict(module._parameters.items())  # of torch.jit, no dictionary
     for name in part.parameters & record.requires_grad.keys():
-        parameter = module._parameters.get(name)
+        parameter = own.get(name)
         if parameter is not None:
             changes.on_undo(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(record.requires_grad[name])
@@ -315,11 +323,12 @@ def _check_initialized(chosen: dict[str, nn.Module]) -> None:
             )
 
 
-def _check_scripted(chosen: dict[str, nn.Module]) -> None:
+def _check_not_compiled(chosen: dict[str, nn.Module]) -> None:
     for name, module in chosen.items():
-        if isinstance(module, torch.jit.ScriptModule) and _keeps_statistics(module):
+        compiler = tracking_code(module)
+        if compiler:
             raise InputError(
-                f"module {name!r} is code of torch.jit, which keeps its mode where nobody can hold it, so that its "
+                f"module {name!r} is code of {compiler}, which keeps its mode where nobody can hold it, so that its "
                 "running statistics would move on; freeze the module that it was made from, and run that"
             )
 

@@ -267,7 +267,8 @@ def describe_batch(batch: Any) -> str:
 
     def brief(item: Any, depth: int) -> str:
         if isinstance(item, Tensor):
-            return f"Tensor{tuple(item.shape)}" + (f" of {_dtype(item.dtype)}" if item.dtype != torch.float32 else "")
+            shape = "(nested)" if item.is_nested else tuple(item.shape)  # torch has none for it
+            return f"Tensor{shape}" + (f" of {_dtype(item.dtype)}" if item.dtype != torch.float32 else "")
         if depth and isinstance(item, Mapping):
             inner = ", ".join(f"{key!r}: {brief(value, depth - 1)}" for key, value in list(item.items())[:4])
             return f"{type(item).__name__}({inner}{', ...' if len(item) > 4 else ''})"

@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple, TypeGuard
 
-from torch import nn
+import torch
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from precisebn.nn.cycle import CycleBatchNormList
@@ -34,6 +35,7 @@ __all__ = [
     "is_norm_with_statistics",
     "normalizes_its_input",
     "populations_of",
+    "tracking_code",
 ]
 
 
@@ -81,16 +83,44 @@ OURS = (PopulationNorm, FrozenNorm, CycleBatchNormList)
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is a layer that keeps population statistics: torch's classes, and what declares populations.
 
-    A :class:`precisebn.nn.CycleBatchNormList` declares none: its members do. Frozen layers of other libraries do not.
+    A :class:`precisebn.nn.CycleBatchNormList` declares none: its members do. Frozen layers of other libraries do not,
+    of whatever class: torch's quantized ones are of nn.BatchNorm's.
     """
     if isinstance(module, Recordable):
         return type(module).populations is not Recordable.populations
-    return isinstance(module, (_BatchNorm, FrozenNorm))
+    return isinstance(module, FrozenNorm) or (isinstance(module, _BatchNorm) and not _is_quantized(module))
 
 
 def is_norm_with_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
     """Whether a module is of a class that can keep running statistics: BatchNorm, InstanceNorm, and ours."""
-    return isinstance(module, _NormBase)
+    return isinstance(module, _NormBase) and not _is_quantized(module)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a module normalizes quantized tensors by its running statistics, in every mode."""
+    return type(module).__module__.startswith(_QUANTIZED)
+
+
+_QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
+
+
+def tracking_code(module: nn.Module) -> str:
+    """What has compiled a module whose code tracks running statistics: ``"torch.jit"``, ``"torch.export"``, or nothing.
+
+    Nothing that is put on such a module from outside changes that; a graph of torch.export has but one mode.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit" if STATISTICS[0] in [name for name, _ in module._buffers.items()] else ""  # no dictionary
+    if isinstance(module, fx.GraphModule) or type(module).__module__ == "torch.export.unflatten":
+        graph = getattr(module, "graph", None)
+        return "torch.export" if isinstance(graph, fx.Graph) and any(map(_tracks, graph.nodes)) else ""
+    return ""
+
+
+def _tracks(node: fx.Node) -> bool:
+    """Whether a node is batch norm in training mode: torch's functions of that name all have the flag sixth."""
+    is_batch_norm = node.op == "call_function" and "batch_norm" in str(node.target)
+    return is_batch_norm and len(node.args) > 5 and node.args[5] is True
 
 
 _INSTANCE_NORMS = (

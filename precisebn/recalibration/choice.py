@@ -14,8 +14,8 @@ from precisebn._reports import by_reason, counted
 from precisebn.distributed import is_sharded
 from precisebn.errors import InputError, InsufficientDataError
 from precisebn.models.batches import copied
-from precisebn.models.families import is_frozen, populations_of
-from precisebn.models.selection import ModuleSelection, select_modules
+from precisebn.models.families import is_frozen, populations_of, tracking_code
+from precisebn.models.selection import ModuleSelection, named_modules, select_modules
 from precisebn.models.snapshot import Snapshot
 from precisebn.models.tensor_pictures import PLAIN_TENSORS
 from precisebn.models.transaction import Transaction
@@ -44,8 +44,9 @@ class Choice:
         kind = type(model).__name__
         if not self.skipped:
             return (
-                f"{kind} has no BatchNorm layer, so nothing was recalibrated; frozen, scripted (torch.jit) and "
-                "quantized BatchNorm has no statistics to update: recalibrate before such a conversion"
+                f"{kind} has no BatchNorm layer, so nothing was recalibrated; frozen, scripted (torch.jit), exported "
+                "(torch.export) and quantized BatchNorm has no statistics to update: recalibrate before such a "
+                "conversion"
             )
         layers = counted(len(self.skipped), "BatchNorm layer")
         reasons = [(_WORDS[reason.partition(" (")[0]], len(names)) for reason, names in by_reason(self.skipped).items()]
@@ -78,6 +79,12 @@ _WORDS = {
     ),
     "lazy, and not reached by the first mini-batch": _Words(
         "is lazy, and not reached by the first mini-batch", "are lazy, and not reached by the first mini-batch"
+    ),
+    "code of torch.jit": _Words(
+        "is code of torch.jit", "are code of torch.jit", "recalibrate the model before torch.jit compiles it"
+    ),
+    "code of torch.export": _Words(
+        "is code of torch.export", "are code of torch.export", "recalibrate the model before torch.export takes it"
     ),
     "exclude=": _Words("is left out by exclude=", "are left out by exclude="),
     "not chosen by modules=": _Words("is not chosen by modules=", "are not chosen by modules="),
@@ -125,6 +132,10 @@ def choose(settings: Settings) -> Choice:
                 result.layers[name] = layer
                 to_write.append((name, layer, populations))
     check_writable(to_write)
+    for name, module in named_modules(settings.model):
+        compiler = tracking_code(module)
+        if name and compiler and "InstanceNorm" not in str(getattr(module, "original_name", "")):
+            result.skipped[name] = f"code of {compiler}"
     return result
 
 

@@ -23,6 +23,8 @@ from precisebn.statistics.flat_moments import per_channel
 
 __all__ = ["Changes", "Commit"]
 
+SET_ASIDE = "put into eval mode or paused by the model's own forward (modules='all' takes any mode)"
+
 
 class Changes(NamedTuple):
     """Populations that are to be written, what to say of each, and the standard errors of all."""
@@ -68,8 +70,12 @@ class Commit:
                 self.skipped[one.name] = REASONS[refused[index]]
             elif self._reached[index] > 0:
                 self._changed.append(index)
+            elif one.layer in recording.set_aside:
+                self.skipped[one.name] = SET_ASIDE
             elif one.statistics.index is not None:
                 self.skipped[one.name] = "no sample of the domain was seen"
+            elif recording.was_called(index):
+                self.skipped[one.name] = "mini-batches without a sample"
             else:
                 self.skipped[one.name] = "no mini-batch came through __call__"
 

@@ -1,8 +1,12 @@
-"""Recorded forwards: what runs in the place of a layer's own forward, for layers that do not hand over Moments.
+"""Recorded forwards: what runs in the place of a layer's own forward.
 
 While such a forward runs, and only then, the layer is in another mode; and scratch buffers are in the place of its
-running statistics. Copies that are made meanwhile have the layer's own, and nothing of the recording. Forwards of one
-layer by several threads come one after the other (:class:`precisebn.models.stand_in.StandIn`).
+running statistics, where it does not hand over its Moments. Copies that are made meanwhile have the layer's own, and
+nothing of the recording. Forwards of one layer by several threads come one after the other
+(:class:`precisebn.models.stand_in.StandIn`).
+
+A model may say itself, in its forward, that one of a layer's is not to move the running statistics: it puts a teacher
+into eval mode, or pauses the tracking of a perturbed input. Such forwards do not count here either.
 """
 
 from collections.abc import Callable, Mapping
@@ -100,9 +104,60 @@ class Slot:
 
 
 class _RecordedForward(StandIn):
-    """Takes the place of the forward while a recording lasts."""
+    """Takes the place of the forward while a recording lasts; to be given ``record`` and ``pass_over``.
 
-    __slots__ = ()
+    Args:
+        module: the layer.
+        scratch: what lies in the place of some of its buffers meanwhile, by name.
+        by_mode: whether it is recorded because it is in training mode, so that it is not while the model has put it
+            into eval mode; it then normalizes by its own running statistics.
+        aside: called when a forward does not count.
+    """
+
+    __slots__ = ("aside", "at_outset", "by_mode", "tracks")
+
+    def __init__(
+        self, module: nn.Module, scratch: Mapping[str, Tensor], by_mode: bool, aside: Callable[[], object]
+    ) -> None:
+        super().__init__(module, scratch)
+        self.by_mode = by_mode
+        self.aside = aside
+        self.at_outset = _settings(vars(module))
+        self.tracks = _tracks(vars(module))
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Record a forward, unless the model has set the layer aside since the recording began."""
+        attributes = vars(self.module)
+        if _settings(attributes) != self.at_outset:
+            if self.by_mode and not attributes["training"]:
+                self.aside()
+                return self._by_own_statistics(*args, **kwargs)
+            if self.tracks and not _tracks(attributes):
+                self.aside()
+                return self.pass_over(args, kwargs)
+        return self.record(args, kwargs)
+
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run, and take the Moments of what is normalized."""
+        raise NotImplementedError
+
+    def pass_over(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run as :meth:`record` does, by the statistics of the mini-batch, and take nothing."""
+        raise NotImplementedError
+
+    def _by_own_statistics(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as it would without a recording."""
+        buffers, scratch = self.module._buffers, self.scratch
+        aside = {name: scratch[name] for name in self.own if buffers.get(name) is scratch[name]}
+        recorder = {key: value for key, value in vars(self.module).items() if key == "recorder"}
+        try:
+            buffers.update({name: self.own[name] for name in aside})
+            for key in recorder:
+                del vars(self.module)[key]
+            return self.original(*args, **kwargs)
+        finally:
+            buffers.update(aside)
+            vars(self.module).update(recorder)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Run in eval mode, by the statistics in the scratch buffers."""
@@ -118,7 +173,32 @@ class _RecordedForward(StandIn):
             buffers["running_mean"], buffers["running_var"] = mean, var
 
 
-class InputForward(_RecordedForward):
+class _MeasuredForward(_RecordedForward):
+    """Of a layer that does not hand its Moments over.
+
+    Attributes:
+        slot: where Moments go.
+        mixture: with what to mix the mini-batch's own statistics before the layer normalizes by them.
+    """
+
+    __slots__ = ("mixture", "slot")
+
+    slot: Slot
+    mixture: Mixture | None
+
+    def pass_over(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        slot, mixture = (self.slot.count, self.slot.mean, self.slot.m2), self.mixture
+        before = [part.clone() for part in slot]
+        try:
+            self.mixture = None
+            return self.record(args, kwargs)
+        finally:
+            self.mixture = mixture
+            for part, old in zip(slot, before, strict=True):
+                part.copy_(old)
+
+
+class InputForward(_MeasuredForward):
     """Of a layer that normalizes the very tensor that it is called with.
 
     One pass takes its Moments and writes the mini-batch's own mean and variance into scratch buffers, from which the
@@ -129,19 +209,29 @@ class InputForward(_RecordedForward):
         module: the layer.
         slot: where Moments go.
         scratch: copies of its running mean and variance.
+        by_mode: see :class:`_RecordedForward`, as is the next one.
+        aside: called when a forward does not count.
         mixture: with what to mix the mini-batch's own statistics before the layer normalizes by them.
     """
 
-    __slots__ = ("may_overflow", "mean", "mixture", "slot", "var")
+    __slots__ = ("may_overflow", "mean", "var")
 
-    def __init__(self, module: nn.Module, slot: Slot, scratch: Mapping[str, Tensor], mixture: Mixture | None) -> None:
-        super().__init__(module, scratch)
+    def __init__(
+        self,
+        module: nn.Module,
+        slot: Slot,
+        scratch: Mapping[str, Tensor],
+        by_mode: bool,
+        aside: Callable[[], object],
+        mixture: Mixture | None,
+    ) -> None:
+        super().__init__(module, scratch, by_mode, aside)
         self.slot = slot
         self.mixture = mixture
         self.mean, self.var = scratch["running_mean"], scratch["running_var"]
         self.may_overflow = self.var.dtype == torch.float16
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         self.slot.merge(x, self.mean, self.var)
         if self.may_overflow:  # the layer would divide by Inf and hand zeros on: as bad as Inf in its input
@@ -151,7 +241,7 @@ class InputForward(_RecordedForward):
         return self._evaluate(*args, **kwargs)
 
 
-class UnknownForward(_RecordedForward):
+class UnknownForward(_MeasuredForward):
     """Of a subclass with a forward of its own, which may normalize part of its input, or something else altogether.
 
     It runs in training mode on scratch buffers. What it hands to ``batch_norm`` together with them is what it
@@ -164,26 +254,30 @@ class UnknownForward(_RecordedForward):
         module: the layer.
         slot: where Moments go.
         scratch: copies of its running mean, variance and number of mini-batches.
+        by_mode: see :class:`_RecordedForward`, as is the next one.
+        aside: called when a forward does not count.
         refuse: called with the reason if nothing is known of what it normalizes.
         mixture: with what to mix the statistics that it normalizes by. It then runs a second time, in eval mode.
     """
 
-    __slots__ = ("mixture", "refuse", "slot")
+    __slots__ = ("refuse",)
 
     def __init__(
         self,
         module: nn.Module,
         slot: Slot,
         scratch: Mapping[str, Tensor],
+        by_mode: bool,
+        aside: Callable[[], object],
         refuse: Callable[[int], None],
         mixture: Mixture | None,
     ) -> None:
-        super().__init__(module, scratch)
+        super().__init__(module, scratch, by_mode, aside)
         self.slot = slot
         self.refuse = refuse
         self.mixture = mixture
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.mixture is None:
             return self._measure(*args, **kwargs)
         slot = (self.slot.count, self.slot.mean, self.slot.m2)
@@ -252,21 +346,42 @@ class UnknownForward(_RecordedForward):
 
 
 class DeclaredForward(_RecordedForward):
-    """Of a layer that hands its Moments over, where a prior is to be mixed in: measured first, run in eval mode then.
+    """Of a layer that hands its Moments over.
 
-    The first run says which Moments are of which population; its output is dropped. The second normalizes by the
-    mixtures, which lie in the layer's own running statistics: the recording puts those back.
+    Where a prior is to be mixed in, it is measured first, and runs in eval mode then. The first run says which Moments
+    are of which population; its output is dropped. The second normalizes by the mixtures, which lie in the layer's own
+    running statistics: the recording puts those back.
 
     Args:
         module: the layer, under recording.
+        by_mode: see :class:`_RecordedForward`, as is the next one.
+        aside: called when a forward does not count.
         mixture: with what to mix.
     """
 
-    def __init__(self, module: Recordable, mixture: Mixture) -> None:
-        super().__init__(module, {})
+    __slots__ = ("mixture",)
+
+    def __init__(
+        self, module: Recordable, by_mode: bool, aside: Callable[[], object], mixture: Mixture | None = None
+    ) -> None:
+        super().__init__(module, {}, by_mode, aside)
         self.mixture = mixture
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def pass_over(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        attributes = vars(self.module)
+        recorder = attributes["recorder"]
+        try:
+            attributes["recorder"] = _take_nothing
+            return self.original(*args, **kwargs)
+        finally:
+            attributes["recorder"] = recorder
+
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.mixture is None:
+            return self.original(*args, **kwargs)
+        return self._record_mixed(self.mixture, *args, **kwargs)
+
+    def _record_mixed(self, mixture: Mixture, *args: Any, **kwargs: Any) -> Any:
         attributes = vars(self.module)
         recorder, training = attributes["recorder"], attributes["training"]
         populations = populations_of(self.module)
@@ -289,7 +404,7 @@ class DeclaredForward(_RecordedForward):
             if not any(counts):
                 return output
             with outside_of_transforms():
-                mixed = self.mixture.of(counts, own.mean, own.m2 / own.count.clamp(min=1.0).unsqueeze(-1))
+                mixed = mixture.of(counts, own.mean, own.m2 / own.count.clamp(min=1.0).unsqueeze(-1))
                 for one, one_mean, one_var in zip(populations, *mixed, strict=True):
                     one.mean.copy_(one_mean)
                     one.var.copy_(one_var)
@@ -298,6 +413,20 @@ class DeclaredForward(_RecordedForward):
             return self.original(*args, **kwargs)
         finally:
             attributes.update(recorder=recorder, training=training)
+
+
+def _settings(attributes: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What says whether a forward of a layer counts."""
+    return attributes["training"], attributes.get("track_running_stats"), attributes.get("momentum")
+
+
+def _tracks(attributes: Mapping[str, Any]) -> bool:
+    """Whether a forward in training mode moves the running statistics of a layer, by its attributes."""
+    return bool(attributes.get("track_running_stats", True) and attributes.get("momentum") != 0)
+
+
+def _take_nothing(moments: Moments, population: int | None) -> None:
+    """A recorder of what is not to count."""
 
 
 def _spread_out(moments: Moments, population: int | None, like: Moments) -> Moments:

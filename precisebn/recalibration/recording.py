@@ -71,6 +71,7 @@ class Recording(AbstractContextManager["Recording"]):
         kind: which statistics to estimate, see :class:`precisebn.statistics.estimator.PopulationEstimator`.
         mixtures: of layers that are not to normalize by the mini-batch's own statistics, by the layers' names.
         exits: ends forwards early, if asked for.
+        by_mode: whether layers are recorded because they are in training mode, and so only as long as they are.
 
     Raises:
         InputError: a layer without running statistics; on entering: the model, or a part of it, is being recorded
@@ -84,8 +85,10 @@ class Recording(AbstractContextManager["Recording"]):
         kind: EstimatorName,
         mixtures: Mapping[str, Mixture] | None = None,
         exits: EarlyExit | None = None,
+        by_mode: bool = False,
     ) -> None:
         self.model = model
+        self._by_mode = by_mode
         self._exits = exits
         self._mixtures = mixtures or {}
         self.kind = kind
@@ -93,6 +96,8 @@ class Recording(AbstractContextManager["Recording"]):
         self.estimators: list[PopulationEstimator] = []
         self.refused: dict[int, int] = {}
         """Populations, by their number here, of whose layer's forward nothing is known, with the reason."""
+        self.set_aside: set[nn.Module] = set()
+        """Layers with forwards that the model itself has kept from moving their running statistics."""
         self._layers: list[_Layer] = []
         self._place(layers)
         self._execution_order: dict[int, None] = {}
@@ -182,6 +187,10 @@ class Recording(AbstractContextManager["Recording"]):
         if not all(are_finite):
             self.check_finite()
 
+    def was_called(self, index: int) -> bool:
+        """Whether a forward of a population's layer was recorded, by its number here, of no sample perhaps."""
+        return index in self._execution_order
+
     def check_finite(self) -> None:
         """Raise if any layer has met NaN or Inf, naming the first layer, as the model runs, of the first mini-batch."""
         if not any(estimator.met_nonfinite() for estimator in self.estimators):
@@ -231,10 +240,10 @@ class Recording(AbstractContextManager["Recording"]):
     def _record(self, layer: "_Layer") -> None:
         """Put one layer under recording, and among what is temporary how it comes out again."""
         module, mixture = layer.module, self._mixtures.get(layer.name)
+        aside = partial(self.set_aside.add, module)
         if isinstance(module, Recordable):
             self._start(layer.name, module, self._recorder(layer))
-            if mixture is not None:
-                DeclaredForward(module, mixture).put(self._temporary)
+            DeclaredForward(module, self._by_mode, aside, mixture).put(self._temporary)
             return
         index, one = layer.first, self.populations[layer.first]
         moments = one.estimator.slot(one.position)
@@ -242,12 +251,12 @@ class Recording(AbstractContextManager["Recording"]):
         slot = Slot(layer.name, type(module).__name__, moments, averages, partial(self._reached, index))
         scratch = {name: next(self._scratch) for name in ("running_mean", "running_var")}
         if normalizes_its_input(module):
-            InputForward(module, slot, scratch, mixture).put(self._temporary)
+            InputForward(module, slot, scratch, self._by_mode, aside, mixture).put(self._temporary)
         else:
             if one.statistics.num_batches is not None:
                 scratch["num_batches_tracked"] = one.statistics.num_batches.clone()
             refuse = partial(self._refuse, index)
-            UnknownForward(module, slot, scratch, refuse, mixture).put(self._temporary)
+            UnknownForward(module, slot, scratch, self._by_mode, aside, refuse, mixture).put(self._temporary)
 
     def _start(self, name: str, module: Recordable, recorder: Recorder) -> None:
         self._with_ends.append((name, module))

@@ -90,10 +90,13 @@ def update_bn_stats(
             dimensions, ``torch.channels_last_3d`` those of 5, wherever they lie in mappings, lists and tuples.
             Convolutions keep the format of their input, and on most devices are faster so; the model itself is not
             converted. The statistics are the same but for rounding.
-        modules: ``"training"``: the BatchNorm layers in training mode; ``"all"``: those in eval mode too, but no
-            frozen ones; or modules, qualified names and glob patterns, which take frozen layers too (``"*"`` takes
-            every layer). Chosen layers normalize with batch statistics whatever their mode, all other modules keep
-            theirs: ``model.eval()`` and ``modules="all"`` recalibrates with dropout off.
+        modules: ``"training"``: the BatchNorm layers in training mode, as long as they are (a teacher that the forward
+            puts into eval mode normalizes by its running statistics, which stay as they are); ``"all"``: those in eval
+            mode too, but no frozen ones; or modules, qualified names and glob patterns, which take frozen layers too
+            (``"*"`` takes every layer). These two normalize with batch statistics whatever the mode of the layers, all
+            other modules keep theirs: ``model.eval()`` and ``modules="all"`` recalibrates with dropout off. A forward
+            for which the model switches the tracking of a layer off (:func:`precisebn.pause_tracking`,
+            ``track_running_stats = False``, a momentum of 0) does not count.
         exclude: which of them not, as modules, names or patterns.
         estimator: ``"population"``: mean and biased variance of all values together, exact also for mini-batches of
             different sizes (fvcore's default too); ``"batch-mean"``: plain averages of the mini-batches' means and
@@ -256,7 +259,8 @@ def recalibrate(settings: Settings, undo: Undo | None = None) -> UpdateReport:
         mixtures = prior.mixtures(choice.layers, ranks, averages=settings.estimator == "batch-mean")
         loop.weigh(prior)
         exits = EarlyExit(model, choice.layers) if settings.early_exit else None
-        with Recording(model, choice.layers, settings.estimator, mixtures, exits) as recording:
+        by_mode = settings.modules == "training"
+        with Recording(model, choice.layers, settings.estimator, mixtures, exits, by_mode) as recording:
             total, most = loop.run(recording)
             recording.stop()
             commit = Commit(recording, ranks, total, most, settings.prior)

@@ -23,11 +23,11 @@ from precisebn.models.families import (
 )
 from precisebn.models.in_use import claim, release
 from precisebn.models.interrupts import HeldBack, Undisturbed
-from precisebn.models.selection import select
 from precisebn.models.transaction import Transaction
 from precisebn.nn.frozen import FrozenNorm
 from precisebn.nn.population import ACCUMULATOR, PopulationNorm, Recordable
 from precisebn.tracking.gathering import Averages, Gathered, GatheringForward, merge_over_ranks
+from precisebn.tracking.layers import select_tracking
 
 __all__ = ["accumulate_statistics"]
 
@@ -58,8 +58,9 @@ def accumulate_statistics(model: nn.Module, *modules: str | nn.Module) -> Undist
             BatchNorm of torch, subclasses of it, InstanceNorm with running statistics, the modules of precisebn.nn.
 
     Raises:
-        InputError: something that matches no layer with running statistics; a layer that is recalibrated or in such a
-            block already; inside the block, a layer with a forward of its own that works its statistics out by hand.
+        InputError: something that matches no layer with running statistics; such a layer in training mode in code of
+            torch.jit or torch.export; a layer that is recalibrated or in such a block already; inside the block, a
+            layer with a forward of its own that works its statistics out by hand.
         RankFailedError: at the end, with SyncBatchNorm: another rank has failed. Nothing has been tracked.
 
     Example:
@@ -77,7 +78,7 @@ def accumulate_statistics(model: nn.Module, *modules: str | nn.Module) -> Undist
 def _accumulated(interrupts: HeldBack, model: nn.Module, modules: Iterable[str | nn.Module]) -> Iterator[nn.Module]:
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a module, not {type(model).__name__}")
-    layers = select(model, list(modules) or None, argument="modules", is_layer=_keeps_statistics).chosen
+    layers = select_tracking(model, modules, _keeps_statistics, "accumulate_statistics")
     block = _Block(model, layers, interrupts)
     try:
         block.begin()

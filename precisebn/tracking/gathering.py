@@ -41,6 +41,7 @@ class Gathered:
         self.num_populations = len(populations_of(layer))
         self.counts_batches = True
         """Whether the layer's forward adds to ``num_batches_tracked``."""
+        self._moves = _momentum_of(layer) != 0.0
         self._lock = threading.RLock()
         self._is_over = False
 
@@ -51,7 +52,7 @@ class Gathered:
     def __call__(self, moments: Moments, population: int | None) -> None:
         """Merge Moments ``(C,)`` of one population, or ``(K, C)`` of all: what a layer hands over (a Recorder)."""
         with self.alone():
-            if self._is_over:
+            if self._is_over or self.is_bypassed():
                 return
             count, mean, m2 = self._rows(moments.mean.shape[-1], moments.mean.device, population)
             new_count = moments.count.detach().reshape(-1)
@@ -60,6 +61,10 @@ class Gathered:
             mean.copy_(merged.mean)
             m2.copy_(merged.m2)
             count.add_(new_count)
+
+    def is_bypassed(self) -> bool:
+        """Whether the momentum is 0 for now, as code for SAM and VAT has it for forwards that are not to count."""
+        return self._moves and _momentum_of(self.layer) == 0.0
 
     def end(self) -> None:
         """Take nothing any more: a forward that outlives the block does not count."""
@@ -174,7 +179,7 @@ class GatheringForward(StandIn):
         try:
             self.aside = own, {key: value for key, value in attributes.items() if key == "momentum"}
             buffers.update(self.scratch)
-            if isinstance(self.gathered, Averages):
+            if isinstance(self.gathered, Averages) and not self.gathered.is_bypassed():
                 attributes["momentum"] = 1.0  # the averages of this micro-batch alone
             if self.knows_input:
                 output = self.original(*args, **kwargs)
@@ -186,7 +191,8 @@ class GatheringForward(StandIn):
         return output
 
     def _take(self, x: object) -> None:
-        if not in_backward():  # there it is a repetition by activation checkpointing
+        # In a backward it is a repetition by activation checkpointing.
+        if not in_backward() and not self.gathered.is_bypassed():
             self.gathered.take(x, self)
 
     def _put_back(self) -> None:
@@ -213,7 +219,7 @@ class GatheringForward(StandIn):
 
 def _momentum_of(layer: nn.Module) -> float | None:
     """As a number: some subclasses compute it, or keep it as a buffer."""
-    momentum: Any = layer.momentum
+    momentum: Any = getattr(layer, "momentum", None)
     return None if momentum is None else float(momentum)
 
 

@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from precisebn.errors import InputError
 from precisebn.models.families import PAUSED, is_instance_norm, is_norm_with_statistics
 from precisebn.models.interrupts import HeldBack, Undisturbed
-from precisebn.models.selection import select
+from precisebn.tracking.layers import select_tracking
 
 __all__ = ["is_in_block", "pause_tracking"]
 
@@ -35,7 +35,8 @@ def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Undisturbed[n
         modules: where: modules of the model, qualified names, glob patterns over qualified names; none: everywhere.
 
     Raises:
-        InputError: something that matches no layer with running statistics.
+        InputError: something that matches no layer with running statistics; such a layer in training mode in
+            code of torch.jit or torch.export.
 
     Example:
         >>> import torch
@@ -51,9 +52,7 @@ def pause_tracking(model: nn.Module, *modules: str | nn.Module) -> Undisturbed[n
 def _paused(interrupts: HeldBack, model: nn.Module, modules: Iterable[str | nn.Module]) -> Iterator[nn.Module]:
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a module, not {type(model).__name__}")
-    layers = list(
-        select(model, list(modules) or None, argument="modules", is_layer=is_norm_with_statistics).chosen.values()
-    )
+    layers = list(select_tracking(model, modules, is_norm_with_statistics, "pause_tracking").values())
     paused: list[nn.Module] = []
     try:
         for layer in layers:

@@ -150,6 +150,8 @@ def test_what_cannot_be_run_says_why():
     assert nn.parameter.is_lazy(lazy[0].weight)
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     assert "torch.jit" in audit(torch.jit.script(model), batch).not_run["PBN351"]
+    exported = torch.export.export(model, (batch,)).module()
+    assert "audit the module that it was made from" in audit(exported, batch).not_run["PBN252"]
     report = audit(model.to("meta"), batch.to("meta"))
     assert "meta device" in report.not_run["PBN252"]
     assert "PBN351" not in report.not_run  # for gradients shapes are enough

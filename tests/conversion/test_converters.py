@@ -315,6 +315,28 @@ def test_a_frozen_affine_comes_back_as_the_parameters_that_it_was():
 
 
 @EVERY_CONVERSION
+@pytest.mark.parametrize("how", ["assign", "to_empty", "away"])
+def test_values_that_come_or_go_in_between_are_those_of_the_restored_one(convert, how):
+    """Large models are made on the meta device, converted, and loaded then; or freed by ``to("meta")``."""
+    trained = convnet()
+    trained(X)
+    model = convert(convnet() if how == "away" else convnet().to("meta"))
+    if how == "assign":
+        model.load_state_dict(trained.state_dict(), assign=True)
+    elif how == "to_empty":
+        model.to_empty(device="cpu").load_state_dict(trained.state_dict())
+    else:
+        model.to("meta")
+    convert_to_batchnorm(model)
+    if how == "away":
+        assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+        return
+    assert values_of(model) == values_of(trained)
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in model.parameters())
+    model(X).square().sum().backward()
+
+
+@EVERY_CONVERSION
 def test_another_dtype_in_between_is_the_restored_one(convert):
     model = convnet()
     weight = model[1].weight

@@ -499,3 +499,20 @@ def test_ctrl_c_at_any_line_leaves_nothing_frozen():
     for at in range(len(Lines().run(block).ran)):
         assert Lines(lambda number, where, at=at: number == at).run(block).interrupted
         assert state_of(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_statistics_in_scripted_code_are_refused_and_its_parameters_frozen():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))), nn.ReLU())
+    before = state_of(model)
+    for act in (freeze, lambda model: freeze(model, "0.1", affine=True), lambda model: frozen(model).__enter__()):
+        with pytest.raises(InputError, match=r"module '0.1' is code of torch.jit"):
+            act(model)
+        assert state_of(model) == before
+    exported = torch.export.export(nn.Sequential(nn.BatchNorm1d(3)), (torch.randn(4, 3),)).module()
+    with pytest.raises(InputError, match=r"module '' is code of torch.export"):
+        freeze(exported)
+    freeze(model, "0.0")
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+    unfreeze(model)
+    assert all(p.requires_grad for p in model.parameters())

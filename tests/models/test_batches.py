@@ -109,6 +109,16 @@ def test_a_wrong_guess_shows_the_batch_and_names_forward(batch, described):
     assert isinstance(caught.value.__cause__, TypeError)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_what_a_model_says_to_a_nested_tensor_comes_through():
+    """Its shape, which torch refuses to tell, is part of no message."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4))
+    batch = torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(3, 5)])
+    with pytest.raises(NotImplementedError, match="aten::convolution") as caught:
+        update_bn_stats(model, [batch], None)
+    assert "Tensor(nested)" in explanation(caught.value)
+
+
 def explanation(error: BaseException) -> str:
     """What an exception of a first mini-batch says of the guess, however this Python shows it."""
     if isinstance(error, BatchFormatError):

@@ -9,7 +9,7 @@ from conftest import import_torchvision, values_of
 from pretended import APEX, DETECTRON2, pretend
 from torch import Tensor, nn
 
-from precisebn import update_bn_stats
+from precisebn import audit, update_bn_stats
 from precisebn.models import families
 from precisebn.models.families import Family, family_of, is_batch_norm, normalizes_its_input
 from precisebn.nn import (
@@ -143,6 +143,20 @@ def test_layers_of_other_libraries_are_recorded_from_their_input(build):
     update_bn_stats(nn.Sequential(layer), batches, 3)
     update_bn_stats(nn.Sequential(plain), batches, 3)
     assert values_of(layer) == values_of(plain)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_quantized_layers_keep_their_statistics_and_are_no_batch_norm():
+    """They are of nn.BatchNorm's class, and in training mode, as every module that is new."""
+    quantized = pytest.importorskip("torch.ao.nn.quantized")
+    layer = quantized.BatchNorm2d(3)
+    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    assert layer.training
+    assert not families.is_batch_norm(layer)
+    assert not families.is_norm_with_statistics(layer)
+    assert list(audit(nn.Sequential(layer).eval().append(quantized.BatchNorm2d(3)))) == []
+    with pytest.warns(UserWarning, match="has no BatchNorm layer, so nothing was recalibrated; .* quantized"):
+        update_bn_stats(nn.Sequential(layer), [], None)
 
 
 def test_the_table_knows_no_instance():

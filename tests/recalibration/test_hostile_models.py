@@ -22,6 +22,7 @@ from precisebn import (
     NonFiniteStatisticsError,
     adapt_bn_stats,
     convert_domain_specific,
+    pause_tracking,
     update_bn_stats,
 )
 from precisebn.models.snapshot import Snapshot
@@ -57,6 +58,25 @@ def test_a_scripted_or_traced_part_is_no_obstacle(part, fails):
     else:
         changed = set(before.differences(state_of(model)))
         assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("part", [torch.jit.script, lambda m: torch.jit.trace(m, BATCHES[0])], ids=["script", "trace"])
+def test_batch_norm_inside_of_scripted_code_is_listed_and_left_alone(part):
+    model = nn.Sequential(part(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))), nn.BatchNorm2d(3))
+    report = update_bn_stats(model, BATCHES, None)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert report.skipped == {"0.1": "code of torch.jit"}
+    with pytest.warns(UserWarning, match="1 is code of torch.jit; recalibrate the model before"):
+        update_bn_stats(model[0], BATCHES, None)
+
+
+def test_batch_norm_inside_of_exported_code_is_listed_and_left_alone():
+    exported = torch.export.export(nn.Sequential(nn.BatchNorm2d(3)), (BATCHES[0],))
+    model = nn.Sequential(exported.module(), nn.BatchNorm2d(3))
+    assert update_bn_stats(model, BATCHES[:1], None).skipped == {"0": "code of torch.export"}
+    with pytest.warns(UserWarning, match="no BatchNorm layer, so nothing was recalibrated; .* exported"):
+        update_bn_stats(model[0], BATCHES[:1], None)
 
 
 class Cache(nn.Module):
@@ -383,6 +403,123 @@ def test_split_batchnorm_of_timm(timm):
     for bn, part in ((layer, 0), (layer.aux_bn[0], 1)):
         assert_population(bn, torch.cat([b.chunk(2)[part].flatten(2).transpose(1, 2).reshape(-1, 3) for b in batches]))
     assert [one.count for one in report.layers] == [4 * 2 * 16] * 2
+
+
+# ---- Forwards that the model does not count itself ------------------------------------------------------------------
+
+
+SWITCHES: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = {
+    "eval mode": (lambda layer: layer.eval(), lambda layer: layer.train()),
+    "track_running_stats": (
+        lambda layer: setattr(layer, "track_running_stats", False),
+        lambda layer: setattr(layer, "track_running_stats", True),
+    ),
+    "momentum": (lambda layer: setattr(layer, "momentum", 0.0), lambda layer: setattr(layer, "momentum", 0.1)),
+    "pause_tracking": (
+        lambda layer: vars(layer).__setitem__("block", pause_tracking(layer)) or layer.block.__enter__(),
+        lambda layer: layer.block.__exit__(None, None, None) or vars(layer).pop("block"),
+    ),
+}
+
+
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+SWITCHED: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm2d": lambda: nn.BatchNorm2d(3),
+    "own forward": lambda: OwnForward(3),
+    "GhostBN": lambda: GhostBN(3, 8),
+}
+
+
+class Switching(nn.Module):
+    """Gives its layer a second look at other values, for which it switches the tracking of statistics off."""
+
+    def __init__(self, layer: nn.Module, switch: str) -> None:
+        super().__init__()
+        self.layer, self.switch, self.seen = layer, switch, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        off, on = SWITCHES[self.switch]
+        y = self.layer(x)
+        off(self.layer)
+        self.seen.append(self.layer(9 * x + 1))
+        on(self.layer)
+        return y
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("layer", SWITCHED)
+def test_a_forward_for_which_the_model_switches_tracking_off_does_not_count(layer, switch):
+    model = Switching(SWITCHED[layer](), switch)
+    model.layer.running_mean.fill_(0.5)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for batch in BATCHES:
+            twin(batch)
+    report = update_bn_stats(model, BATCHES, None)
+    assert report.layers[0].count == sum(len(batch) * 25 for batch in BATCHES)
+    assert_population(model.layer, torch.cat(BATCHES))
+    assert model.layer.num_batches_tracked == len(BATCHES)
+    if switch != "eval mode":  # where running statistics normalize, which a twin's own forwards have moved
+        for seen, expected in zip(model.seen, twin.seen, strict=True):
+            torch.testing.assert_close(seen, expected)
+
+
+@pytest.mark.parametrize("layer", SWITCHED)
+def test_what_the_model_puts_into_eval_mode_normalizes_by_its_own_statistics_and_keeps_them(layer):
+    """A teacher, as models with one have it in their forward."""
+
+    class Taught(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = SWITCHED[layer](), SWITCHED[layer]()
+            self.teacher.running_mean.fill_(2.0)
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.teacher.eval()
+            self.seen.append(self.teacher(x))
+            return self.student(x)
+
+    model = Taught()
+    teacher = copy.deepcopy(model.teacher).eval()
+    report = update_bn_stats(model, BATCHES, None)
+    assert report.skipped == {
+        "teacher": "put into eval mode or paused by the model's own forward (modules='all' takes any mode)"
+    }
+    assert_population(model.student, torch.cat(BATCHES))
+    assert values_of(model.teacher) == values_of(teacher)
+    for seen, batch in zip(model.seen, BATCHES, strict=True):
+        torch.testing.assert_close(seen, teacher(batch))
+    # Named, or asked for with all others, it is recalibrated whatever its mode.
+    assert [one.name for one in update_bn_stats(model, BATCHES, None, modules="all").layers] == ["student", "teacher"]
+    assert_population(model.teacher, torch.cat(BATCHES))
+
+
+@pytest.mark.parametrize("switch", ["track_running_stats", "momentum"])
+def test_a_layer_that_tracks_nothing_at_the_outset_is_recalibrated_all_the_same(switch):
+    layer = nn.BatchNorm2d(3)
+    SWITCHES[switch][0](layer)
+    update_bn_stats(nn.Sequential(layer), BATCHES, None)
+    assert_population(layer, torch.cat(BATCHES))
+
+
+@pytest.mark.parametrize("prior", [0.0, 4.0])
+def test_with_a_prior_too(prior):
+    model = Switching(nn.BatchNorm2d(3), "pause_tracking")
+    plain = nn.Sequential(copy.deepcopy(model.layer))
+    adapt_bn_stats(model, BATCHES, prior)
+    adapt_bn_stats(plain, BATCHES, prior)
+    assert values_of(model.layer) == values_of(plain[0])
+
+
+def test_mini_batches_without_a_sample_are_told_from_none():
+    layer = nn.BatchNorm2d(3)
+    with pytest.warns(UserWarning, match="no BatchNorm layer was recalibrated .0: mini-batches without a sample"):
+        update_bn_stats(nn.Sequential(layer), [BATCHES[0][:0]], None)
 
 
 # ---- Threads --------------------------------------------------------------------------------------------------------

@@ -269,6 +269,20 @@ def test_forwards_that_are_paused_do_not_count(layer, outside):
     assert_as_one_forward(model, reference)
 
 
+@pytest.mark.parametrize("layer", ["BatchNorm2d", "a subclass", "GhostBN", "InstanceNorm2d"])
+def test_forwards_with_a_momentum_of_0_do_not_count(layer):
+    """``bypass_bn``, which code for SAM has for its second forward."""
+    bypassing, plain = LAYERS[layer](), LAYERS[layer]()
+    with accumulate_statistics(bypassing), accumulate_statistics(plain):
+        for x in micro_batches():
+            plain(x)
+            bypassing(x)
+            bypassing.momentum = 0.0
+            bypassing(9 * x)
+            bypassing.momentum = 0.1
+    assert_as_one_forward(bypassing, plain)
+
+
 def test_frozen_layers_stay_as_they_are_whenever_they_were_frozen():
     model = freeze(
         nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), FrozenBatchNorm2d(3), GhostBN(3, 2)), "0"

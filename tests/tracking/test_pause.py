@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import state_of
 from interrupting import Lines
 from torch import Tensor, nn
 
-from precisebn import InputError, convert_ghost, update_bn_stats
+from precisebn import InputError, accumulate_statistics, convert_ghost, update_bn_stats
 from precisebn.nn import (
     BatchStatBN,
     ConcatSharedBN,
@@ -150,21 +151,18 @@ class Doubling(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     "layer", [nn.BatchNorm2d(3), Doubling(3), GhostBN(3, 2)], ids=lambda layer: type(layer).__name__
 )
-@pytest.mark.parametrize("inside", [False, True], ids=["around", "in the forward"])
-def test_a_recalibration_measures_and_writes_all_the_same(layer, inside):
+@pytest.mark.parametrize("inside", [False, True], ids=["around", "around and in the forward"])
+def test_a_recalibration_inside_measures_and_writes_all_the_same(layer, inside):
     """What is paused is what forwards write; a recalibration is asked for by name."""
     model = nn.Sequential(layer)
     batches = [torch.randn(4, 3, 5, 5) for _ in range(3)]
 
     def forward(m: nn.Module, x: Tensor) -> None:
-        with pause_tracking(m):
+        with pause_tracking(m) if inside else nullcontext():
             m(x)
 
-    if inside:
+    with pause_tracking(model):
         report = update_bn_stats(model, batches, None, forward=forward)
-    else:
-        with pause_tracking(model):
-            report = update_bn_stats(model, batches, None)
     assert report.layers[0].count == 3 * 4 * 25
     assert layer.track_running_stats is True
 
@@ -238,3 +236,23 @@ def test_ctrl_c_at_any_line_leaves_no_layer_paused():
         assert Lines(lambda number, where, at=at: number == at).run(block).interrupted
         assert state_of(model) == before
         assert not any(map(is_in_block, model))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("block", [pause_tracking, accumulate_statistics])
+def test_compiled_code_that_would_go_on_tracking_is_refused(block):
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), nn.BatchNorm2d(3))
+    with pytest.raises(InputError, match=r"layer '0.0' is code of torch.jit.*on the model that it was made from"):
+        block(model).__enter__()
+    exported = torch.export.export(nn.Sequential(nn.BatchNorm2d(3)), (torch.randn(4, 3, 5, 5),))
+    for code in (exported.module(), torch.export.unflatten(exported), exported.run_decompositions().module()):
+        with pytest.raises(InputError, match=r"is code of torch.export, which tracks"):
+            block(nn.Sequential(code, nn.BatchNorm2d(3))).__enter__()
+    evaluating = torch.export.export(nn.Sequential(nn.BatchNorm2d(3)).eval(), (torch.randn(4, 3, 5, 5),)).module()
+    with block(nn.Sequential(evaluating, torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm2d(3))))) as plain:
+        plain(torch.randn(4, 3, 5, 5))
+    model[0].eval()  # a teacher
+    with block(model, "0"), block(model, "1"):
+        model(torch.randn(4, 3, 5, 5))
+    with block(model):
+        model(torch.randn(4, 3, 5, 5))

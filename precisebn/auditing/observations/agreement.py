@@ -59,7 +59,7 @@ class Agreement:
         with subject.undisturbed() as interrupts, torch.no_grad():
             subject.set_training_modes()
             training = [layer for layer in subject.norms.values() if layer.training and populations_of(layer)]
-            subject.model.eval()
+            subject.set_mode(training=False)
             random_state = RandomState()
             by_running, running_output, _ = _outputs(subject, batch, interrupts)
             random_state.put_back()
