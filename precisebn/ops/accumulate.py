@@ -1,7 +1,5 @@
 """accumulate: the moments of a mini-batch, merged into running accumulators."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -65,7 +63,14 @@ def fallback(
     count.add_(batch_count)
 
 
-def _fake(*_: Any) -> None:
+def _fake(
+    x: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    batch_mean: Tensor | None = None,
+    batch_var: Tensor | None = None,
+) -> None:
     return None
 
 

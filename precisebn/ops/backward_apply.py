@@ -59,7 +59,9 @@ def fallback(
     return torch.addcmul(of_x, per_sample(a, x, group), dy, out=dx)
 
 
-def _fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
+def _fake(
+    dy: Tensor, x: Tensor, center: Tensor, a: Tensor, b: Tensor, c: Tensor, group: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(x)
 
 

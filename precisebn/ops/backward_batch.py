@@ -1,7 +1,5 @@
 """backward_batch: the whole backward of ``normalize_batch``."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -54,7 +52,14 @@ def backward_batch(
 
 
 def _fake(
-    dy: Tensor, x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, weight: Tensor | None, *_: Any
+    dy: Tensor,
+    x: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    group: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     affine = mean if weight is None else weight
     return torch.empty_like(x), affine.new_empty(affine.shape), affine.new_empty(affine.shape)

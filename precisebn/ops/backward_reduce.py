@@ -55,7 +55,9 @@ def fallback(
     return sum_dy, sum_dy_xmu
 
 
-def _fake(dy: Tensor, x: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(
+    dy: Tensor, x: Tensor, mean: Tensor, group: Tensor | None = None, num_groups: int = 1
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
 
 

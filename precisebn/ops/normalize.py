@@ -77,7 +77,9 @@ def fallback(
     return torch.addcmul(per_sample(shift, x, group), difference, per_sample(scale, x, group), out=y)
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
+def _fake(
+    x: Tensor, center: Tensor | None, scale: Tensor, shift: Tensor | None = None, group: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(x)
 
 

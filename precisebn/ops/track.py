@@ -1,7 +1,5 @@
 """track: running statistics, moved towards those of a mini-batch."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -71,7 +69,15 @@ def fallback(
         running.copy_(moved.to(running.dtype).where(tracked.unsqueeze(-1), running))
 
 
-def _fake(*_: Any) -> None:
+def _fake(
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    momentum: float | None,
+) -> None:
     return None
 
 

@@ -363,7 +363,7 @@ def test_in_one_call_is_as_in_several(build, momentum, monkeypatch):
     versions = {name: buffer._version for name, buffer in one.named_buffers()}
     domain, values = {"domain": 1} if isinstance(one, DomainSpecificBN) else {}, sample((6, CHANNELS, 4))
     for bn, at_once in ((one, True), (several, False)):
-        monkeypatch.setattr("precisebn.nn.population.tracks_in_one_call", lambda *_, at_once=at_once: at_once)
+        monkeypatch.setattr("precisebn.nn.population.tracks_in_one_call", lambda at_once=at_once: at_once)
         x = values.clone().requires_grad_()
         with torch.no_grad():
             bn(x, **domain)  # without a gradient
@@ -412,13 +412,13 @@ def test_an_averaged_number_of_mini_batches_takes_several_calls():
 
 def test_one_call_is_for_eager_tensors():
     x = torch.ones(2, 3)
-    assert tracks_in_one_call(x)
+    assert tracks_in_one_call()
     with torch.autograd.forward_ad.dual_level():
-        assert not tracks_in_one_call(x)
+        assert not tracks_in_one_call()
     seen = []
 
     def look(x: torch.Tensor) -> torch.Tensor:
-        seen.append(tracks_in_one_call(x))
+        seen.append(tracks_in_one_call())
         return x
 
     torch.vmap(look)(x)

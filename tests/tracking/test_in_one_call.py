@@ -42,7 +42,7 @@ class Calls:
             self.number += 1
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(population, "tracks_in_one_call", lambda _: self.at_once)
+        monkeypatch.setattr(population, "tracks_in_one_call", lambda: self.at_once)
         monkeypatch.setattr(population, "batch_norm_and_track", counted)
 
 
