@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,6 +56,15 @@ def describe(machine: Mapping[str, Any]) -> str:
         f"{machine['threads']} threads ({_environment_in_words(machine)}), {machine['clock']}, "
         f"load average {machine['load']} at the start, precisebn on {machine['precisebn']}"
     )
+
+
+def page_faults() -> int:
+    """How many pages of memory the system has handed this process so far; 0 where it does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _environment_in_words(machine: Mapping[str, Any]) -> str:

@@ -5,6 +5,10 @@ iteration lasts from one request for a mini-batch to the next. "bfloat16" is aut
 weights" is a model converted to it. "NCHW to NHWC" is a contiguous model on contiguous mini-batches, which precisebn
 alone lays out anew, by ``memory_format=torch.channels_last``; without that it is one of its own peers, "NCHW".
 
+On a CPU two columns count the pages of memory that the system hands out anew in an iteration, to precisebn and to
+fvcore. The C library gives large outputs back and asks for them again, or it does not, as chance has it; where a page
+costs a microsecond or more, as on a virtual machine, that decides what either takes.
+
 On CUDA two columns say where time beyond the plain forward goes: how many more kernels, copies and fills are launched
 for each layer, and how much longer the host takes for it (the GPU not waited for).
 """
@@ -12,9 +16,10 @@ for each layer, and how much longer the host takes for it (the GPU not waited fo
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import precisebn
 from benchmarks.harness import Question, Result, goal
+from benchmarks.harness.machine import page_faults
 from benchmarks.harness.timing import in_time, interleave, now, quartiles, ratios
 from benchmarks.peers import installed, missing
 
@@ -184,15 +190,17 @@ class Stopwatch:
         self.iterations = iterations
         self.clock = clock
         self.elapsed = 0.0  # seconds per iteration
+        self.pages = 0.0  # that the system has handed out, per iteration
 
     def __len__(self) -> int:
         return self.iterations + 1
 
     def __iter__(self) -> Iterator[Tensor]:
-        start = self.clock()
+        start, pages = self.clock(), page_faults()
         for _ in range(self.iterations):
             yield self.batch
         self.elapsed = (self.clock() - start) / self.iterations
+        self.pages = (page_faults() - pages) / self.iterations
         yield self.last
 
 
@@ -205,10 +213,13 @@ def _row(setting: Setting) -> dict[str, Any]:
     batch = torch.randn(setting.batch, 3, setting.size, setting.size)
     batch = batch.to(setting.device, setting.weights(), memory_format=layout)
 
-    def contestant(update: Update) -> Callable[[], float]:
+    pages: dict[str, list[float]] = {}
+
+    def contestant(name: str, update: Update) -> Callable[[], float]:
         def measure() -> float:
             loader = Stopwatch(batch, setting.iterations, lambda: now(setting.device))
             update(model, loader)
+            pages.setdefault(name, []).append(loader.pages)
             return loader.elapsed
 
         return measure
@@ -216,8 +227,8 @@ def _row(setting: Setting) -> dict[str, Any]:
     updates = _updates(setting.converted())
     with setting.autocast():
         error = _largest_error(model, batch, setting.converted())
-        times = interleave({name: contestant(u) for name, u in updates.items()}, setting.rounds, setting.budget)
-        details = _beyond_forward(updates, model, batch) if setting.device == "cuda" else {}
+        times = interleave({name: contestant(name, u) for name, u in updates.items()}, setting.rounds, setting.budget)
+        details = _beyond_forward(updates, model, batch) if setting.device == "cuda" else _pages(pages)
     own = times["precisebn"]
     against = {peer: quartiles(ratios(times[peer], own)) for peer in PEERS if peer in times}
     closest = "fvcore" if "fvcore" in against else "forward"
@@ -234,6 +245,11 @@ def _row(setting: Setting) -> dict[str, Any]:
         "error": error,
         "_quartiles": against,
     }
+
+
+def _pages(taken: Mapping[str, list[float]]) -> dict[str, int]:
+    """Medians of the pages of memory that the system handed out in an iteration, the warm-up left out."""
+    return {f"pages, {name}": round(median(taken[name][1:])) for name in ("precisebn", "fvcore") if name in taken}
 
 
 def _updates(converted: torch.memory_format | None) -> dict[str, Update]:
