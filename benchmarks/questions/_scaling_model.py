@@ -115,13 +115,13 @@ def nonnegative_least_squares(rows: Sequence[Sequence[float]], values: Sequence[
 
 
 def numbers_of_a_recalibration(layers: int, channels: int, batches: int) -> int:
-    """How many float64 numbers a recalibration adds up over ranks: twice, and facts about its layers.
+    """How many float64 numbers a recalibration adds up over ranks, in two all-reduces.
 
     First count, mini-batches, sums of means and m2 within ranks; then m2 about the common mean and, for each size of
     blocks (there are as many as the most ``batches`` of a rank have binary digits), three numbers a layer and three a
-    channel, from which come the standard errors; and two numbers a layer beforehand.
+    channel, from which come the standard errors.
     """
-    return 2 * (layers + channels) + channels + batches.bit_length() * 3 * (layers + channels) + 2 * layers
+    return 2 * (layers + channels) + channels + batches.bit_length() * 3 * (layers + channels)
 
 
 def nccl_latency(nodes: int, per_node: int = 8, *, by_ring: bool = False) -> float:
